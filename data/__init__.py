@@ -1,0 +1,18 @@
+"""An image's way: data set -> transform -> loader.
+
+types       what a caller says: Source, Augmentation; and gets: Info
+build       describe, train_loader, eval_loader
+registry    the table of data sets: a new one is a row there
+digits, cifar, fake             sets that live on the device as one tensor
+encoded, folder, zipped         images in files
+transforms, raug15              one decoded image -> uint8 tensor
+samplers, seeding               which images in what order; randomness from (seed, epoch, image)
+loader, resident, decoded       batches on the device
+on_device                       normalise, erase, mix: whole batches
+"""
+
+from data.build import describe, eval_loader, train_loader
+from data.loader import Loader
+from data.types import Augmentation, Info, Source
+
+__all__ = ["Augmentation", "Info", "Loader", "Source", "describe", "eval_loader", "train_loader"]

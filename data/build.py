@@ -1,0 +1,170 @@
+"""From a description of the images wanted to the loader that yields them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from data import registry, transforms
+from data.decoded import DecodedLoader
+from data.loader import Loader
+from data.on_device import Erase, Mix, Normalize
+from data.resident import RandomCropFlip, ResidentLoader
+from data.samplers import EvalSampler, TrainSampler
+from data.types import Augmentation, Info, Source
+from repopt.errors import UserError
+
+
+def describe(source: Source, *, splits: Sequence[str] = ("train", "val")) -> Info:
+    """What is known of a data set without decoding an image; only the `splits` named need to exist.
+
+    Raises:
+        UserError: an unknown data set, a missing or empty folder, splits with different classes.
+    """
+    row = registry.find(source)
+    return row.info if isinstance(row, registry.Resident) else row.describe(source, splits)
+
+
+def train_loader(
+    source: Source,
+    augmentation: Augmentation,
+    *,
+    image_size: int,
+    interpolation: str,
+    batch_size: int,
+    num_classes: int,
+    label_smoothing: float,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 8,
+    pin_memory: bool = True,
+    seed: int = 0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Loader:
+    """Augmented training batches of one rank, all of `batch_size` images, in an order that (seed, epoch) gives.
+
+    Args:
+        source: where the images come from.
+        augmentation: how they are varied; digits, cf100 and fake have their own crops and heed only the mixing.
+        image_size: side of the images in pixels.
+        interpolation: 'bilinear', 'bicubic', 'nearest', or 'random' (bilinear or bicubic, per image).
+        batch_size: images per step on this rank.
+        num_classes: of the model; width of the targets under mixup and cutmix.
+        label_smoothing: applied here only under mixup and cutmix, whose targets are distributions.
+        device: where the batches are to be.
+        rank: of this process.
+        world_size: number of processes.
+        num_workers: processes that decode images, where they have to be decoded.
+        pin_memory: page-locked batches, for asynchronous copies to a GPU.
+        seed: of the order and of every augmentation.
+        memory_format: of the images.
+
+    Raises:
+        UserError: as `describe`; a name (preset, interpolation, policy, mode) that does not exist; an image size that
+            does not fit the data set; fewer images than one step takes.
+    """
+    row = _find(source, image_size, interpolation)
+    transforms.check_preset(augmentation.preset)
+    normalize = Normalize(row.mean, row.std, device, memory_format)
+    mixing = augmentation.mixup > 0 or augmentation.cutmix > 0 or augmentation.cutmix_minmax is not None
+    mix = (
+        Mix(
+            augmentation,
+            batch_size=batch_size,
+            num_classes=num_classes,
+            label_smoothing=label_smoothing,
+            seed=seed,
+            rank=rank,
+        )
+        if mixing
+        else None
+    )
+
+    if isinstance(row, registry.Resident):
+        images, labels = row.load(source, "train", image_size, num_classes)
+        sampler = TrainSampler(len(labels), batch_size, rank, world_size, seed)
+        images, labels = images.to(device), labels.to(device)
+        crop = RandomCropFlip(images, padding=row.padding, flip=row.flip, seed=seed)
+        return ResidentLoader(images, labels, sampler, normalize, crop=crop, mix=mix)
+
+    transform = transforms.train_transform(augmentation, image_size, interpolation)
+    erasing = augmentation.preset is None and augmentation.reprob > 0
+    files = row.open(source, "train", num_classes, rank, world_size)
+    sharded = source.zip_mode and source.cache_mode == "part"
+    return DecodedLoader(
+        files,
+        transform,
+        TrainSampler(len(files.labels), batch_size, rank, world_size, seed, sharded),
+        normalize,
+        device=device,
+        seed=seed,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        erase=Erase(augmentation, seed, device) if erasing else None,
+        mix=mix,
+    )
+
+
+def eval_loader(
+    source: Source,
+    *,
+    image_size: int,
+    interpolation: str,
+    crop: bool,
+    batch_size: int,
+    num_classes: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 8,
+    pin_memory: bool = True,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Loader:
+    """Evaluation batches of one rank; over all ranks every image comes exactly once, and the last batch may be smaller.
+
+    Args:
+        source: where the images come from.
+        image_size: side of the images in pixels.
+        interpolation: as for training, but 'random' is bicubic.
+        crop: resize the short side to 256/224 of `image_size` before the centre crop, instead of to `image_size`.
+        batch_size: most images per step on this rank.
+        num_classes: of the model.
+        device: where the batches are to be.
+        rank: of this process.
+        world_size: number of processes.
+        num_workers: processes that decode images, where they have to be decoded.
+        pin_memory: page-locked batches, for asynchronous copies to a GPU.
+        memory_format: of the images.
+
+    Raises:
+        UserError: as `describe`; an interpolation that does not exist; an image size that does not fit the data set.
+    """
+    row = _find(source, image_size, interpolation)
+    normalize = Normalize(row.mean, row.std, device, memory_format)
+
+    if isinstance(row, registry.Resident):
+        images, labels = row.load(source, "val", image_size, num_classes)
+        sampler = EvalSampler(len(labels), batch_size, rank, world_size)
+        return ResidentLoader(images.to(device), labels.to(device), sampler, normalize)
+
+    files = row.open(source, "val", num_classes, rank, world_size)
+    return DecodedLoader(
+        files,
+        transforms.eval_transform(image_size, interpolation, crop=crop),
+        EvalSampler(len(files.labels), batch_size, rank, world_size),
+        normalize,
+        device=device,
+        seed=0,  # nothing is random
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+def _find(source: Source, image_size: int, interpolation: str) -> registry.Resident | registry.Decoded:
+    row = registry.find(source)
+    transforms.check_interpolation(interpolation)
+    if isinstance(row, registry.Resident) and row.info.image_size not in (None, image_size):
+        raise UserError(f"data set {source.dataset!r} has images of size {row.info.image_size}, not {image_size}")
+    return row

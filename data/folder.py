@@ -1,0 +1,76 @@
+"""Images in class folders: `<root>/train/<class>/...` and `<root>/val/<class>/...`, as ImageNet is usually unpacked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.types import Info
+from repopt.errors import UserError
+
+
+def describe(root: str, splits: Sequence[str]) -> Info:
+    """Counts the class folders, which must be the same in all `splits`.
+
+    Raises:
+        UserError: a folder is missing or has no class folders, or the splits' classes differ.
+    """
+    classes = {split: find_classes(root, split) for split in splits}
+    (first, expected), *others = classes.items()
+    for split, found in others:
+        if differing := sorted(set(expected) ^ set(found)):
+            raise UserError(
+                f"{first}/ and {split}/ in {root!r} have different classes ({len(expected)} and {len(found)}; "
+                f"{differing[0]!r} is in one only)"
+            )
+    return Info(num_classes=len(expected), image_size=None)
+
+
+def find_classes(root: str, split: str) -> list[str]:
+    """The names of the class folders, sorted: a class's index is its position.
+
+    Raises:
+        UserError: the folder is missing or has no class folders.
+    """
+    if not Path(root).is_dir() or not root:
+        raise UserError(f"data folder {root!r} does not exist: give --data-path")
+    folder = Path(root, split)
+    if not folder.is_dir():
+        raise UserError(f"no folder {split}/ in {root!r}: one folder per class is expected in it")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise UserError(f"no class folders in {str(folder)!r}")
+    return classes
+
+
+class FolderImages:
+    """The images of one split, class by class, sorted by path.
+
+    Raises:
+        UserError: as `find_classes`, and where a class has no images.
+    """
+
+    def __init__(self, root: str, split: str) -> None:
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+        classes = find_classes(root, split)
+        self._folder = os.fsencode(Path(root, split))
+        try:
+            found = make_dataset(os.fsdecode(self._folder), {c: i for i, c in enumerate(classes)}, IMG_EXTENSIONS)
+        except FileNotFoundError as error:  # it lists the classes without images
+            raise UserError(f"{os.fsdecode(self._folder)!r}: {error}") from error
+        # One array each rather than a million objects, which reference counts would copy into every worker.
+        self._paths = np.array([os.fsencode(path)[len(self._folder) :] for path, _ in found])
+        self.labels = torch.tensor([label for _, label in found])
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of one image."""
+        return Path(self.name(index)).read_bytes()
+
+    def name(self, index: int) -> str:
+        """The image's path."""
+        return os.fsdecode(self._folder + self._paths[index])

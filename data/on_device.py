@@ -1,0 +1,102 @@
+"""What happens to a whole uint8 batch once it is on the device: normalise, erase, mix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data import seeding
+from data.types import Augmentation
+from repopt.errors import UserError, unknown
+
+
+class Normalize:
+    """uint8 [B, 3, H, W] -> float32 [B, 3, H, W] of a given memory format, (x / 255 - mean) / std per channel."""
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], device: torch.device, memory_format: torch.memory_format
+    ) -> None:
+        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+        shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+        self._scale = scale.float().view(3, 1, 1).to(device)
+        self._shift = shift.float().view(3, 1, 1).to(device)
+        self._memory_format = memory_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The normalised copy."""
+        images = images.to(torch.float32, memory_format=self._memory_format)
+        return images.mul_(self._scale).add_(self._shift)
+
+
+class Erase:
+    """timm's random erasing of normalised images, in place; an image's depends on (seed, epoch, image index) alone.
+
+    Raises:
+        UserError: an unknown filling mode.
+    """
+
+    def __init__(self, augmentation: Augmentation, seed: int, device: torch.device) -> None:
+        from timm.data.random_erasing import RandomErasing
+
+        modes = ("const", "rand", "pixel")
+        if augmentation.remode not in modes:
+            raise unknown("random erasing mode", augmentation.remode, modes)
+        self._erase = RandomErasing(
+            augmentation.reprob, mode=augmentation.remode, max_count=augmentation.recount, device=device
+        )
+        self._seed = seed
+        self._cuda = [device] if device.type == "cuda" else []
+
+    def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> None:
+        """Erases in float images [B, 3, H, W]; `indices` int64 [B] lies on the CPU."""
+        # The noise is drawn on the device, from its global generator.
+        with torch.random.fork_rng(self._cuda):
+            for image, index in zip(images, indices.tolist(), strict=True):
+                with seeding.seeded(self._seed, epoch, seeding.ERASE, index):
+                    if self._cuda:
+                        torch.cuda.manual_seed(torch.default_generator.initial_seed())
+                    self._erase(image)
+
+
+class Mix:
+    """timm's mixup and cutmix of a normalised batch, label smoothing included.
+
+    Raises:
+        UserError: an odd batch size (images are mixed in pairs), or an unknown mode.
+    """
+
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        *,
+        batch_size: int,
+        num_classes: int,
+        label_smoothing: float,
+        seed: int,
+        rank: int,
+    ) -> None:
+        from timm.data.mixup import Mixup
+
+        if batch_size % 2:
+            raise UserError(f"mixup and cutmix mix images in pairs: the batch size must be even, not {batch_size}")
+        modes = ("batch", "pair", "elem")
+        if augmentation.mixup_mode not in modes:
+            raise unknown("mixup mode", augmentation.mixup_mode, modes)
+        self._mix = Mixup(
+            mixup_alpha=augmentation.mixup,
+            cutmix_alpha=augmentation.cutmix,
+            cutmix_minmax=augmentation.cutmix_minmax,
+            prob=augmentation.mixup_prob,
+            switch_prob=augmentation.mixup_switch_prob,
+            mode=augmentation.mixup_mode,
+            label_smoothing=label_smoothing,
+            num_classes=num_classes,
+        )
+        self._seed, self._rank = seed, rank
+
+    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Mixed images [B, 3, H, W] and float targets [B, num_classes]."""
+        with seeding.seeded(self._seed, epoch, seeding.MIX, step, self._rank):
+            return self._mix(images, labels)

@@ -1,0 +1,106 @@
+"""The table of data sets. A new one is a row here (and the file that reads its images)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from data import cifar, digits, fake, folder
+from data.encoded import EncodedImages
+from data.types import Info, Source
+from repopt.errors import UserError, unknown
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A set small enough to live on the device, with an augmentation of its own: padded crops and flips.
+
+    Attributes:
+        info: known beforehand.
+        load: (source, split, image_size, num_classes) -> uint8 [N, 3, H, W], int64 [N].
+        mean: per channel, of values in 0..1.
+        std: likewise.
+        padding: pixels added on each side before a random crop; 0 for none.
+        flip: whether half the training images are mirrored.
+    """
+
+    info: Info
+    load: Callable[[Source, str, int, int], tuple[Tensor, Tensor]]
+    mean: Sequence[float]
+    std: Sequence[float]
+    padding: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A set of image files, decoded by worker processes and augmented as `Augmentation` says.
+
+    Attributes:
+        describe: (source, splits) -> what is known before decoding.
+        open: (source, split, num_classes, rank, world_size) -> the split's encoded images.
+        mean: per channel, of values in 0..1.
+        std: likewise.
+    """
+
+    describe: Callable[[Source, Sequence[str]], Info]
+    open: Callable[[Source, str, int, int, int], EncodedImages]
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+
+def _describe_files(source: Source, splits: Sequence[str]) -> Info:
+    return folder.describe(source.root, splits)
+
+
+def _open_files(source: Source, split: str, num_classes: int, rank: int, world_size: int) -> EncodedImages:
+    return folder.FolderImages(source.root, split)
+
+
+DATASETS: dict[str, Resident | Decoded] = {
+    "digits": Resident(
+        Info(digits.NUM_CLASSES, digits.SIZE, digits.NUM_TRAIN, digits.NUM_VAL),
+        lambda source, split, image_size, num_classes: digits.load(split),
+        digits.MEAN,
+        digits.STD,
+        padding=4,
+        flip=False,
+    ),
+    "cf100": Resident(
+        Info(cifar.NUM_CLASSES, cifar.SIZE, cifar.NUM_TRAIN, cifar.NUM_VAL),
+        lambda source, split, image_size, num_classes: cifar.load(source.root, split),
+        cifar.MEAN,
+        cifar.STD,
+        padding=4,
+        flip=True,
+    ),
+    "fake": Resident(
+        Info(None, None, fake.NUM_TRAIN, fake.NUM_VAL),
+        lambda source, split, image_size, num_classes: fake.load(split, image_size=image_size, num_classes=num_classes),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        padding=0,
+        flip=False,
+    ),
+    "imagenet": Decoded(_describe_files, _open_files),
+    "folder": Decoded(_describe_files, _open_files),
+}
+
+
+def find(source: Source) -> Resident | Decoded:
+    """The data set's row.
+
+    Raises:
+        UserError: an unknown data set, or zip mode with one that has no files.
+    """
+    if source.dataset not in DATASETS:
+        raise unknown("data set", source.dataset, DATASETS)
+    row = DATASETS[source.dataset]
+    if source.zip_mode and isinstance(row, Resident):
+        raise UserError(f"--zip is for images in files; data set {source.dataset!r} has none")
+    return row

@@ -1,0 +1,42 @@
+"""Randomness that is a function of named numbers (seed, epoch, image ...), wherever and in whatever order it is drawn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+# The purposes that draw from the same (seed, epoch): their own streams, or crops would correlate with the order.
+ORDER, CROP, TRANSFORM, ERASE, MIX = range(5)
+
+
+def derive(*numbers: int) -> int:
+    """One 64-bit seed from several non-negative integers; close numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A CPU generator of its own, seeded from the numbers."""
+    return torch.Generator().manual_seed(derive(*numbers) >> 1)  # torch takes signed 64-bit seeds
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Within it, the global CPU generators of `random`, numpy and torch follow from the numbers; afterwards all is as before.
+
+    torchvision and timm draw from the global generators, each from a different one.
+    """
+    seed = derive(*numbers)
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    torch.default_generator.manual_seed(seed >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])

@@ -1,0 +1,72 @@
+"""What a caller says of the images it wants, and what is known of them before any is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from.
+
+    Attributes:
+        dataset: a name in `data.registry.DATASETS`.
+        root: the data set's folder (`--data-path`); unused by the data sets that need none (digits, fake).
+        zip_mode: read the images from a zip in `root` instead of class folders (`--zip`).
+        cache_mode: with `zip_mode`, what a process keeps in memory: 'no' image, the 'full' set, or its 'part' of it.
+    """
+
+    dataset: str
+    root: str = ""
+    zip_mode: bool = False
+    cache_mode: str = "part"
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied; the fields are named as the config's AUG keys.
+
+    Attributes:
+        preset: 'weak', 'raug15', 'none' (as in evaluation), or None for timm's pipeline of the next five.
+        color_jitter: strength of brightness, contrast and saturation changes; only where `auto_augment` is off.
+        auto_augment: timm's policy string, 'none' or '' for no policy.
+        reprob: probability of random erasing.
+        remode: its filling: 'const', 'rand' or 'pixel'.
+        recount: most rectangles erased in an image.
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of cutmix, 0 for none.
+        cutmix_minmax: least and greatest side of the cutmix box as fractions of the image's, instead of an alpha.
+        mixup_prob: probability that a batch (or pair, or image) is mixed at all.
+        mixup_switch_prob: probability of cutmix rather than mixup where both are on.
+        mixup_mode: one mixing for the 'batch', for each 'pair' or for each image ('elem').
+    """
+
+    preset: str | None = None
+    color_jitter: float = 0.4
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    reprob: float = 0.25
+    remode: str = "pixel"
+    recount: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutmix_minmax: tuple[float, float] | None = None
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a data set before any image is decoded.
+
+    Attributes:
+        num_classes: None where any number will do (fake).
+        image_size: side in pixels where the data set fixes it, None where any size can be made.
+        num_train: training images, None where counting them would take long.
+        num_val: evaluation images, likewise.
+    """
+
+    num_classes: int | None
+    image_size: int | None
+    num_train: int | None = None
+    num_val: int | None = None

@@ -1,0 +1,43 @@
+"""RepOptimizers: plain networks trained as if they were multi-branch ones (arXiv 2205.15242).
+
+model  = repopt.create_model("RepOpt-VGG-B1", mode="target", num_classes=1000)
+scales = repopt.load_scales("RepOpt-VGG-B1-scales.pth")
+repopt.initialize(model, scales)
+optimizer = repopt.build_optimizer("sgd", model, scales, lr=0.1, momentum=0.9, weight_decay=4e-5, nesterov=True)
+"""
+
+from repopt.checkpoint import load_weights
+from repopt.csla import Block, Branch, ConvBranch, GradMult, IdentityBranch, Target
+from repopt.deploy import deploy
+from repopt.errors import UserError
+from repopt.layers import RepConv2d
+from repopt.models import create_model, list_models
+from repopt.optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_
+from repopt.reparam import build_optimizer, extract_scales, grad_mults, initialize, param_groups
+from repopt.scales import load_scales, save_scales
+
+__all__ = [
+    "Block",
+    "Branch",
+    "ConvBranch",
+    "GradMult",
+    "IdentityBranch",
+    "RepAdamW",
+    "RepConv2d",
+    "RepOptimizer",
+    "RepSGD",
+    "Target",
+    "UserError",
+    "build_optimizer",
+    "clip_grad_norm_",
+    "create_model",
+    "deploy",
+    "extract_scales",
+    "grad_mults",
+    "initialize",
+    "list_models",
+    "load_scales",
+    "load_weights",
+    "param_groups",
+    "save_scales",
+]

@@ -1,0 +1,87 @@
+"""Checkpoints, ours and those of the published release: files of others are data, nothing in them is executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repopt.errors import UserError
+
+# Old checkpoints pickle their yacs configuration; what reads it here is a plain dict that keeps the entries.
+_STAND_INS = [(OrderedDict, "yacs.config.CfgNode")]
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a ``.pth`` file, tensors on the CPU.
+
+    Raises:
+        UserError: no such file, no torch file, or one that holds objects beyond tensors and plain Python data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {str(path)!r}")
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's advice after the first lines is to load it unsafely; what was found stands behind its last marker.
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0].split(". ")[0]
+        raise UserError(f"{str(path)!r} is refused, it is no file of tensors and plain data: {reason}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as a torch file: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint or a state dict")
+    return dict(content)
+
+
+def write(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a ``.pth`` file whole or not at all: beside first, then renamed."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.writing")
+    try:
+        torch.save(dict(content), beside)
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {str(path)!r}: {str(error).splitlines()[0]}") from None
+
+
+def state_dict_of(content: Mapping[str, Any], key: str = "model") -> dict[str, Tensor]:
+    """The state dict of a checkpoint: under `key`, under "state_dict", or the content itself; prefixes of DDP removed.
+
+    Raises:
+        UserError: there is none.
+    """
+    state = next((content[k] for k in (key, "state_dict") if k in content), content)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(
+            f"the file holds no state dict of tensors (its entries: {', '.join(map(str, list(content)[:8]))})"
+        )
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state dict of the published names into a model; every name and shape has to fit.
+
+    Raises:
+        UserError: what is missing, what is unknown, and which shapes differ, the first of each.
+    """
+    own = model.state_dict()
+    problems = []
+    if missing := [name for name in own if name not in state]:
+        problems.append(f"{len(missing)} missing such as {missing[0]!r}")
+    if unknown := [name for name in state if name not in own]:
+        problems.append(f"{len(unknown)} unknown such as {unknown[0]!r}")
+    if other := [name for name in own if name in state and own[name].shape != state[name].shape]:
+        found, expected = tuple(state[other[0]].shape), tuple(own[other[0]].shape)
+        problems.append(f"{len(other)} of another shape such as {other[0]!r}, {found} in the file, {expected} expected")
+    if problems:
+        raise UserError(f"the weights are not those of this model: {'; '.join(problems)}")
+    model.load_state_dict(state)

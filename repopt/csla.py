@@ -1,0 +1,289 @@
+"""The algebra of Constant-Scale Linear Addition: tensors in, tensors out.
+
+A CSLA block computes ``y = sum_k s_k * (E_k(w_k) conv x)``: branch k has a kernel ``w_k``, a constant scale ``s_k``
+per output channel, and an embedding ``E_k`` that places the kernel in the target kernel's shape. From one declaration,
+a `Block`, follow the two rules of the paper (arXiv 2205.15242, section 3.1 and appendix A):
+
+    W0 = sum_k  s_k         * E_k(w_k)      Rule of Initialization   `Block.merge`
+    M  = sum_k |s_k|^(1+d)  * E_k(1)        Rule of Iteration        `Block.grad_mult`
+
+where d is the update rule's degree of homogeneity, ``update(c g) = sign(c) |c|^d update(g)``: 1 for SGD, 0 for Adam.
+
+Kernels have the shape (O, I, *k): O output channels, I input channels per group, and any number of spatial dimensions,
+none of them for a linear layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from repopt.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GradMult:
+    """The constant multiplier M of one kernel's gradient, kept small: a kernel per filter and a number per diagonal.
+
+    Attributes:
+        filter: (O, 1, *k), what all input channels of a filter share.
+        diagonal: (O,), added where an identity branch meets the kernel (its centre, input channel = output channel);
+            None without an identity branch.
+        shape: (O, I, *k), of the kernel that it multiplies.
+    """
+
+    filter: Tensor
+    diagonal: Tensor | None
+    shape: Shape
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """``M * gradient`` as a new tensor of the gradient's shape (O, I, *k); M itself is never made."""
+        product = gradient * self.filter
+        if self.diagonal is not None:
+            there = _diagonal_of(gradient)
+            _diagonal_of(product).addcmul_(there, self.diagonal.view_as(there))
+        return product
+
+    def dense(self) -> Tensor:
+        """M in full, (O, I, *k)."""
+        return self(self.filter.new_ones(self.shape))
+
+    def to(self, *args: torch.dtype | torch.device | str) -> GradMult:
+        """The same multiplier in another dtype or on another device; arguments as `Tensor.to` takes them."""
+        diagonal = None if self.diagonal is None else self.diagonal.to(*args)
+        return GradMult(self.filter.to(*args), diagonal, self.shape)
+
+    def numel(self) -> int:
+        """How many numbers are kept."""
+        return self.filter.numel() + (0 if self.diagonal is None else self.diagonal.numel())
+
+    def __add__(self, other: GradMult) -> GradMult:
+        if self.diagonal is None or other.diagonal is None:
+            diagonal = other.diagonal if self.diagonal is None else self.diagonal
+        else:
+            diagonal = self.diagonal + other.diagonal
+        return GradMult(self.filter + other.filter, diagonal, self.shape)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The plain kernel that a block becomes: its name in target mode, its shape (O, I, *k), and its groups."""
+
+    name: str
+    shape: Shape
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Branch(ABC):
+    """One term ``s * (E(w) conv x)`` of a block; a subclass is an embedding E.
+
+    Attributes:
+        kernel: name of the kernel w in the module that holds the block.
+        scale: name of the scale s, trained in the hyper-search and constant afterwards; None = the constant 1.
+        initial: value at which the hyper-search starts what it searches.
+        decay_in_search: whether the hyper-search decays what it searches here, where that is a kernel.
+    """
+
+    kernel: str
+    scale: str | None
+    initial: float = 1.0
+    decay_in_search: bool = True
+
+    @property
+    def searched(self) -> str:
+        """Name of the (O,) numbers that the hyper-search finds: the scale, or the kernel that has none."""
+        return self.scale or self.kernel
+
+    @abstractmethod
+    def kernel_shape(self, target: Target) -> Shape:
+        """The shape of w; raises UserError where it does not fit the target kernel."""
+
+    @abstractmethod
+    def fresh(self, target: Target, searched: Tensor | None) -> Tensor:
+        """A kernel w to start training from; `searched` are its values in the scale file where it stands in there."""
+
+    @abstractmethod
+    def embed(self, kernel: Tensor, target: Target) -> Tensor:
+        """E(w), of the target's shape: every entry of w copied to one place of its own, zeros elsewhere."""
+
+    @abstractmethod
+    def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
+        """``constant * E(1)`` for one constant per output channel, (O,)."""
+
+
+@dataclass(frozen=True)
+class ConvBranch(Branch):
+    """A convolution of its own size, placed at the centre of the target kernel (a 1x1 in the middle of a 3x3)."""
+
+    scale: str
+    size: int | Shape = 1
+
+    @override
+    def kernel_shape(self, target: Target) -> Shape:
+        whole = target.shape[2:]
+        size = (self.size,) * len(whole) if isinstance(self.size, int) else self.size
+        if len(size) != len(whole) or any(s > w or (w - s) % 2 for s, w in zip(size, whole, strict=True)):
+            raise UserError(
+                f"a branch of size {size} ({self.kernel}) has no place at the centre of a kernel of {whole}"
+            )
+        return (*target.shape[:2], *size)
+
+    @override
+    def fresh(self, target: Target, searched: Tensor | None) -> Tensor:
+        assert searched is None, "the kernel of a convolution is not searched"
+        # nn.Conv2d's default, for any number of dimensions.
+        return nn.init.kaiming_uniform_(torch.empty(self.kernel_shape(target)), a=math.sqrt(5))
+
+    @override
+    def embed(self, kernel: Tensor, target: Target) -> Tensor:
+        return _pad_to(kernel, target.shape)
+
+    @override
+    def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
+        size = self.kernel_shape(target)[2:]
+        per_filter = constant.view(-1, 1, *[1] * len(size)).expand(-1, 1, *size)
+        return GradMult(_pad_to(per_filter, target.shape), None, target.shape)
+
+
+@dataclass(frozen=True)
+class IdentityBranch(Branch):
+    """The identity: a trainable kernel of one number per channel on the diagonal, whose constant scale is 1."""
+
+    scale: None = None
+
+    @override
+    def kernel_shape(self, target: Target) -> Shape:
+        out_channels, per_group, *size = target.shape
+        if out_channels != per_group * target.groups or any(k % 2 == 0 for k in size):
+            raise UserError(
+                f"an identity branch ({self.kernel}) has no place in a kernel of {target.shape} "
+                f"({target.groups} groups): it needs as many input as output channels, and odd sizes"
+            )
+        return (out_channels,)
+
+    @override
+    def fresh(self, target: Target, searched: Tensor | None) -> Tensor:
+        if searched is None:
+            return torch.full(self.kernel_shape(target), self.initial)
+        return searched.clone()
+
+    @override
+    def embed(self, kernel: Tensor, target: Target) -> Tensor:
+        out_channels, per_group, *size = target.shape
+        matrices = torch.diag_embed(kernel.view(target.groups, per_group))  # (groups, I, I)
+        return _pad_to(matrices.reshape(out_channels, per_group, *[1] * len(size)), target.shape)
+
+    @override
+    def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
+        out_channels, per_group, *size = target.shape
+        if per_group == 1:  # depthwise: every filter has one input channel, so the diagonal is all of the centre
+            return GradMult(self.embed(constant, target), None, target.shape)
+        return GradMult(constant.new_zeros(out_channels, 1, *size), constant, target.shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The declaration of a multi-branch linear block, from which everything else is derived.
+
+    Attributes:
+        target: the plain kernel that the branches add up to.
+        branches: what is added up.
+
+    Raises:
+        UserError: a branch does not fit the target kernel, or its embedding is none (see `Branch.embed`): then
+            the method does not apply.
+    """
+
+    target: Target
+    branches: tuple[Branch, ...]
+
+    def __post_init__(self) -> None:
+        for branch in self.branches:
+            _check_embedding(branch, self.target)
+
+    def fresh_kernels(self, searched: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One new kernel per branch, by name: the framework's default initialization, drawn in the order declared.
+
+        Args:
+            searched: values (O,) of identity kernels, by name; those not given start at their declared value.
+        """
+        return {b.kernel: b.fresh(self.target, None if b.scale else searched.get(b.kernel)) for b in self.branches}
+
+    def merge(self, kernels: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor:
+        """Rule of Initialization: ``sum_k s_k E_k(w_k)``, (O, I, *k).
+
+        Args:
+            kernels: w_k by name.
+            scales: s_k by name, (O,) each; other entries are ignored.
+        """
+        merged: Tensor | None = None
+        for branch in self.branches:
+            kernel = kernels[branch.kernel]
+            if branch.scale is not None:
+                kernel = kernel * scales[branch.scale].view(-1, *[1] * (kernel.dim() - 1))
+            term = branch.embed(kernel, self.target)
+            merged = term if merged is None else merged + term
+        assert merged is not None, "a block has at least one branch"
+        return merged
+
+    def grad_mult(self, scales: Mapping[str, Tensor], degree: int) -> GradMult:
+        """Rule of Iteration: ``sum_k |s_k|^(1+d) E_k(1)``.
+
+        The paper's SGD (degree 1) has the square of the scale, its AdamW (degree 0) the scale. The absolute value
+        matters for the latter: a negative scale flips a branch's gradient, and the update flips back on its way into
+        the merged kernel.
+
+        Args:
+            scales: by name, (O,) each; those of the branches that have one are used.
+            degree: the update rule's degree of homogeneity d.
+        """
+        one = next(iter(scales.values())).new_ones(self.target.shape[0])
+        constants = [one if b.scale is None else scales[b.scale].abs() ** (1 + degree) for b in self.branches]
+        terms = [b.grad_mult(constant, self.target) for b, constant in zip(self.branches, constants, strict=True)]
+        return functools.reduce(GradMult.__add__, terms)
+
+
+def _pad_to(kernel: Tensor, shape: Shape) -> Tensor:
+    """`kernel` in the middle of zeros of the spatial size of `shape`; channels stay as they are."""
+    margins = [(whole - size) // 2 for size, whole in zip(kernel.shape[2:], shape[2:], strict=True)]
+    if not any(margins):
+        return kernel
+    return F.pad(kernel, [m for margin in reversed(margins) for m in (margin, margin)])
+
+
+def _diagonal_of(kernel: Tensor) -> Tensor:
+    """View (groups, I) of the entries of a kernel (O, I, *k) that an identity meets."""
+    per_group = kernel.shape[1]
+    centre = [size // 2 for size in kernel.shape[2:]]
+    return kernel.unflatten(0, (-1, per_group))[(..., *centre)].diagonal(dim1=1, dim2=2)
+
+
+@functools.cache
+def _check_embedding(branch: Branch, target: Target) -> None:
+    """Refuse a branch whose embedding does not copy every entry of its kernel to one place of its own."""
+    branch.kernel_shape(target)
+    # An embedding treats all channels and groups alike, so a few of them tell.
+    out_channels, per_group, *size = target.shape
+    groups, few = min(target.groups, 2), min(per_group, 3)
+    square = out_channels == per_group * target.groups
+    few_out = groups * few if square else groups * (few + 1)
+    probe = Target(target.name, (few_out, few, *size), groups)
+    shape = branch.kernel_shape(probe)
+    labels = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64)
+    placed = branch.embed(labels.view(shape), probe)
+    if placed.shape != probe.shape or not torch.equal(placed[placed != 0].sort().values, labels):
+        raise UserError(
+            f"branch {branch.kernel!r} cannot be re-parameterized into the optimizer: its embedding must copy every "
+            "entry of its kernel to one place of its own (an average pooling, or a 1x1 followed by a 3x3, does not)"
+        )

@@ -1,0 +1,136 @@
+"""A declaration and a mode become a module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from repopt.csla import Block
+
+Mode = Literal["hs", "csla", "target"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+class Values(nn.Module):
+    """A tensor with a place of its own in the state dict, ``<name>.weight``: a branch's kernel or its scale."""
+
+    weight: Tensor
+
+    def __init__(self, values: Tensor, *, trainable: bool = True) -> None:
+        super().__init__()
+        if trainable:
+            self.weight = nn.Parameter(values)
+        else:
+            self.register_buffer("weight", values)
+
+
+class RepConv2d(nn.Module):
+    """The linear part of a declared block, (N, C, H, W) -> (N, O, H', W'), in one of three modes.
+
+    - ``hs``: every branch has its kernel, and the scales are trained (Hyper-Search).
+    - ``csla``: the same with constant scales: the imagined network whose path a RepOptimizer follows.
+    - ``target``: one plain `nn.Conv2d`.
+
+    A block of a model derives from it, adds what follows the convolution (batch norm, non-linearity), and calls
+    `conv2d` in its forward. A block is linear up to its batch norm, so hs and csla run one convolution with the merged
+    kernel, not one per branch.
+
+    Args:
+        block: the declaration. Its names become names of submodules; they may be dotted.
+        mode: one of the three.
+        stride: of the convolution, as `nn.Conv2d` takes it. The padding is the one that keeps the size at stride 1.
+    """
+
+    def __init__(self, block: Block, mode: Mode, stride: int = 1) -> None:
+        super().__init__()
+        self.block, self.mode, self.stride = block, mode, stride
+        out_channels, per_group, *size = block.target.shape
+        self.padding = tuple(k // 2 for k in size)
+        if mode == "target":
+            conv = nn.Conv2d(
+                per_group * block.target.groups,
+                out_channels,
+                tuple(size),
+                stride=stride,
+                padding=self.padding,
+                groups=block.target.groups,
+                bias=False,
+            )
+            _place(self, block.target.name, conv)
+            return
+        kernels = block.fresh_kernels({})
+        for branch in block.branches:
+            _place(self, branch.kernel, Values(kernels[branch.kernel]))
+            if branch.scale is not None:
+                scale = kernels[branch.kernel].new_full((out_channels,), branch.initial)
+                _place(self, branch.scale, Values(scale, trainable=mode == "hs"))
+
+    def conv2d(self, x: Tensor) -> Tensor:
+        """The sum of the branches' outputs, (N, C, H, W) -> (N, O, H', W')."""
+        if self.mode == "target":
+            return self.get_submodule(self.block.target.name)(x)
+        return F.conv2d(x, self.kernel(), None, self.stride, self.padding, 1, self.block.target.groups)
+
+    def kernel(self) -> Tensor:
+        """The kernel that the block amounts to, (O, I, kh, kw), differentiable."""
+        if self.mode == "target":
+            return self.values(self.block.target.name)
+        return self.block.merge(
+            {b.kernel: self.values(b.kernel) for b in self.block.branches},
+            {b.scale: self.values(b.scale) for b in self.block.branches if b.scale is not None},
+        )
+
+    def values(self, name: str) -> Tensor:
+        """The kernel or scale of a declared name."""
+        return self.get_submodule(name).weight
+
+
+class Deployable(nn.Module, ABC):
+    """A module that is another, plainer one at inference (`repopt.deploy`)."""
+
+    @abstractmethod
+    def deployed(self) -> nn.Module:
+        """The plain module of the same function in eval mode."""
+
+
+def batch_norm_as_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (C,) each, that a batch norm in eval mode applies."""
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    return scale, bn.bias - bn.running_mean * scale
+
+
+def run_checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, whose activations are computed again in the backward pass instead of kept.
+
+    The second run leaves the statistics of batch norms alone, so that training is the same as without.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    @contextmanager
+    def statistics_at_rest() -> Iterator[None]:
+        for norm in norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
+
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_at_rest()))
+
+
+def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` under `root` at a dotted name, with empty modules on the way where there are none."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in dict(root.named_children()):
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(leaf, module)

@@ -1,0 +1,118 @@
+"""The blocks of RepOpt-VGG and of its baseline RepVGG (arXiv 2101.03697), and the plain block both are deployed as.
+
+Every block is (N, C, H, W) -> (N, O, H', W').
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from repopt.csla import Block, ConvBranch, IdentityBranch, Target
+from repopt.layers import Deployable, Mode, RepConv2d, batch_norm_as_affine
+
+
+def vgg_block(in_channels: int, out_channels: int, stride: int, initial_scale: float = 1.0) -> Block:
+    """The declaration: a 3x3, a 1x1, and an identity where input and output have the same shape."""
+    branches: list[ConvBranch | IdentityBranch] = [
+        ConvBranch("conv", "scale_conv", initial_scale, size=3),
+        ConvBranch("conv_1x1", "scale_1x1", initial_scale, size=1),
+    ]
+    if stride == 1 and in_channels == out_channels:
+        branches.append(IdentityBranch("scale_identity"))
+    return Block(Target("conv", (out_channels, in_channels, 3, 3)), tuple(branches))
+
+
+class PostSE(nn.Module):
+    """Squeeze-and-excitation after a block: channels weighted by a sigmoid of their pooled means."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels, channels // 4, 1)
+        self.up = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        weights = self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True))))
+        return x * torch.sigmoid(weights)
+
+
+def _post_se(channels: int, se: bool) -> nn.Module:
+    return PostSE(channels) if se else nn.Identity()
+
+
+class PlainBlock(nn.Module):
+    """3x3 convolution with a bias, ReLU, and what follows it: what a trained block is at inference."""
+
+    def __init__(self, kernel: Tensor, bias: Tensor, stride: int, post_se: nn.Module) -> None:
+        super().__init__()
+        out_channels, in_channels, *size = kernel.shape
+        self.conv = nn.Conv2d(in_channels, out_channels, tuple(size), stride, padding=1)
+        self.conv.weight, self.conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
+        self.relu = nn.ReLU(inplace=True)
+        self.post_se = post_se
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.post_se(self.relu(self.conv(x)))
+
+
+class VGGBlock(RepConv2d, Deployable):
+    """RepOpt-VGG's block: the declared convolution, batch norm, ReLU, and optionally `PostSE`.
+
+    Args:
+        in_channels, out_channels, stride: of the convolution.
+        initial_scale: at which the hyper-search starts the scales of the two convolutions.
+        mode: "hs", "csla" or "target".
+        se: whether squeeze-and-excitation follows.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, initial_scale: float, *, mode: Mode, se: bool
+    ) -> None:
+        super().__init__(vgg_block(in_channels, out_channels, stride, initial_scale), mode, stride)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.post_se = _post_se(out_channels, se)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.post_se(self.relu(self.bn(self.conv2d(x))))
+
+    def deployed(self) -> PlainBlock:  # noqa: D102
+        scale, shift = batch_norm_as_affine(self.bn)
+        return PlainBlock(self.kernel() * scale.view(-1, 1, 1, 1), shift, self.stride, self.post_se)
+
+
+class RepVGGBlock(Deployable):
+    """RepVGG's block: every branch has a batch norm of its own, folded into one kernel after training.
+
+    Args: as of `VGGBlock`; there are no scales, so `initial_scale` has no effect.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, initial_scale: float, *, se: bool) -> None:
+        super().__init__()
+        self.block, self.stride = vgg_block(in_channels, out_channels, stride), stride
+        self.conv_3x3 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn_3x3 = nn.BatchNorm2d(out_channels)
+        self.conv_1x1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.bn_1x1 = nn.BatchNorm2d(out_channels)
+        has_identity = stride == 1 and in_channels == out_channels
+        self.bn_identity = nn.BatchNorm2d(out_channels) if has_identity else None
+        self.relu = nn.ReLU(inplace=True)
+        self.post_se = _post_se(out_channels, se)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y = self.bn_3x3(self.conv_3x3(x)) + self.bn_1x1(self.conv_1x1(x))
+        if self.bn_identity is not None:
+            y = y + self.bn_identity(x)
+        return self.post_se(self.relu(y))
+
+    def deployed(self) -> PlainBlock:
+        """The same function at inference: a batch norm is a scale and a shift, and scales merge as declared."""
+        scale_conv, bias = batch_norm_as_affine(self.bn_3x3)
+        scale_1x1, shift_1x1 = batch_norm_as_affine(self.bn_1x1)
+        kernels = {"conv": self.conv_3x3.weight, "conv_1x1": self.conv_1x1.weight}
+        bias = bias + shift_1x1
+        if self.bn_identity is not None:
+            kernels["scale_identity"], shift_identity = batch_norm_as_affine(self.bn_identity)
+            bias = bias + shift_identity
+        kernel = self.block.merge(kernels, {"scale_conv": scale_conv, "scale_1x1": scale_1x1})
+        return PlainBlock(kernel, bias, self.stride, self.post_se)

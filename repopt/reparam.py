@@ -1,0 +1,165 @@
+"""The two rules over a whole model: every declared block is found by the name of its module, never by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from repopt.csla import GradMult
+from repopt.errors import UserError, unknown
+from repopt.layers import Mode, RepConv2d
+from repopt.optim import RULES
+
+Scales = Mapping[str, Tensor]
+IdentityInit = Literal["searched", "one"]
+
+
+def extract_scales(model: nn.Module) -> dict[str, Tensor]:
+    """What a hyper-search found, as the scale file stores it: (O,) tensors by name, on the CPU.
+
+    An identity branch is listed too, though what was searched there is a kernel (its constant scale is 1).
+    """
+    return {
+        _join(path, branch.searched): module.values(branch.searched).detach().cpu().clone()
+        for path, module in _blocks(model, "hs", "csla")
+        for branch in module.block.branches
+    }
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "searched") -> None:
+    """Rule of Initialization, in place: fresh kernels, weighted by the searched scales. For fresh training only.
+
+    Under the same seed a csla and a target model come out as the same function.
+
+    Args:
+        model: in target mode, where the kernels are merged, or csla mode, where kernels and scales are set.
+        scales: from `load_scales` or `extract_scales`.
+        identity: the identity branch enters with its searched values, or with the 1 that the paper names.
+
+    Raises:
+        UserError: the scales are not those of this model; the message names the block.
+    """
+    searched = fit_scales(model, scales, "csla", "target")
+    for path, module in _blocks(model, "csla", "target"):
+        like = module.kernel()
+        values = {name: tensor.to(like) for name, tensor in searched[path].items()}
+        kernels = module.block.fresh_kernels(values if identity == "searched" else {})
+        kernels = {name: kernel.to(like) for name, kernel in kernels.items()}
+        if module.mode == "target":
+            module.values(module.block.target.name).copy_(module.block.merge(kernels, values))
+        else:
+            for name, tensor in (values | kernels).items():
+                module.values(name).copy_(tensor)
+
+
+def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, GradMult]:
+    """Rule of Iteration: the multiplier of every declared block's gradient, by parameter name.
+
+    Args:
+        model: in target mode.
+        scales: from `load_scales` or `extract_scales`.
+        degree: of the update rule: 1 for SGD, 0 for AdamW (``RepSGD.degree``).
+
+    Raises:
+        UserError: the scales are not those of this model; the message names the block.
+    """
+    searched = fit_scales(model, scales, "target")
+    return {
+        _join(path, module.block.target.name): module.block.grad_mult(searched[path], degree).to(module.kernel().device)
+        for path, module in _blocks(model, "target")
+    }
+
+
+def fit_scales(model: nn.Module, scales: Scales, *modes: Mode) -> dict[str, dict[str, Tensor]]:
+    """The scales of every declared block, by the path of its module and the names of its declaration.
+
+    Args:
+        model: whose blocks, in one of `modes`, are to be served.
+        scales: entries of other modules (a whole hyper-search state dict) are passed over.
+
+    Raises:
+        UserError: a block without its scales, scales of another shape, or scales of a block that the model lacks.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    asked: set[str] = set()
+    endings: set[str] = set()
+    for path, module in _blocks(model, *modes):
+        channels = module.block.target.shape[0]
+        found[path] = {}
+        for branch in module.block.branches:
+            key = _join(path, branch.searched)
+            asked.add(key)
+            endings.add(_join("", branch.searched))
+            if key not in scales:
+                raise UserError(f"the scales do not fit the model: block {path!r} needs {key!r}, which is not there")
+            if scales[key].shape != (channels,):
+                raise UserError(
+                    f"the scales do not fit the model: block {path!r} expects {key!r} of the shape ({channels},), "
+                    f"found {tuple(scales[key].shape)}"
+                )
+            found[path][branch.searched] = scales[key]
+    for key in scales:
+        if key not in asked and any(key.endswith(f".{ending}") for ending in endings):
+            raise UserError(f"the scales do not fit the model: they hold {key!r}, and the model has no such block")
+    return found
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of named parameters: decayed, and not decayed (biases and everything else of one dimension).
+
+    One-dimensional kernels of identity branches stand for weights: they are decayed where their declaration says so,
+    and always in csla mode, where the equivalence needs it.
+    """
+    kernels = {
+        _join(path, branch.kernel)
+        for path, module in _blocks(model)
+        for branch in module.block.branches
+        if module.mode == "csla" or (module.mode == "hs" and branch.scale is None and branch.decay_in_search)
+    }
+    decayed, rest = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            (decayed if param.dim() > 1 or name in kernels else rest).append((name, param))
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def build_optimizer(
+    name: str, model: nn.Module, scales: Scales | None = None, *, weight_decay: float = 0.0, **arguments: Any
+) -> torch.optim.Optimizer:
+    """An optimizer over the model's parameter groups: a RepOptimizer where scales are given, else the plain rule.
+
+    Args:
+        name: of the update rule, "sgd" or "adamw".
+        model: in target mode if scales are given, else any.
+        scales: from `load_scales` or `extract_scales`.
+        weight_decay: of the decayed group (`param_groups`).
+        arguments: of the rule: lr, momentum, nesterov, betas, eps.
+
+    Raises:
+        UserError: an unknown rule, or scales that are not those of this model.
+    """
+    if name not in RULES:
+        raise unknown("optimizer", name, RULES)
+    rule = RULES[name]
+    groups = param_groups(model, weight_decay)
+    if scales is None:
+        return rule.plain(groups, **arguments)
+    return rule.rep(groups, grad_mults=grad_mults(model, scales, degree=rule.rep.degree), **arguments)
+
+
+def _blocks(model: nn.Module, *modes: Mode) -> Iterator[tuple[str, RepConv2d]]:
+    """Every declared block of a model by the path of its module; UserError where one is in none of the modes asked."""
+    for path, module in model.named_modules():
+        if isinstance(module, RepConv2d):
+            if modes and module.mode not in modes:
+                raise UserError(f"this needs a model in {' or '.join(modes)} mode, not {module.mode} ({path})")
+            yield path, module
+
+
+def _join(path: str, name: str) -> str:
+    """The state-dict key of a declared name."""
+    return f"{path}.{name}.weight" if path else f"{name}.weight"

@@ -1,0 +1,39 @@
+"""Files of searched scales: a flat dict of 1-D tensors, as the published release writes and reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from repopt import checkpoint
+from repopt.errors import UserError
+
+
+def load_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Searched scales by name, from a scale file or from a checkpoint (of a hyper-search, or one that keeps its scales).
+
+    From a hyper-search all 1-D floating tensors of its state dict are returned; a model picks its own among them.
+
+    Returns:
+        Tensors of the shape (O,), on the CPU.
+
+    Raises:
+        UserError: no such file, or none of these; a scale that is not finite.
+    """
+    content = checkpoint.read(path)
+    state = content["scales"] if content.get("scales") else checkpoint.state_dict_of(content)
+    scales = {name: value for name, value in state.items() if value.dim() == 1 and value.is_floating_point()}
+    if not scales:
+        raise UserError(f"{os.fspath(path)!r} holds no searched scales")
+    for name, value in scales.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{os.fspath(path)!r} holds values that are not finite in {name!r}")
+    return scales
+
+
+def save_scales(scales: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write a scale file, which the published code reads too."""
+    checkpoint.write({name: value.detach().cpu().clone() for name, value in scales.items()}, path)
