@@ -19,6 +19,8 @@ from data.samplers import Sampler
 from data.transforms import Transform
 from repopt.errors import UserError
 
+Sample = tuple[Tensor, int, int]  # uint8 [3, H, W], label, index
+
 
 @dataclass(frozen=True)
 class Unreadable:
@@ -29,7 +31,7 @@ class Unreadable:
 
 
 class Decoded(Dataset):
-    """Item (epoch, index) is (uint8 [3, H, W], label, index), or `Unreadable`.
+    """Item (epoch, index) is a `Sample`, or `Unreadable`.
 
     What the transform draws depends on (seed, epoch, index) alone, so neither on the worker nor on what it did before.
     """
@@ -37,17 +39,24 @@ class Decoded(Dataset):
     def __init__(self, images: EncodedImages, transform: Transform, seed: int) -> None:
         self._images, self._transform, self._seed = images, transform, seed
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int] | Unreadable:
-        epoch, index = item
+    def __getitem__(self, item: tuple[int, int]) -> Sample | Unreadable:
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample | Unreadable]:
+        """A batch of items; the DataLoader prefers it, and the generators are saved once for all of them."""
+        with seeding.preserved():
+            return [self._get(epoch, index) for epoch, index in items]
+
+    def _get(self, epoch: int, index: int) -> Sample | Unreadable:
         try:
             image = Image.open(io.BytesIO(self._images.read(index))).convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
             return Unreadable(self._images.name(index), f"{type(error).__name__}: {error}")
-        with seeding.seeded(self._seed, epoch, seeding.TRANSFORM, index):
-            return self._transform(image), int(self._images.labels[index]), index
+        seeding.reseed(self._seed, epoch, seeding.TRANSFORM, index)
+        return self._transform(image), int(self._images.labels[index]), index
 
 
-def _collate(samples: list[tuple[Tensor, int, int] | Unreadable]) -> list[Tensor] | Unreadable:
+def _collate(samples: list[Sample | Unreadable]) -> list[Tensor] | Unreadable:
     return next((s for s in samples if isinstance(s, Unreadable)), None) or default_collate(samples)
 
 

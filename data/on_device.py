@@ -52,12 +52,12 @@ class Erase:
     def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> None:
         """Erases in float images [B, 3, H, W]; `indices` int64 [B] lies on the CPU."""
         # The noise is drawn on the device, from its global generator.
-        with torch.random.fork_rng(self._cuda):
+        with seeding.preserved(), torch.random.fork_rng(self._cuda):
             for image, index in zip(images, indices.tolist(), strict=True):
-                with seeding.seeded(self._seed, epoch, seeding.ERASE, index):
-                    if self._cuda:
-                        torch.cuda.manual_seed(torch.default_generator.initial_seed())
-                    self._erase(image)
+                seeding.reseed(self._seed, epoch, seeding.ERASE, index)
+                if self._cuda:
+                    torch.cuda.manual_seed(torch.default_generator.initial_seed())
+                self._erase(image)
 
 
 class Mix:
@@ -98,5 +98,6 @@ class Mix:
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Mixed images [B, 3, H, W] and float targets [B, num_classes]."""
-        with seeding.seeded(self._seed, epoch, seeding.MIX, step, self._rank):
+        with seeding.preserved():
+            seeding.reseed(self._seed, epoch, seeding.MIX, step, self._rank)
             return self._mix(images, labels)

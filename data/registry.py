@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from data import cifar, digits, fake, folder
+from data import cifar, digits, fake, folder, zipped
 from data.encoded import EncodedImages
 from data.types import Info, Source
 from repopt.errors import UserError, unknown
@@ -55,11 +55,20 @@ class Decoded:
 
 
 def _describe_files(source: Source, splits: Sequence[str]) -> Info:
-    return folder.describe(source.root, splits)
+    return (zipped if source.zip_mode else folder).describe(source.root, splits)
 
 
 def _open_files(source: Source, split: str, num_classes: int, rank: int, world_size: int) -> EncodedImages:
-    return folder.FolderImages(source.root, split)
+    if not source.zip_mode:
+        return folder.FolderImages(source.root, split)
+    return zipped.ZippedImages(
+        source.root,
+        split,
+        num_classes=num_classes,
+        cache_mode=source.cache_mode,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 DATASETS: dict[str, Resident | Decoded] = {

@@ -1,4 +1,4 @@
-"""Images that live on the device: the whole set is one uint8 tensor there, and batches are gathered and cropped there."""
+"""Images that live on the device: the whole set is one uint8 tensor there; batches are gathered and cropped there."""
 
 from __future__ import annotations
 
@@ -25,24 +25,38 @@ class RandomCropFlip:
     """
 
     def __init__(self, images: Tensor, *, padding: int, flip: bool, seed: int) -> None:
-        height, width = images.shape[2:]
+        self._padding, self._flip, self._seed = padding, flip, seed
+        self._shape = images.shape
+        channels, height, width = images.shape[1:]
         padded = F.pad(images, [padding] * 4)
-        self._windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [N, 3, y, x, H, W]
-        self._flip, self._seed = flip, seed
+        self._image_stride, channel_stride, self._row_stride, _ = padded.stride()
+        # A crop is 3 H stretches of W pixels. Row i of this view is the stretch from pixel i on, so that one
+        # index_select gathers a batch, 8 times as fast on a CPU as indexing by image, row and column.
+        self._stretches = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
+        starts = torch.arange(channels)[:, None] * channel_stride + torch.arange(height) * self._row_stride
+        self._within_crop = starts.flatten().to(images.device)
 
     def draw(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The epoch's offsets int64 [2, N] (y, x) and mirrorings bool [N] of the whole set, on the CPU."""
+        """The epoch's corners int64 [2, N] (y, x, in the padded image) and mirrorings bool [N] of the whole set."""
         rng = seeding.generator(self._seed, epoch, seeding.CROP)
-        num_images, _, num_offsets = self._windows.shape[:3]
-        offsets = torch.randint(num_offsets, (2, num_images), generator=rng)
-        mirrored = torch.rand(num_images, generator=rng) < 0.5
-        return offsets, mirrored if self._flip else torch.zeros_like(mirrored)
+        corners = torch.randint(2 * self._padding + 1, (2, self._shape[0]), generator=rng)
+        return corners, torch.rand(self._shape[0], generator=rng) < 0.5
 
-    def __call__(self, indices: Tensor, offsets: Tensor, mirrored: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] of the images at `indices`, from the draws of the whole set on the device."""
-        y, x = offsets[:, indices]
-        images = self._windows[indices, :, y, x]
-        return torch.where(mirrored[indices, None, None, None], images.flip(3), images) if self._flip else images
+    def first_pixels(self, corners: Tensor) -> Tensor:
+        """int64 [N]: where each image's crop starts, as `__call__` takes it."""
+        y, x = corners
+        return torch.arange(self._shape[0]) * self._image_stride + y * self._row_stride + x
+
+    def __call__(self, first_pixels: Tensor, mirrored: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W], from a batch's first pixels int64 [B] and mirrorings bool [B] on the device."""
+        stretches = (first_pixels[:, None] + self._within_crop).flatten()
+        images = self._stretches.index_select(0, stretches).view(-1, *self._shape[1:])
+        if not self._flip:
+            return images
+        # Faster than torch.where, which goes through uint8 images pixel by pixel.
+        batch = len(images)
+        chosen = torch.arange(batch, device=images.device) + batch * mirrored
+        return torch.cat([images, images.flip(3)]).index_select(0, chosen)
 
 
 class ResidentLoader(Loader):
@@ -66,11 +80,21 @@ class ResidentLoader(Loader):
         if not batches:
             return
         # One transfer of the epoch's indices and draws, not one per step.
-        on_device = self._send(torch.cat(tuple(batches))).split([len(b) for b in batches])
-        draws = tuple(self._send(draw) for draw in self._crop.draw(epoch)) if self._crop else ()
-        for indices, here in zip(batches, on_device, strict=True):
-            images = self._crop(here, *draws) if self._crop else self._images[here]
+        order = torch.cat(tuple(batches))
+        lengths = [len(batch) for batch in batches]
+        on_device = self._send(order).split(lengths)
+        crops = self._crops(epoch, order, lengths) if self._crop else map(self._plain, on_device)
+        for indices, here, images in zip(batches, on_device, crops, strict=True):
             yield images, self._labels[here], indices
+
+    def _plain(self, indices: Tensor) -> Tensor:
+        return self._images.index_select(0, indices)
+
+    def _crops(self, epoch: int, order: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+        corners, mirrored = self._crop.draw(epoch)
+        first_pixels = self._crop.first_pixels(corners)
+        draws = (self._send(draw[order]).split(lengths) for draw in (first_pixels, mirrored))
+        return map(self._crop, *draws)
 
     def _send(self, tensor: Tensor) -> Tensor:
         device = self._images.device

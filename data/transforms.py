@@ -1,4 +1,4 @@
-"""What a worker does to one decoded image: PIL image (RGB) -> uint8 [3, H, W]. Randomness is from the global generators."""
+"""What a worker does to a decoded image: PIL image (RGB) -> uint8 [3, H, W]; randomness from the global generators."""
 
 from __future__ import annotations
 

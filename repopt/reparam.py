@@ -128,7 +128,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def build_optimizer(
-    name: str, model: nn.Module, scales: Scales | None = None, *, weight_decay: float = 0.0, **arguments: Any
+    name: str, model: nn.Module, scales: Scales | None = None, *, lr: float, weight_decay: float = 0.0, **settings: Any
 ) -> torch.optim.Optimizer:
     """An optimizer over the model's parameter groups: a RepOptimizer where scales are given, else the plain rule.
 
@@ -136,19 +136,26 @@ def build_optimizer(
         name: of the update rule, "sgd" or "adamw".
         model: in target mode if scales are given, else any.
         scales: from `load_scales` or `extract_scales`.
+        lr: learning rate.
         weight_decay: of the decayed group (`param_groups`).
-        arguments: of the rule: lr, momentum, nesterov, betas, eps.
+        settings: hyper-parameters of the rules: momentum, nesterov, betas, eps. Those of other rules are passed over,
+            so that one set of settings serves every rule.
 
     Raises:
         UserError: an unknown rule, or scales that are not those of this model.
     """
     if name not in RULES:
         raise unknown("optimizer", name, RULES)
-    rule = RULES[name]
+    known = {key for rule in RULES.values() for key in rule.hyperparameters}
+    for key in settings:
+        if key not in known:
+            raise unknown("optimizer setting", key, known)
+    arguments = {"lr": lr} | {key: value for key, value in settings.items() if key in RULES[name].hyperparameters}
     groups = param_groups(model, weight_decay)
     if scales is None:
-        return rule.plain(groups, **arguments)
-    return rule.rep(groups, grad_mults=grad_mults(model, scales, degree=rule.rep.degree), **arguments)
+        return RULES[name].plain(groups, **arguments)
+    rep = RULES[name].rep
+    return rep(groups, grad_mults=grad_mults(model, scales, degree=rep.degree), **arguments)
 
 
 def _blocks(model: nn.Module, *modes: Mode) -> Iterator[tuple[str, RepConv2d]]:

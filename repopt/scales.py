@@ -13,7 +13,7 @@ from repopt.errors import UserError
 
 
 def load_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Searched scales by name, from a scale file or from a checkpoint (of a hyper-search, or one that keeps its scales).
+    """Searched scales by name, from a scale file, a hyper-search's checkpoint, or any checkpoint that keeps its scales.
 
     From a hyper-search all 1-D floating tensors of its state dict are returned; a model picks its own among them.
 

@@ -11,15 +11,16 @@ from repopt.optim.sgd import RepSGD
 
 
 class Rule(NamedTuple):
-    """An update rule: the plain optimizer, and the RepOptimizer that follows it."""
+    """An update rule: the plain optimizer, the RepOptimizer that follows it, and the names of its hyper-parameters."""
 
     plain: type[torch.optim.Optimizer]
     rep: type[RepOptimizer]
+    hyperparameters: tuple[str, ...]
 
 
 RULES = {
-    "sgd": Rule(torch.optim.SGD, RepSGD),
-    "adamw": Rule(torch.optim.AdamW, RepAdamW),
+    "sgd": Rule(torch.optim.SGD, RepSGD, ("momentum", "nesterov")),
+    "adamw": Rule(torch.optim.AdamW, RepAdamW, ("betas", "eps")),
 }
 
 __all__ = ["RULES", "RepAdamW", "RepOptimizer", "RepSGD", "Rule", "clip_grad_norm_"]

@@ -1,0 +1,217 @@
+"""Images in a zip: `<split>.zip` (or one zip with both splits) and `<split>_map.txt`, lines of path, tab, class index.
+
+The zip is data: entries are read into memory, never extracted to files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.types import Info
+from repopt.errors import UserError, unknown
+
+CACHE_MODES = ("no", "full", "part")
+
+_SPLIT_ZIPS = ("train.zip", "val.zip")
+_CLASS_INDEX = re.compile("[0-9]{1,9}")
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field that follow it
+
+
+@dataclass(frozen=True)
+class Map:
+    """The lines of a map file: names in the zip, and class indices, with the file's own name for messages."""
+
+    file: str
+    names: list[str]
+    labels: list[int]
+
+
+def describe(root: str, splits: Sequence[str]) -> Info:
+    """Reads the map files: the number of classes is the greatest index + 1, and all splits' classes must be train's.
+
+    Raises:
+        UserError: a zip or map file is missing or malformed, or a split has classes that the first does not have.
+    """
+    maps = {split: _read_map(root, split, _find_zip(root, split)) for split in splits}
+    (first, reference), *others = maps.items()
+    expected = set(reference.labels)
+    for _, found in others:
+        if foreign := set(found.labels) - expected:
+            raise UserError(f"{found.file} has class {min(foreign)}, which {first} does not have ({reference.file})")
+    counts = {split: len(m.labels) for split, m in maps.items()}
+    return Info(max(expected) + 1, None, counts.get("train"), counts.get("val"))
+
+
+class ZippedImages:
+    """The images of one split, in the order of its map file.
+
+    Args:
+        root: the folder with the zip.
+        split: 'train' or 'val'.
+        num_classes: class indices must be below it.
+        cache_mode: 'no' reads from the zip; 'full' holds every image's encoded bytes in memory; 'part' those of the
+            images rank::world_size.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        UserError: a zip or map file is missing or malformed; an unknown cache mode.
+    """
+
+    def __init__(self, root: str, split: str, *, num_classes: int, cache_mode: str, rank: int, world_size: int) -> None:
+        if cache_mode not in CACHE_MODES:
+            raise unknown("cache mode", cache_mode, CACHE_MODES)
+        path = _find_zip(root, split)
+        map_ = _read_map(root, split, path)
+        for line, label in enumerate(map_.labels, 1):
+            if label >= num_classes:
+                raise UserError(f"{map_.file}, line {line}: class index {label} is not below {num_classes}")
+        self.labels = torch.tensor(map_.labels)
+        self._entries = _Entries(path, split, map_)
+        cached = {"no": range(0), "full": range(len(self.labels)), "part": range(rank, len(self.labels), world_size)}
+        self._cache = _Cache(self._entries, cached[cache_mode])
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of one image."""
+        return self._cache.read(index) if self._cache.holds(index) else self._entries.read(index)
+
+    def name(self, index: int) -> str:
+        """The zip and the path within."""
+        return self._entries.name(index)
+
+
+class _Entries:
+    """Where in the zip each image lies.
+
+    A `zipfile.ZipFile` takes 10 s and 0.8 GB for ImageNet's entries, and each worker process would need its own. So it
+    is read once, here, into arrays that workers share, and an entry is read by its position.
+    """
+
+    def __init__(self, path: Path, split: str, map_: Map) -> None:
+        with _open_zip(path) as archive:
+            infos = {info.filename: info for info in archive.infolist()}
+        found = []
+        for line, name in enumerate(map_.names, 1):
+            info = infos.get(name) or infos.get(f"{split}/{name}")
+            where = f"{map_.file}, line {line}"
+            if info is None or info.is_dir():
+                raise UserError(f"{where}: no image {name!r} in {str(path)!r}")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+                raise UserError(f"{where}: {name!r} is encrypted or compressed otherwise than by deflate")
+            found.append(info)
+        self._path = path
+        self._names = np.array([info.filename.encode() for info in found])
+        self._at = np.array([info.header_offset for info in found])
+        self._packed = np.array([info.compress_size for info in found])
+        self._deflated = np.array([info.compress_type == zipfile.ZIP_DEFLATED for info in found])
+        self._crc = np.array([info.CRC for info in found])
+        self.sizes = np.array([info.file_size for info in found])
+        self._file: io.FileIO | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None}  # another process opens its own
+
+    def read(self, index: int) -> bytes:
+        """The unpacked bytes; OSError where they are not what the zip's directory says."""
+        if self._file is None:
+            self._file = io.FileIO(self._path)
+        # Positional reads: forked processes share a descriptor's position.
+        at = int(self._at[index])
+        signature, *lengths = _LOCAL_HEADER.unpack(os.pread(self._file.fileno(), _LOCAL_HEADER.size, at).ljust(30))
+        data = os.pread(self._file.fileno(), int(self._packed[index]), at + _LOCAL_HEADER.size + sum(lengths))
+        if signature != b"PK\3\4":
+            raise OSError("the zip's directory points to no entry")
+        if self._deflated[index]:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(self.sizes[index]) + 1)
+            except zlib.error as error:
+                raise OSError(str(error)) from error
+        if len(data) != self.sizes[index] or zlib.crc32(data) != self._crc[index]:
+            raise OSError("size or checksum differs from the zip's directory")
+        return data
+
+    def name(self, index: int) -> str:
+        return f"{self._path}@/{self._names[index].decode()}"
+
+
+class _Cache:
+    """Encoded images in one buffer, which worker processes share, whether forked or spawned."""
+
+    def __init__(self, entries: _Entries, indices: range) -> None:
+        self._indices = indices
+        self._ends = np.cumsum(entries.sizes[indices.start : indices.stop : indices.step])
+        self._starts = self._ends - entries.sizes[indices.start : indices.stop : indices.step]
+        self._buffer = torch.empty(int(self._ends[-1]) if len(indices) else 0, dtype=torch.uint8)
+        view = self._buffer.numpy()
+        for slot, index in enumerate(indices):
+            try:
+                data = entries.read(index)
+            except OSError as error:
+                raise UserError(f"cannot read {entries.name(index)!r}: {error}") from error
+            view[self._starts[slot] : self._ends[slot]] = np.frombuffer(data, np.uint8)
+
+    def holds(self, index: int) -> bool:
+        return index in self._indices
+
+    def read(self, index: int) -> bytes:
+        slot = self._indices.index(index)
+        return self._buffer[self._starts[slot] : self._ends[slot]].numpy().tobytes()
+
+
+def _find_zip(root: str, split: str) -> Path:
+    folder = Path(root)
+    if not root or not folder.is_dir():
+        raise UserError(f"data folder {root!r} does not exist: give --data-path")
+    if (path := folder / f"{split}.zip").is_file():
+        return path
+    zips = [path for path in sorted(folder.glob("*.zip")) if path.name not in _SPLIT_ZIPS]
+    if len(zips) != 1:
+        raise UserError(f"neither {split}.zip nor one single zip with both splits in {root!r} ({len(zips)} other zips)")
+    return zips[0]
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {str(path)!r} as a zip: {error}") from error
+
+
+def _read_map(root: str, split: str, archive: Path) -> Map:
+    """The map file beside the zip, or else the one in it."""
+    beside = Path(root, f"{split}_map.txt")
+    if beside.is_file():
+        return _parse_map(str(beside), beside.read_bytes())
+    with _open_zip(archive) as zip_file:
+        inside = [name for name in zip_file.namelist() if Path(name).name == beside.name]
+        if len(inside) != 1:
+            raise UserError(f"no {beside.name} in {root!r} or in {archive.name} (lines of: path, tab, class index)")
+        return _parse_map(f"{archive}@/{inside[0]}", zip_file.read(inside[0]))
+
+
+def _parse_map(file: str, content: bytes) -> Map:
+    names, labels = [], []
+    try:
+        lines = content.decode().rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        name, tab, label = line.partition("\t")
+        if not name or not tab or not _CLASS_INDEX.fullmatch(label):
+            raise UserError(f"{file}, line {number}: expected path, tab, class index; found {line!r}")
+        names.append(name.rpartition("@/")[2])  # some map files write 'train.zip@/n01440764/x.JPEG'
+        labels.append(int(label))
+    if not names:
+        raise UserError(f"{file} is empty")
+    return Map(file, names, labels)

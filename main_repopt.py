@@ -1,0 +1,325 @@
+"""The entrance: search scales, train a plain network with them, evaluate it, measure its speed.
+
+    torchrun --nproc_per_node 1 main_repopt.py --arch RepOpt-VGG-B1-hs --data-path CIFAR --tag search \\
+        --cfg configs/hyper_search_vgg.yaml
+    torchrun --nproc_per_node 8 main_repopt.py --arch RepOpt-VGG-B1-target --data-path IMAGENET --tag b1 \\
+        --scales-path output/RepOpt-VGG-B1-hs/search/scales.pth --cfg configs/imagenet_vgg.yaml
+    python main_repopt.py --arch RepOpt-VGG-B1-target --data-path IMAGENET --eval --resume FILE
+
+A run is one process or many (torchrun); everything it writes goes to <output>/<arch>/<tag>/.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+import data
+import repopt
+from repopt import checkpoint, config, engine
+from repopt.distributed import World, world
+from repopt.errors import UserError
+from repopt.logging import logger, start_log
+from repopt.models import Arch, parse_arch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; 0, or 2 after a mistake of the user, which is one line on stderr."""
+    try:
+        settings = config.parse(argv)
+        arch = parse_arch(settings.cfg.MODEL.ARCH)
+        with world() as here:
+            run(arch, resolve(arch, settings), here)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)  # the first process has made the same mistake and says it; torchrun then ends this one
+        print(f"main_repopt.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
+    """Fill in what follows from the data set and other keys, refuse what contradicts it, and freeze."""
+    cfg, given = settings
+    if cfg.EVAL_MODE and not cfg.MODEL.RESUME:
+        raise UserError("--eval needs the weights to evaluate: --resume FILE")
+    if cfg.TRAIN.SCALES_PATH and not needs_scales(arch):
+        raise UserError(f"{cfg.MODEL.ARCH} takes no searched scales: leave --scales-path out, or train a -target")
+    if not cfg.THROUGHPUT_MODE:
+        info = data.describe(source_of(cfg), splits=("val",) if cfg.EVAL_MODE else ("train", "val"))
+        for section, name, value in (
+            ("MODEL", "NUM_CLASSES", info.num_classes),
+            ("DATA", "IMG_SIZE", info.image_size),
+            ("DATA", "TEST_SIZE", info.image_size),
+        ):
+            if value is not None:
+                if f"{section}.{name}" in given and cfg[section][name] != value:
+                    raise UserError(f"{section}.{name} is {cfg[section][name]}, but the data set's is {value}")
+                cfg[section][name] = value
+    cfg.DATA.TEST_SIZE = cfg.DATA.TEST_SIZE or cfg.DATA.IMG_SIZE
+    cfg.DATA.TEST_BATCH_SIZE = cfg.DATA.TEST_BATCH_SIZE or cfg.DATA.BATCH_SIZE
+    cfg.TRAIN.ACCUMULATION_STEPS = max(1, cfg.TRAIN.ACCUMULATION_STEPS)
+    cfg.OUTPUT = str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG))
+    cfg.freeze()
+    return cfg
+
+
+def run(arch: Arch, cfg: CfgNode, world: World) -> None:
+    """Train, or evaluate, or measure throughput."""
+    folder = Path(cfg.OUTPUT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        start_log(folder, world.rank)
+    except OSError as error:
+        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    logger.info(shlex.join(sys.argv))
+    logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
+    torch.manual_seed(cfg.SEED)
+    model = repopt.create_model(
+        arch.model, mode=arch.mode, num_classes=cfg.MODEL.NUM_CLASSES, use_checkpoint=cfg.TRAIN.USE_CHECKPOINT
+    )
+    if cfg.THROUGHPUT_MODE:
+        report_throughput(cfg, world, model)
+    elif cfg.EVAL_MODE:
+        report_evaluation(cfg, world, model)
+    else:
+        train(arch, cfg, world, model)
+
+
+def report_throughput(cfg: CfgNode, world: World, model: nn.Module) -> None:
+    """Print the images per second of the network as it is deployed."""
+    speed = engine.measure_throughput(
+        to_device(repopt.deploy(model), world),
+        batch_size=cfg.DATA.BATCH_SIZE,
+        image_size=cfg.DATA.TEST_SIZE,
+        precision=precision_of(cfg, world),
+        memory_format=memory_format_of(world),
+    )
+    logger.info(
+        f"{cfg.MODEL.ARCH} deployed: {speed:.1f} images/s in batches of {cfg.DATA.BATCH_SIZE}, {cfg.DATA.TEST_SIZE} px"
+    )
+
+
+def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
+    """Print the accuracy of a checkpoint, and of its moving average where it keeps one."""
+    content = checkpoint.read(cfg.MODEL.RESUME)
+    loader = eval_loader(cfg, world)
+    model = to_device(model, world)
+    for key, label in (("model", "val"), ("ema", "ema")):
+        if key == "model" or key in content:
+            repopt.load_weights(model, checkpoint.state_dict_of(content, key))
+            logger.info(f"{label}: {engine.evaluate(model, loader, precision_of(cfg, world))}")
+
+
+def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module) -> None:
+    """Train from the beginning, or on from a checkpoint."""
+    resume = find_checkpoint(cfg)
+    content = checkpoint.read(resume) if resume else None
+    scales = find_scales(arch, cfg, content)
+    if scales is not None and content is None:
+        repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
+    model = to_device(model, world)
+    train_loader = training_loader(cfg, world)
+    state = training_state(arch, cfg, world, model, scales, batches=len(train_loader))
+    if content is not None:
+        state.restore(content)
+        logger.info(f"resumed {resume} after epoch {state.epoch}")
+    folder, settings = Path(cfg.OUTPUT), config.as_dict(cfg)
+    if world.is_main:
+        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    logger.info(f"{cfg.MODEL.ARCH}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    engine.fit(
+        state,
+        distribute(cfg, world, model),
+        train_loader,
+        eval_loader(cfg, world),
+        nn.CrossEntropyLoss(label_smoothing=0.0 if mixes(cfg) else cfg.MODEL.LABEL_SMOOTHING),
+        epochs=cfg.TRAIN.EPOCHS,
+        folder=folder,
+        config=settings,
+        world=world,
+        searching=arch.mode == "hs",
+        clip=clipping(arch, cfg, model, scales),
+        accumulation_steps=cfg.TRAIN.ACCUMULATION_STEPS,
+        ema_update_period=cfg.TRAIN.EMA_UPDATE_PERIOD,
+        eval_period=cfg.TEST.PERIOD,
+        save_period=cfg.SAVE_FREQ,
+        print_period=cfg.PRINT_FREQ,
+    )
+
+
+def find_checkpoint(cfg: CfgNode) -> Path | None:
+    """What to resume: --resume, or what an earlier start of the same run left."""
+    if cfg.MODEL.RESUME:
+        return Path(cfg.MODEL.RESUME)
+    latest = Path(cfg.OUTPUT, "latest.pth")
+    return latest if cfg.TRAIN.AUTO_RESUME and latest.is_file() else None
+
+
+def needs_scales(arch: Arch) -> bool:
+    """Whether searched scales make the model or its optimizer."""
+    return arch.repopt or arch.mode == "csla"
+
+
+def find_scales(arch: Arch, cfg: CfgNode, content: Mapping[str, Any] | None) -> Mapping[str, Tensor] | None:
+    """The scales of a run that needs them: those kept in the checkpoint it resumes, or --scales-path."""
+    if not needs_scales(arch):
+        return None
+    if content is not None and "scales" in content:
+        return content["scales"]
+    if cfg.TRAIN.SCALES_PATH:
+        return repopt.load_scales(cfg.TRAIN.SCALES_PATH)
+    raise UserError(
+        f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a hyper-search "
+        f"({arch.model}-target-norepopt trains with the plain optimizer)"
+    )
+
+
+def training_state(
+    arch: Arch, cfg: CfgNode, world: World, model: nn.Module, scales: Mapping[str, Tensor] | None, *, batches: int
+) -> engine.TrainingState:
+    """Optimizer, schedule and moving average around a model."""
+    images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
+    scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
+    rule = cfg.TRAIN.OPTIMIZER
+    optimizer = repopt.build_optimizer(
+        rule.NAME,
+        model,
+        scales if arch.repopt else None,
+        lr=cfg.TRAIN.BASE_LR * scaling,
+        weight_decay=cfg.TRAIN.WEIGHT_DECAY,
+        momentum=rule.MOMENTUM,
+        nesterov=rule.MOMENTUM > 0,
+        betas=rule.BETAS,
+        eps=rule.EPS,
+    )
+    schedule = engine.build_schedule(
+        optimizer,
+        cfg.TRAIN.LR_SCHEDULER.NAME,
+        steps_per_epoch=-(-batches // cfg.TRAIN.ACCUMULATION_STEPS),
+        epochs=cfg.TRAIN.EPOCHS,
+        warmup_epochs=cfg.TRAIN.WARMUP_EPOCHS,
+        warmup_lr=cfg.TRAIN.WARMUP_LR * scaling,
+        min_lr=cfg.TRAIN.MIN_LR * scaling,
+        decay_epochs=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS,
+        decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
+    )
+    ema = None
+    if cfg.TRAIN.EMA_ALPHA:
+        alpha = cfg.TRAIN.EMA_ALPHA * images_per_step * cfg.TRAIN.EMA_UPDATE_PERIOD / cfg.TRAIN.EPOCHS
+        ema = ModelEmaV3(model, decay=1 - min(1.0, alpha))
+    return engine.TrainingState(
+        model, optimizer, schedule, precision_of(cfg, world), scales, ema, epoch=cfg.TRAIN.START_EPOCH
+    )
+
+
+def clipping(
+    arch: Arch, cfg: CfgNode, model: nn.Module, scales: Mapping[str, Tensor] | None
+) -> Callable[[], Tensor] | None:
+    """What clips the gradients: under a RepOptimizer by the norm that the imagined CSLA network's would have."""
+    if not cfg.TRAIN.CLIP_GRAD:
+        return None
+    if arch.repopt and scales is not None:
+        mults = repopt.grad_mults(model, scales, degree=1)
+        return functools.partial(repopt.clip_grad_norm_, list(model.named_parameters()), cfg.TRAIN.CLIP_GRAD, mults)
+    return functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), cfg.TRAIN.CLIP_GRAD)
+
+
+def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
+    """The model as it is trained, in DDP where there are several processes."""
+    if world.size == 1:
+        return model
+    if cfg.TRAIN.SYNC_BN:
+        if world.device.type != "cuda":
+            raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,  # batch-norm statistics are averaged before every evaluation instead
+        gradient_as_bucket_view=True,
+    )
+
+
+def to_device(model: nn.Module, world: World) -> nn.Module:
+    """The model where, and in the memory format in which, it runs."""
+    return model.to(world.device, memory_format=memory_format_of(world))
+
+
+def memory_format_of(world: World) -> torch.memory_format:
+    """channels_last feeds the tensor cores of GPUs."""
+    return torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
+
+
+def precision_of(cfg: CfgNode, world: World) -> engine.Precision:
+    """fp32 on CPUs and where O0 asks for it, else autocast."""
+    level = cfg.AMP_OPT_LEVEL or ("O1" if world.device.type == "cuda" else "O0")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.AMP_DTYPE]
+    return engine.Precision(world.device, None if level == "O0" else dtype)
+
+
+def source_of(cfg: CfgNode) -> data.Source:
+    """Where the images come from."""
+    return data.Source(cfg.DATA.DATASET, cfg.DATA.DATA_PATH, cfg.DATA.ZIP_MODE, cfg.DATA.CACHE_MODE)
+
+
+def mixes(cfg: CfgNode) -> bool:
+    """Whether mixup or cutmix make the targets, smoothing included."""
+    return cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None
+
+
+def training_loader(cfg: CfgNode, world: World) -> data.Loader:
+    """Augmented training batches of this process."""
+    augmentation = data.Augmentation(**{f.name: cfg.AUG[f.name.upper()] for f in fields(data.Augmentation)})
+    return data.train_loader(
+        source_of(cfg),
+        augmentation,
+        image_size=cfg.DATA.IMG_SIZE,
+        batch_size=cfg.DATA.BATCH_SIZE,
+        label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
+        seed=cfg.SEED,
+        **loading(cfg, world),
+    )
+
+
+def eval_loader(cfg: CfgNode, world: World) -> data.Loader:
+    """Evaluation batches of this process."""
+    return data.eval_loader(
+        source_of(cfg),
+        image_size=cfg.DATA.TEST_SIZE,
+        batch_size=cfg.DATA.TEST_BATCH_SIZE,
+        crop=cfg.TEST.CROP,
+        **loading(cfg, world),
+    )
+
+
+def loading(cfg: CfgNode, world: World) -> dict[str, Any]:
+    """What training and evaluation loaders have in common."""
+    return {
+        "interpolation": cfg.DATA.INTERPOLATION,
+        "num_classes": cfg.MODEL.NUM_CLASSES,
+        "device": world.device,
+        "rank": world.rank,
+        "world_size": world.size,
+        "num_workers": cfg.DATA.NUM_WORKERS,
+        "pin_memory": cfg.DATA.PIN_MEMORY,
+        "memory_format": memory_format_of(world),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Configuration: every key is declared once, in `KEYS`; defaults, types, flags and errors are derived from it.
+
+Precedence: defaults < ``--cfg`` file (its ``BASE`` files first) < flags that were given < ``--opts KEY VALUE ...``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yacs.config import CfgNode
+
+from repopt.errors import UserError, unknown
+
+
+class Key(NamedTuple):
+    """A configuration key: its default, what it means, and what may stand there."""
+
+    default: Any
+    meaning: str
+    type: type | None = None  # of the value where the default is None
+    choices: tuple[Any, ...] | None = None
+    flag: str | None = None  # of the command line; a bool key's flag takes no value and sets True
+
+
+KEYS: dict[str, Key] = {
+    "BASE": Key([""], "YAML recipes, relative to this one, that it builds upon"),
+    "DATA.BATCH_SIZE": Key(128, "images per process and step", flag="--batch-size"),
+    "DATA.DATA_PATH": Key("", "data set root", flag="--data-path"),
+    "DATA.DATASET": Key("imagenet", "digits, cf100, imagenet, folder (any train/ and val/ of class folders) or fake"),
+    "DATA.IMG_SIZE": Key(224, "side of a training image in pixels; small data sets bring their own"),
+    "DATA.TEST_SIZE": Key(None, "side of a test image in pixels; None = IMG_SIZE", int),
+    "DATA.TEST_BATCH_SIZE": Key(None, "images per process and step in evaluation; None = BATCH_SIZE", int),
+    "DATA.INTERPOLATION": Key(
+        "bilinear", "of resizing; random: one of two per training image", choices=("bilinear", "bicubic", "random")
+    ),
+    "DATA.ZIP_MODE": Key(False, "read images from train.zip and val.zip with train_map.txt, val_map.txt", flag="--zip"),
+    "DATA.CACHE_MODE": Key(
+        "part",
+        "zipped images in memory: none, all on every process, or sharded over the processes",
+        choices=("no", "full", "part"),
+        flag="--cache-mode",
+    ),
+    "DATA.PIN_MEMORY": Key(True, "copy batches to the GPU from pinned memory"),
+    "DATA.NUM_WORKERS": Key(8, "worker processes that decode images, per process"),
+    "MODEL.ARCH": Key("RepOpt-VGG-B1", "model and mode, such as RepOpt-VGG-B1-target", flag="--arch"),
+    "MODEL.RESUME": Key("", "checkpoint to resume; with --eval the weights to evaluate", flag="--resume"),
+    "MODEL.NUM_CLASSES": Key(1000, "outputs of the classifier; if not given, the data set's"),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, "of the training loss"),
+    "TRAIN.START_EPOCH": Key(0, "epoch to start at when nothing is resumed"),
+    "TRAIN.EPOCHS": Key(300, "epochs in all"),
+    "TRAIN.WARMUP_EPOCHS": Key(20, "epochs of linear warm-up"),
+    "TRAIN.WEIGHT_DECAY": Key(0.05, "of kernels; biases and other 1-D parameters are not decayed"),
+    "TRAIN.BASE_LR": Key(5e-4, "learning rate per 256 images of the whole step; scaled linearly"),
+    "TRAIN.WARMUP_LR": Key(0.0, "where the warm-up starts, per 256 images"),
+    "TRAIN.MIN_LR": Key(0.0, "where the schedule ends, per 256 images"),
+    "TRAIN.CLIP_GRAD": Key(
+        0.0, "bound of the gradient norm (of the imagined CSLA network under a RepOptimizer); 0 = none"
+    ),
+    "TRAIN.AUTO_RESUME": Key(True, "resume latest.pth of the output folder where there is one"),
+    "TRAIN.ACCUMULATION_STEPS": Key(0, "batches per optimizer step; 0 and 1 are the same", flag="--accumulation-steps"),
+    "TRAIN.USE_CHECKPOINT": Key(False, "activation checkpointing: less memory, more time", flag="--use-checkpoint"),
+    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", "of the learning rate", choices=("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "of the step schedule"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "of the step schedule"),
+    "TRAIN.OPTIMIZER.NAME": Key("sgd", "update rule: sgd or adamw"),
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "of AdamW"),
+    "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), "of AdamW"),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "of SGD (Nesterov)"),
+    "TRAIN.EMA_ALPHA": Key(
+        0.0, "weight of the newest weights in their moving average, per image and epoch of training; 0 = no average"
+    ),
+    "TRAIN.EMA_UPDATE_PERIOD": Key(8, "optimizer steps between updates of the moving average"),
+    "TRAIN.SCALES_PATH": Key(
+        None, "searched scales: a scale file or a hyper-search checkpoint", str, flag="--scales-path"
+    ),
+    "TRAIN.IDENTITY_INIT": Key(
+        "searched", "how identity branches enter the initial weights", choices=("searched", "one")
+    ),
+    "TRAIN.SYNC_BN": Key(
+        False, "synchronise batch norms over GPUs; else their statistics are averaged before evaluation"
+    ),
+    "AUG.MIXUP": Key(0.0, "alpha of mixup; 0 = off"),
+    "AUG.CUTMIX": Key(0.0, "alpha of cutmix; 0 = off"),
+    "AUG.CUTMIX_MINMAX": Key(None, "range of cutmix's side ratio, instead of alpha", tuple),
+    "AUG.MIXUP_PROB": Key(1.0, "of mixup or cutmix, per batch"),
+    "AUG.MIXUP_SWITCH_PROB": Key(0.5, "of cutmix where both are on"),
+    "AUG.MIXUP_MODE": Key("batch", "of mixup and cutmix", choices=("batch", "pair", "elem")),
+    "AUG.PRESET": Key(None, "of training images; None: the keys below", str, choices=(None, "raug15", "weak", "none")),
+    "AUG.COLOR_JITTER": Key(0.4, "strength"),
+    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "timm's policy, or none"),
+    "AUG.REPROB": Key(0.25, "probability of random erasing"),
+    "AUG.REMODE": Key("pixel", "of random erasing", choices=("const", "rand", "pixel")),
+    "AUG.RECOUNT": Key(1, "of random erasing"),
+    "TEST.CROP": Key(False, "evaluate on the centre of an image whose short side is 256/224 of TEST_SIZE"),
+    "TEST.PERIOD": Key(1, "epochs between evaluations while training; the last is always evaluated"),
+    "AMP_OPT_LEVEL": Key(
+        "",
+        "O0: fp32; O1, O2: autocast; empty: autocast on GPUs",
+        choices=("", "O0", "O1", "O2"),
+        flag="--amp-opt-level",
+    ),
+    "AMP_DTYPE": Key("bf16", "of autocast", choices=("bf16", "fp16")),
+    "OUTPUT": Key("", "where runs go, <output>/<arch>/<tag>; empty: output", flag="--output"),
+    "TAG": Key("default", "name of the run", flag="--tag"),
+    "SAVE_FREQ": Key(20, "epochs between the checkpoints that are kept"),
+    "PRINT_FREQ": Key(10, "batches between lines of the log"),
+    "SEED": Key(0, "of everything random"),
+    "EVAL_MODE": Key(False, "evaluate only", flag="--eval"),
+    "THROUGHPUT_MODE": Key(False, "measure the inference throughput only", flag="--throughput"),
+}
+
+
+class Settings(NamedTuple):
+    """A configuration, not frozen yet, and the keys that a user set in it."""
+
+    cfg: CfgNode
+    given: set[str]
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """The configuration that a command line asks for.
+
+    Raises:
+        UserError: an unknown flag or key (with the nearest one), a value of the wrong kind, a recipe that is not there.
+    """
+    flags = {key.flag: name for name, key in KEYS.items() if key.flag}
+    parser = _Parser(prog="main_repopt.py", description=__doc__, allow_abbrev=False)
+    for flag, name in flags.items():
+        key = KEYS[name]
+        if isinstance(key.default, bool):
+            parser.add_argument(flag, dest=name, action="store_const", const="True", help=key.meaning)
+        else:
+            parser.add_argument(flag, dest=name, help=key.meaning, metavar=name.split(".")[-1])
+    parser.add_argument("--cfg", metavar="FILE", help="YAML recipe")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by old launchers; LOCAL_RANK counts")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="any other key and its value")
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        raise unknown("flag", rest[0], [*flags, "--cfg", "--opts"])
+
+    values: dict[str, Any] = dict(_read_recipe(Path(arguments.cfg))) if arguments.cfg else {}
+    values |= {name: getattr(arguments, name) for name in flags.values() if getattr(arguments, name) is not None}
+    if len(arguments.opts) % 2:
+        raise UserError(f"--opts takes pairs of KEY and VALUE; the last one, {arguments.opts[-1]!r}, stands alone")
+    values |= dict(zip(arguments.opts[::2], arguments.opts[1::2], strict=True))
+    return build(values)
+
+
+def build(values: Mapping[str, Any]) -> Settings:
+    """The defaults with `values` (by dotted key) over them; strings are read as on a command line."""
+    flat = {name: key.default for name, key in KEYS.items()}
+    for name, value in values.items():
+        flat[name] = _coerce(name, value)
+    return Settings(_nest(flat), set(values))
+
+
+def as_dict(cfg: CfgNode) -> dict[str, Any]:
+    """A configuration as plain nested dicts."""
+    return {name: as_dict(value) if isinstance(value, CfgNode) else value for name, value in cfg.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(message)
+
+
+def _nest(flat: Mapping[str, Any]) -> CfgNode:
+    root = CfgNode()
+    for name, value in flat.items():
+        *path, leaf = name.split(".")
+        node = root
+        for part in path:
+            node = node.setdefault(part, CfgNode())
+        node[leaf] = value
+    return root
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """`value` as the key's type; text is read as a Python literal where the type is not text."""
+    if name not in KEYS:
+        raise unknown("config key", name, KEYS)
+    key = KEYS[name]
+    kind = key.type or type(key.default)
+    if isinstance(value, str) and kind is not str:
+        with contextlib.suppress(ValueError, SyntaxError):  # no literal: the check below says what is expected
+            value = ast.literal_eval(value)
+    elif value == "None" and key.default is None:
+        value = None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind in (tuple, list) and isinstance(value, (tuple, list)):
+        value = kind(value)
+    if type(value) is not kind and not (value is None and key.default is None):
+        raise UserError(f"{name} takes a value of type {kind.__name__}, not {value!r}")
+    if key.choices and value not in key.choices:
+        raise unknown(f"value of {name}", str(value), map(str, key.choices))
+    return value
+
+
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a YAML recipe, those of its BASE recipes first."""
+    if not path.is_file():
+        raise UserError(f"there is no recipe {str(path)!r}")
+    if path in above:
+        raise UserError(f"recipe {str(path)!r} builds upon itself")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {str(path)!r} is no plain YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {str(path)!r} holds no keys")
+    bases = content.pop("BASE", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        yield from _read_recipe((path.parent / base).resolve(), (*above, path.resolve()))
+    for name, value in _flatten(content):
+        if name not in KEYS:
+            raise UserError(f"{unknown('config key', name, KEYS)} in {str(path)!r}")
+        yield name, value
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

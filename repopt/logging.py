@@ -1,0 +1,69 @@
+"""What a run says: lines for people, and numbers for curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger("repopt")
+
+
+class _AboveTheBar(logging.Handler):
+    """Lines on the console that do not tear a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def start_log(folder: Path | None, rank: int) -> None:
+    """Send the log to ``log_rank<rank>.txt`` of a folder, and on rank 0 to the console too."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [_AboveTheBar()] if rank == 0 else []
+    if folder is not None:
+        handlers.append(logging.FileHandler(folder / f"log_rank{rank}.txt"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+
+
+class Metrics:
+    """Numbers of a run, by step: a line of ``metrics.jsonl`` and a point on TensorBoard's curves each.
+
+    Args:
+        folder: of the run; None writes nothing (all ranks but the first).
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file = self._board = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+            self._board = SummaryWriter(str(folder))
+
+    def write(self, step: int, **numbers: Any) -> None:
+        """Numbers (or groups of numbers) after an optimizer step."""
+        if self._file is None or self._board is None:
+            return
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        for name, value in numbers.items():
+            points = value if isinstance(value, dict) else {"": value}
+            for part, number in points.items():
+                self._board.add_scalar(f"{name}/{part}" if part else name, number, step)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
