@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from data import registry, transforms
 from data.decoded import DecodedLoader
@@ -63,7 +64,7 @@ def train_loader(
 
     Raises:
         UserError: as `describe`; a name (preset, interpolation, policy, mode) that does not exist; an image size that
-            does not fit the data set; fewer images than one step takes.
+            does not fit the data set; more classes than `num_classes`; fewer images than one step takes.
     """
     row = _find(source, image_size, interpolation)
     transforms.check_preset(augmentation.preset)
@@ -84,6 +85,7 @@ def train_loader(
 
     if isinstance(row, registry.Resident):
         images, labels = row.load(source, "train", image_size, num_classes)
+        _check_labels(labels, num_classes, source)
         sampler = TrainSampler(len(labels), batch_size, rank, world_size, seed)
         images, labels = images.to(device), labels.to(device)
         crop = RandomCropFlip(images, padding=row.padding, flip=row.flip, seed=seed)
@@ -92,6 +94,7 @@ def train_loader(
     transform = transforms.train_transform(augmentation, image_size, interpolation)
     erasing = augmentation.preset is None and augmentation.reprob > 0
     files = row.open(source, "train", num_classes, rank, world_size)
+    _check_labels(files.labels, num_classes, source)
     sharded = source.zip_mode and source.cache_mode == "part"
     return DecodedLoader(
         files,
@@ -139,17 +142,20 @@ def eval_loader(
         memory_format: of the images.
 
     Raises:
-        UserError: as `describe`; an interpolation that does not exist; an image size that does not fit the data set.
+        UserError: as `describe`; an interpolation that does not exist; an image size that does not fit the data set;
+            more classes than `num_classes`.
     """
     row = _find(source, image_size, interpolation)
     normalize = Normalize(row.mean, row.std, device, memory_format)
 
     if isinstance(row, registry.Resident):
         images, labels = row.load(source, "val", image_size, num_classes)
+        _check_labels(labels, num_classes, source)
         sampler = EvalSampler(len(labels), batch_size, rank, world_size)
         return ResidentLoader(images.to(device), labels.to(device), sampler, normalize)
 
     files = row.open(source, "val", num_classes, rank, world_size)
+    _check_labels(files.labels, num_classes, source)
     return DecodedLoader(
         files,
         transforms.eval_transform(image_size, interpolation, crop=crop),
@@ -168,3 +174,9 @@ def _find(source: Source, image_size: int, interpolation: str) -> registry.Resid
     if isinstance(row, registry.Resident) and row.info.image_size not in (None, image_size):
         raise UserError(f"data set {source.dataset!r} has images of size {row.info.image_size}, not {image_size}")
     return row
+
+
+def _check_labels(labels: Tensor, num_classes: int, source: Source) -> None:
+    found = int(labels.max()) + 1
+    if found > num_classes:
+        raise UserError(f"data set {source.dataset!r} has {found} classes, the model {num_classes}")

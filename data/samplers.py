@@ -81,5 +81,5 @@ class EvalSampler:
 
     def batches(self, epoch: int) -> Sequence[Tensor]:
         """The same batches in every epoch."""
-        shard = torch.arange(self.rank, self.num_images, self.world_size)
+        shard = torch.arange(self.num_images)[self.rank :: self.world_size]
         return shard.split(self.batch_size) if len(shard) else ()

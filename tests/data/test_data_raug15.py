@@ -134,7 +134,7 @@ def test_geometric_operations_fetch_each_pixel_from_its_place(name, m):
         sx, sy = source_of(name, m, sign)
         inside = (sx >= 2) & (sx <= W - 3) & (sy >= 2) & (sy <= H - 3)
         outside = (sx < -1) | (sx > W) | (sy < -1) | (sy > H)
-        close = np.abs(actual[..., :2] - 4 * np.stack([sx, sy], 2)).max(2) <= 1
+        close = np.abs(actual[..., :2] - 4 * np.stack([sx, sy], 2)).max(2) <= 1.5  # of 4 per pixel
         return close[inside].all() and (actual[outside] == 128).all()
 
     signs = []

@@ -1,0 +1,20 @@
+# Sourced by the scripts beside it: makes .venv once, and installs a requirements file into it when it is new.
+# Usage: source scripts/setup.sh requirements.txt        (PYTHON=python3.12 chooses the interpreter)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ ! -x .venv/bin/python ]; then
+  interpreter=${PYTHON:-python3}
+  if ! "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "RepOpt needs Python 3.11 or newer; '$interpreter' is not (set PYTHON to one that is)" >&2
+    exit 2
+  fi
+  "$interpreter" -m venv .venv
+fi
+
+stamp=.venv/installed-$1
+if ! cat requirements*.txt | cmp -s - "$stamp"; then
+  echo "installing $1 into .venv (once)" >&2
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+  cat requirements*.txt > "$stamp"
+fi

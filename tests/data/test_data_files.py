@@ -1,0 +1,247 @@
+"""Images in class folders, decoded by worker processes."""
+
+import pickle
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as T
+
+from data import Augmentation, Info, Source, describe, eval_loader, train_loader
+from repopt.errors import UserError
+
+CPU = torch.device("cpu")
+NUM_CLASSES = 12
+RAUG15, WEAK, NONE = (Augmentation(preset=preset) for preset in ("raug15", "weak", "none"))
+COMMON = {"image_size": 24, "interpolation": "bilinear", "num_classes": NUM_CLASSES, "device": CPU, "num_workers": 0}
+
+
+def make_train(root, augmentation=WEAK, dataset="folder", **changes):
+    settings = COMMON | {"batch_size": 8, "label_smoothing": 0.1} | changes
+    return train_loader(Source(dataset, str(root)), augmentation, **settings)
+
+
+def make_eval(root, **changes):
+    return eval_loader(Source("imagenet", str(root)), **(COMMON | {"batch_size": 5, "crop": False} | changes))
+
+
+def by_index(loader, epoch=0):
+    """Every image of the epoch by its index in the data set."""
+    loader.set_epoch(epoch)
+    order = torch.cat(tuple(loader._sampler.batches(epoch)))
+    images = torch.cat([images for images, _ in loader])
+    return dict(zip(order.tolist(), images, strict=True))
+
+
+def same(a, b):
+    assert sorted(a) == sorted(b)
+    return all(torch.equal(a[i], b[i]) for i in a)
+
+
+def test_describe_counts_the_class_folders(image_folder):
+    for dataset in ("folder", "imagenet"):
+        assert describe(Source(dataset, str(image_folder))) == Info(NUM_CLASSES, None)
+
+
+def test_evaluation_equals_the_textbook_pipeline(image_folder):
+    for crop, short in ((False, 24), (True, 27)):  # 24 * 256 / 224 = 27.4
+        textbook = T.Compose(
+            [
+                T.Resize(short),
+                T.CenterCrop(24),
+                T.ToTensor(),
+                T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+        loader = make_eval(image_folder, crop=crop)
+        assert (len(loader), loader.num_images) == (3, NUM_CLASSES)
+        images, labels = map(torch.cat, zip(*loader, strict=True))
+        paths = sorted((image_folder / "val").glob("*/*"))
+        expected = torch.stack([textbook(Image.open(path).convert("RGB")) for path in paths])
+        torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
+        assert labels.tolist() == list(range(NUM_CLASSES))
+
+
+@pytest.mark.parametrize("world", (1, 2, 3, 4))
+def test_evaluation_takes_every_image_once(image_folder, world):
+    labels = [
+        label
+        for rank in range(world)
+        for _, targets in make_eval(image_folder, rank=rank, world_size=world, batch_size=2)
+        for label in targets.tolist()
+    ]
+    assert sorted(labels) == list(range(NUM_CLASSES))
+
+
+@pytest.mark.parametrize(
+    "augmentation", [RAUG15, Augmentation(reprob=0.5, color_jitter=0.4)], ids=["raug15", "timm, erasing"]
+)
+def test_an_images_augmentation_depends_on_seed_epoch_and_index_alone(image_folder, augmentation):
+    alone = by_index(make_train(image_folder, augmentation), epoch=1)
+    assert len(alone) == 24
+
+    workers = make_train(image_folder, augmentation, num_workers=2)
+    by_index(workers, epoch=0)  # what the workers did before leaves no trace
+    assert same(by_index(workers, epoch=1), alone)
+    assert same(by_index(make_train(image_folder, augmentation, num_workers=1), epoch=1), alone)
+
+    together = {}
+    for rank in range(2):
+        loader = make_train(image_folder, augmentation, rank=rank, world_size=2, batch_size=4)
+        together |= by_index(loader, epoch=1)
+    assert same(together, alone)
+
+    for other in (
+        by_index(make_train(image_folder, augmentation), epoch=2),
+        by_index(make_train(image_folder, augmentation, seed=1), epoch=1),
+    ):
+        assert sum(torch.equal(other[i], alone[i]) for i in alone) <= 1
+
+
+def test_the_global_generators_are_neither_used_nor_moved(image_folder):
+    augmentation = Augmentation(reprob=0.9, mixup=0.5)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    first = torch.cat([images for images, _ in make_train(image_folder, augmentation)])
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    assert torch.equal(torch.cat([images for images, _ in make_train(image_folder, augmentation)]), first)
+
+
+def test_targets_are_the_class_indices(image_folder):
+    loader = make_train(image_folder, NONE)
+    order = torch.cat(tuple(loader._sampler.batches(0)))
+    batches = list(loader)
+    assert all(targets.dtype == torch.int64 for _, targets in batches)
+    assert torch.equal(torch.cat([targets for _, targets in batches]), order // 2)  # two images per class
+    images = torch.cat([images for images, _ in batches])
+    paths = sorted((image_folder / "train").glob("*/*"))
+    textbook = T.Compose(
+        [T.Resize(24), T.CenterCrop(24), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
+    expected = torch.stack([textbook(Image.open(paths[i]).convert("RGB")) for i in order])
+    torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+def test_batches_are_as_asked_for(image_folder, memory_format):
+    loader = make_train(image_folder, Augmentation(mixup=0.2), memory_format=memory_format)
+    for images, targets in loader:
+        assert (images.shape, images.dtype) == ((8, 3, 24, 24), torch.float32)
+        assert images.is_contiguous(memory_format=memory_format)
+        assert (targets.shape, targets.dtype) == ((8, NUM_CLASSES), torch.float32)
+
+
+def test_random_erasing_is_for_the_default_preset_only(image_folder):
+    def images(preset, reprob, count=1):
+        augmentation = Augmentation(
+            preset=preset, auto_augment="none", color_jitter=0.0, reprob=reprob, remode="const", recount=count
+        )
+        return by_index(make_train(image_folder, augmentation))
+
+    plain, erased = images(None, 0.0), images(None, 1.0)
+    areas = []
+    for i, image in erased.items():
+        changed = (image != plain[i]).any(0)
+        (ys,), (xs,) = changed.any(1).numpy().nonzero(), changed.any(0).numpy().nonzero()
+        rectangle = image[:, ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+        assert (rectangle == 0).all()
+        assert changed.sum() == rectangle[0].numel()
+        areas.append(rectangle[0].numel() / image[0].numel())
+    assert 0.01 < min(areas) < 0.15 < max(areas) < 0.4
+    assert not same(images(None, 1.0, count=3), erased)
+    assert same(images("weak", 1.0), plain)
+    half = images(None, 0.5)
+    assert 0 < sum(torch.equal(half[i], plain[i]) for i in plain) < 24
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_an_unreadable_image_is_named_in_one_line(image_folder, tmp_path, workers):
+    root = tmp_path / "copy"
+    shutil.copytree(image_folder, root)
+    bad = root / "val" / "class04" / "0.JPEG"
+    for content in (b"no image", (image_folder / "val" / "class04" / "0.JPEG").read_bytes()[:300], b""):
+        bad.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            list(make_eval(root, num_workers=workers))
+        assert str(bad) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_greyscale_palette_and_transparent_images_become_rgb(tmp_path):
+    for k, mode in enumerate(("L", "P", "RGBA", "CMYK", "1")):
+        folder = tmp_path / "val" / str(k)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (30, 30), (255, 0, 0)).convert(mode).save(folder / ("a.jpg" if mode == "CMYK" else "a.png"))
+    images = torch.cat([images for images, _ in make_eval(tmp_path)])
+    assert images.shape == (5, 3, 24, 24)
+
+
+def test_evaluation_needs_no_training_folder(image_folder, tmp_path):
+    shutil.copytree(image_folder / "val", tmp_path / "val")
+    source = Source("imagenet", str(tmp_path))
+    assert describe(source, splits=("val",)).num_classes == NUM_CLASSES
+    assert sum(len(targets) for _, targets in make_eval(tmp_path)) == NUM_CLASSES
+    with pytest.raises(UserError, match=r"no folder train/ in"):
+        describe(source)
+
+
+def broken_folders(root):
+    """(folder made, message expected) of each way to get the class folders wrong."""
+    (root / "no classes" / "train").mkdir(parents=True)
+    (root / "no images" / "train" / "a").mkdir(parents=True)
+    for split, classes in (("train", "abc"), ("val", "abd")):
+        for name in classes:
+            (root / "different" / split / name).mkdir(parents=True)
+    (root / "file").write_text("")
+    return {
+        "missing": r"data folder '.*missing' does not exist: give --data-path",
+        "file": r"data folder '.*file' does not exist",
+        "no classes": r"no class folders in '.*train'",
+        "different": r"train/ and val/ in '.*different' have different classes \(3 and 3; 'c' is in one only\)",
+    }
+
+
+def test_folder_errors(tmp_path):
+    for name, message in broken_folders(tmp_path).items():
+        with pytest.raises(UserError, match=message):
+            describe(Source("folder", str(tmp_path / name)))
+    with pytest.raises(UserError, match=r"data folder '' does not exist"):
+        describe(Source("folder"))
+    with pytest.raises(UserError, match=r"no images.*\ba\b"):
+        make_train(tmp_path / "no images")
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "changes", "message"),
+    [
+        (Augmentation(preset="raug51"), {}, r"unknown augmentation preset 'raug51'; did you mean 'raug15'"),
+        (WEAK, {"interpolation": "bicubik"}, r"unknown interpolation 'bicubik'; did you mean 'bicubic'"),
+        (Augmentation(auto_augment="foo"), {}, r"auto-augment policy 'foo'"),
+        (Augmentation(remode="pixels"), {}, r"unknown random erasing mode 'pixels'; did you mean 'pixel'"),
+        (WEAK, {"batch_size": 25}, r"24 images.*25 x 1"),
+        (WEAK, {"batch_size": 13, "world_size": 2}, r"24 images.*13 x 2"),
+        (Augmentation(cutmix=1.0), {"batch_size": 3}, r"even, not 3"),
+        (WEAK, {"num_classes": 11}, r"12 classes.*11"),
+    ],
+)
+def test_user_errors(image_folder, augmentation, changes, message):
+    with pytest.raises(UserError, match=message):
+        make_train(image_folder, augmentation, **changes)
+
+
+@pytest.mark.parametrize(
+    "augmentation", [RAUG15, NONE, Augmentation(), Augmentation(auto_augment="none")], ids=lambda a: str(a.preset)
+)
+def test_worker_processes_may_be_spawned(image_folder, augmentation):
+    """What a worker receives survives pickling, as spawned workers (unlike forked ones) need."""
+    dataset = make_train(image_folder, augmentation)._workers.dataset
+    copied = pickle.loads(pickle.dumps(dataset))
+    for item in ((0, 0), (3, 7)):
+        assert torch.equal(copied[item][0], dataset[item][0])
+        assert copied[item][1:] == dataset[item][1:]
