@@ -1,9 +1,8 @@
 """The entrance: search scales, train a plain network with them, evaluate it, measure its speed.
 
-    torchrun --nproc_per_node 1 main_repopt.py --arch RepOpt-VGG-B1-hs --data-path CIFAR --tag search \\
-        --cfg configs/hyper_search_vgg.yaml
-    torchrun --nproc_per_node 8 main_repopt.py --arch RepOpt-VGG-B1-target --data-path IMAGENET --tag b1 \\
-        --scales-path output/RepOpt-VGG-B1-hs/search/scales.pth --cfg configs/imagenet_vgg.yaml
+    torchrun --nproc_per_node 1 main_repopt.py --cfg configs/hyper_search/b1.yaml --data-path CIFAR --tag search
+    torchrun --nproc_per_node 8 main_repopt.py --cfg configs/imagenet/b1_target.yaml --data-path IMAGENET --tag train \\
+        --scales-path output/RepOpt-VGG-B1-hs/search/scales.pth
     python main_repopt.py --arch RepOpt-VGG-B1-target --data-path IMAGENET --eval --resume FILE
 
 A run is one process or many (torchrun); everything it writes goes to <output>/<arch>/<tag>/.
@@ -17,6 +16,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -247,12 +247,14 @@ def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
         if world.device.type != "cuda":
             raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(
-        model,
-        device_ids=[world.device] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,  # batch-norm statistics are averaged before every evaluation instead
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, which torch 2.11 lacks
+        return DistributedDataParallel(
+            model,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,  # batch-norm statistics are averaged before every evaluation instead
+            gradient_as_bucket_view=True,
+        )
 
 
 def to_device(model: nn.Module, world: World) -> nn.Module:

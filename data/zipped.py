@@ -202,7 +202,11 @@ def _read_map(root: str, split: str, archive: Path) -> Map:
         inside = [name for name in zip_file.namelist() if Path(name).name == beside.name]
         if len(inside) != 1:
             raise UserError(f"no {beside.name} in {root!r} or in {archive.name} (lines of: path, tab, class index)")
-        return _parse_map(f"{archive}@/{inside[0]}", zip_file.read(inside[0]))
+        name = f"{archive}@/{inside[0]}"
+        try:
+            return _parse_map(name, zip_file.read(inside[0]))
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # corrupt, encrypted, unknown method
+            raise UserError(f"cannot read {name!r}: {error}") from error
 
 
 def _parse_map(file: str, content: bytes) -> Map:
@@ -214,7 +218,7 @@ def _parse_map(file: str, content: bytes) -> Map:
     for number, line in enumerate(lines, 1):
         name, tab, label = line.partition("\t")
         if not name or not tab or not _CLASS_INDEX.fullmatch(label):
-            raise UserError(f"{file}, line {number}: expected path, tab, class index; found {line!r}")
+            raise UserError(f"{file}, line {number}: expected path, tab, class index; found {line[:100]!r}")
         names.append(name.rpartition("@/")[2])  # some map files write 'train.zip@/n01440764/x.JPEG'
         labels.append(int(label))
     if not names:

@@ -31,11 +31,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         with torch.serialization.safe_globals(_STAND_INS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's advice after the first lines is to load it unsafely; what was found stands behind its last marker.
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0].split(". ")[0]
+        # Before the marker torch advises to load the file unsafely; what it found stands behind.
+        reason = _first_line(str(error).split("WeightsUnpickler error:")[-1]).split(". ")[0]
         raise UserError(f"{str(path)!r} is refused, it is no file of tensors and plain data: {reason}") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{str(path)!r} cannot be read as a torch file: {str(error).splitlines()[0]}") from None
+        reason = _first_line(error) or "it ends too early"
+        raise UserError(f"{str(path)!r} cannot be read as a torch file: {reason}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint or a state dict")
     return dict(content)
@@ -50,7 +51,7 @@ def write(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         beside.replace(path)
     except (OSError, RuntimeError) as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {str(path)!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot write {str(path)!r}: {_first_line(error)}") from None
 
 
 def state_dict_of(content: Mapping[str, Any], key: str = "model") -> dict[str, Tensor]:
@@ -85,3 +86,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if problems:
         raise UserError(f"the weights are not those of this model: {'; '.join(problems)}")
     model.load_state_dict(state)
+
+
+def _first_line(message: object) -> str:
+    return str(message).strip().partition("\n")[0]

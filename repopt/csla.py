@@ -280,7 +280,7 @@ def _check_embedding(branch: Branch, target: Target) -> None:
     few_out = groups * few if square else groups * (few + 1)
     probe = Target(target.name, (few_out, few, *size), groups)
     shape = branch.kernel_shape(probe)
-    labels = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64)
+    labels = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
     placed = branch.embed(labels.view(shape), probe)
     if placed.shape != probe.shape or not torch.equal(placed[placed != 0].sort().values, labels):
         raise UserError(

@@ -115,13 +115,14 @@ def run_checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
     @contextmanager
     def statistics_at_rest() -> Iterator[None]:
+        kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
-            norm.track_running_stats = False
+            norm.momentum, norm.num_batches_tracked = 0.0, None
         try:
             yield
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
+            for norm, (momentum, count) in zip(norms, kept, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_at_rest()))
 

@@ -24,7 +24,7 @@ import _root
 
 MODEL = "RepOpt-VGG-nano"
 SEEDS = (0, 1, 2)
-EPOCHS = 80  # of configs/demo.yaml
+EPOCHS = 80  # of configs/digits/train.yaml
 FOLDER = Path("output/demo")
 SCALES = FOLDER / f"{MODEL}-hs/seed0/scales.pth"
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     def command(self) -> list[str]:
         """Arguments of main_repopt.py."""
         name = ["--arch", f"{MODEL}-{self.mode}", "--tag", f"seed{self.seed}", "--output", str(FOLDER)]
-        recipe = ["--cfg", "configs/demo_search.yaml" if self == SEARCH else "configs/demo.yaml"]
+        recipe = ["--cfg", "configs/digits/search.yaml" if self == SEARCH else "configs/digits/train.yaml"]
         scales = ["--scales-path", str(SEARCH.folder / "scales.pth")] if self.mode == "target" else []
         return [*name, *recipe, *scales, "--opts", "SEED", str(self.seed)]
 

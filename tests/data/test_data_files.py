@@ -101,6 +101,16 @@ def test_an_images_augmentation_depends_on_seed_epoch_and_index_alone(image_fold
         assert sum(torch.equal(other[i], alone[i]) for i in alone) <= 1
 
 
+def test_equal_images_are_augmented_differently(image_folder, tmp_path):
+    path = next((image_folder / "train" / "class00").iterdir())
+    for name in "abcdefgh":
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        shutil.copy(path, folder)
+    crops = by_index(make_train(tmp_path, WEAK, batch_size=8))
+    assert len({image.numpy().tobytes() for image in crops.values()}) == 8
+
+
 def test_the_global_generators_are_neither_used_nor_moved(image_folder):
     augmentation = Augmentation(reprob=0.9, mixup=0.5)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)

@@ -102,7 +102,9 @@ def test_posterize_at_zero_bits_is_black(pixels):
 
 
 def test_solarize_beyond_the_greatest_value_changes_nothing(pixels):
-    assert (run("Solarize", pixels, 14) == pixels).all()
+    pixels = np.concatenate([pixels, np.full_like(pixels, 255)])
+    for m in (10, 14):  # 256 and 358
+        assert (run("Solarize", pixels, m) == pixels).all()
     assert (run("Solarize", pixels, 0) == 255 - pixels.astype(int)).all()
 
 

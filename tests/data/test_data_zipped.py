@@ -35,7 +35,7 @@ def pack(folder, root, layout="zip per split"):
         archive = "imagenet.zip" if one else f"{split}.zip"
         prefix = f"{split}/" if one else ""
         with zipfile.ZipFile(root / archive, "a", method) as zip_file:
-            zip_file.writestr("readme.txt", "not an image")
+            zip_file.writestr(f"{split}_readme.txt", "not an image")
             for path, _ in reversed(listed):
                 zip_file.write(folder / split / path, prefix + path)
             shown = "" if layout == "one zip, short paths" else prefix
@@ -71,7 +71,6 @@ def ranks(make, world):
     return order.sort().values, images[order.argsort()], targets[order.argsort()]
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")  # both splits write a readme
 @pytest.mark.parametrize("cache_mode", CACHE_MODES)
 def test_the_zip_gives_the_folders_images(any_zip, image_folder, cache_mode):
     files = Source("imagenet", str(image_folder))
@@ -224,6 +223,14 @@ def test_zip_errors(zips, tmp_path):
 def test_unknown_cache_mode(zips):
     with pytest.raises(UserError, match=r"unknown cache mode 'ful'; did you mean 'full'"):
         eval_loader(Source("imagenet", str(zips), zip_mode=True, cache_mode="ful"), **EVALUATION)
+
+
+def test_a_corrupt_map_inside(image_folder, tmp_path):
+    root = pack(image_folder, tmp_path / "zips", "one zip, maps inside")
+    path = root / "imagenet.zip"
+    path.write_bytes(path.read_bytes().replace(b"val/class03/0.png\t3", b"val/class03/0.png\t4"))
+    with pytest.raises(UserError, match=r"cannot read '.*imagenet.zip@/val_map.txt'"):
+        describe(Source("imagenet", str(root), zip_mode=True))
 
 
 def test_unsupported_compression(zips):

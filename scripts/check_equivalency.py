@@ -1,0 +1,175 @@
+"""Shows that a plain network under a RepOptimizer is the imagined CSLA network under the plain optimizer.
+
+    python scripts/check_equivalency.py
+
+Both are trained on the same random images, in float64: the plain one by the RepOptimizer, the other branch by branch,
+every branch a convolution of its own, by torch's optimizer. What is printed is the relative difference of the kernels
+afterwards. The exit code is 1 if one is above 1e-10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import _root  # noqa: F401
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import repopt
+from repopt.csla import Block, Branch, ConvBranch, IdentityBranch, Target
+from repopt.layers import RepConv2d
+
+BOUND = 1e-10
+MODEL = "RepOpt-VGG-nano"
+
+
+class Setup(NamedTuple):
+    """A declared block and the stride of its convolution."""
+
+    block: Block
+    stride: int = 1
+
+
+def _conv(size: int | tuple[int, int]) -> ConvBranch:
+    return ConvBranch(f"kernel_{size}", f"scale_{size}", size=size)
+
+
+IDENTITY = IdentityBranch("identity")
+BLOCKS = {
+    "3x3 + 1x1, stride 2": Setup(Block(Target("conv", (6, 4, 3, 3)), (_conv(3), _conv(1))), 2),
+    "3x3 + 1x1 + identity": Setup(Block(Target("conv", (6, 6, 3, 3)), (_conv(3), _conv(1), IDENTITY))),
+    "3x3 + 1x1 + identity, 2 groups": Setup(Block(Target("conv", (6, 3, 3, 3), 2), (_conv(3), _conv(1), IDENTITY))),
+    "5x5 + 3x3 + 1x1": Setup(Block(Target("conv", (5, 3, 5, 5)), (_conv(5), _conv(3), _conv(1)))),
+    "3x3 + 1x3 + 3x1": Setup(Block(Target("conv", (5, 3, 3, 3)), (_conv(3), _conv((1, 3)), _conv((3, 1))))),
+    "1x1 + identity": Setup(Block(Target("conv", (5, 5, 1, 1)), (_conv(1), IDENTITY))),
+    "two 3x3": Setup(Block(Target("conv", (4, 4, 3, 3)), (_conv(3), ConvBranch("other", "scale_other", size=3)))),
+}
+# eps breaks the degree of homogeneity; where it is far below every gradient, AdamW is exact to rounding.
+RULES = {
+    "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "adamw": {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-30, "weight_decay": 0.01},
+}
+SIGNS = {"positive": 0.0, "mixed": 0.5}
+
+
+@functools.singledispatch
+def branch_output(branch: Branch, kernel: Tensor, x: Tensor, stride: int, groups: int) -> Tensor:
+    """What one branch makes of x, (N, C, H, W) -> (N, O, H', W'), before its scale; no embedding is involved."""
+    raise NotImplementedError(type(branch))
+
+
+@branch_output.register
+def _(branch: ConvBranch, kernel: Tensor, x: Tensor, stride: int, groups: int) -> Tensor:
+    padding = [size // 2 for size in kernel.shape[2:]]
+    return F.conv2d(x, kernel, stride=stride, padding=padding, groups=groups)
+
+
+@branch_output.register
+def _(branch: IdentityBranch, kernel: Tensor, x: Tensor, stride: int, groups: int) -> Tensor:
+    return kernel.view(1, -1, 1, 1) * x
+
+
+def branch_by_branch(module: RepConv2d, x: Tensor) -> Tensor:
+    """The block's output as the sum over separate branches."""
+    outputs = []
+    for branch in module.block.branches:
+        y = branch_output(branch, module.values(branch.kernel), x, module.stride, module.block.target.groups)
+        outputs.append(y if branch.scale is None else module.values(branch.scale).view(1, -1, 1, 1) * y)
+    return sum(outputs[1:], outputs[0])
+
+
+class OneBlock(RepConv2d):
+    """The smallest network around a declared block, (N, C, H, W) -> (N, O): batch norm, ReLU, pooling."""
+
+    def __init__(self, setup: Setup, mode: str) -> None:
+        super().__init__(setup.block, mode, setup.stride)
+        self.bn = nn.BatchNorm2d(setup.block.target.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return torch.relu(self.bn(self.conv2d(x))).mean((2, 3))
+
+
+def largest_difference(csla: nn.Module, target: nn.Module, rule: str, sign: float, images: Tensor, steps: int) -> float:
+    """Train both networks and return the largest relative difference of a declared block's kernel, ||a - b|| / ||b||.
+
+    Args:
+        csla, target: the same network in these modes, float64.
+        rule: a name in `RULES`.
+        sign: probability that a scale is negative.
+        images: (N, C, H, W), float64; image n has the class n.
+        steps: of training.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def random_scale(like: Tensor) -> Tensor:
+        magnitudes, chances = torch.rand(2, *like.shape, generator=generator, dtype=like.dtype)
+        return torch.where(chances < sign, -0.5 - magnitudes, 0.5 + magnitudes)
+
+    scales = {name: random_scale(values) for name, values in repopt.extract_scales(csla).items()}
+    target.load_state_dict(csla.state_dict(), strict=False)  # what is not in a block; the blocks follow
+    for model in (csla, target):
+        torch.manual_seed(2)
+        repopt.initialize(model, scales)
+    for module in _blocks(csla):
+        module.conv2d = types.MethodType(branch_by_branch, module)
+    settings = RULES[rule]
+    train(csla, repopt.build_optimizer(rule, csla, **settings), images, steps)
+    train(target, repopt.build_optimizer(rule, target, scales, **settings), images, steps)
+    pairs = zip(_blocks(csla), _blocks(target), strict=True)
+    with torch.no_grad():
+        return max(float((a.kernel() - b.kernel()).norm() / b.kernel().norm()) for a, b in pairs)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, steps: int) -> None:
+    """Some steps of training to tell the images apart."""
+    for _ in range(steps):
+        logits = model(images)
+        F.cross_entropy(logits, torch.arange(len(images)) % logits.shape[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def cases(steps: int = 50) -> Iterator[tuple[str, str, str, Callable[[], float]]]:
+    """(network, rule, signs of the scales, what measures the difference), one by one."""
+    generator = torch.Generator().manual_seed(0)
+    for rule in RULES:
+        for signs, probability in SIGNS.items():
+            for name, setup in BLOCKS.items():
+                channels = setup.block.target.shape[1] * setup.block.target.groups
+                images = torch.randn(8, channels, 7, 7, generator=generator, dtype=torch.float64)
+                models = [OneBlock(setup, mode).double() for mode in ("csla", "target")]
+                yield (
+                    name,
+                    rule,
+                    signs,
+                    functools.partial(largest_difference, *models, rule, probability, images, steps),
+                )
+            images = torch.randn(4, 3, 64, 64, generator=generator, dtype=torch.float64)
+            models = [repopt.create_model(MODEL, mode=mode, num_classes=4).double() for mode in ("csla", "target")]
+            yield MODEL, rule, signs, functools.partial(largest_difference, *models, rule, probability, images, 5)
+
+
+def _blocks(model: nn.Module) -> list[RepConv2d]:
+    return [module for module in model.modules() if isinstance(module, RepConv2d)]
+
+
+def main() -> int:
+    """Print every case; 1 if one is above the bound."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    differences = []
+    for name, rule, signs, measure in cases():
+        differences.append(measure())
+        print(f"{name:32} {rule:6} {signs:9} {differences[-1]:.1e}")
+    equal = all(difference <= BOUND for difference in differences)  # false for NaN too
+    print(f"largest relative difference {max(differences):.1e}, bound {BOUND:.0e}: {'equal' if equal else 'NOT EQUAL'}")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

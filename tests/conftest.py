@@ -1,0 +1,35 @@
+"""What tests share."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _same_randomness():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tests run side by side."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of the published facts, which lies beside the project where it is developed."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("the published release's files are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published_keys(shared):
+    """Names and shapes of the published models' state dicts."""
+    return json.loads((shared / "contract" / "state_dict_keys.json").read_text())

@@ -1,0 +1,141 @@
+"""Files of others are data; ours are written whole or not at all."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from yacs.config import CfgNode
+
+import repopt
+from repopt import checkpoint
+from repopt.errors import UserError
+
+NANO = "RepOpt-VGG-nano"
+
+
+class Malice:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.fixture
+def weights():
+    return repopt.create_model(NANO, mode="target", num_classes=10).state_dict()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": state},
+        lambda state: state,
+        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+    ],
+    ids=["model", "state_dict", "bare", "ddp"],
+)
+def test_released_formats(tmp_path, weights, wrap):
+    torch.save(wrap(weights), tmp_path / "a.pth")
+    model = repopt.create_model(NANO, mode="target", num_classes=10)
+    repopt.load_weights(model, checkpoint.state_dict_of(checkpoint.read(tmp_path / "a.pth")))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_old_pickled_configurations_are_read_as_data(tmp_path, weights):
+    config = CfgNode({"TRAIN": {"EPOCHS": 120, "BETAS": (0.9, 0.999)}, "TAG": "old"})
+    config.freeze()
+    torch.save({"model": weights, "config": config, "max_accuracy": 78.62, "epoch": 119}, tmp_path / "old.pth")
+    content = checkpoint.read(tmp_path / "old.pth")
+    assert content["config"] == {"TRAIN": {"EPOCHS": 120, "BETAS": (0.9, 0.999)}, "TAG": "old"}
+    assert not isinstance(content["config"], CfgNode)
+    assert checkpoint.state_dict_of(content).keys() == weights.keys()
+
+
+@pytest.mark.parametrize("place", ["model", "config", "optimizer"])
+def test_nothing_in_a_file_is_executed(tmp_path, weights, place):
+    trap = tmp_path / "executed"
+    torch.save({"model": weights, place: {"x": Malice(trap)}}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="refused"):
+        checkpoint.read(tmp_path / "bad.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps({"model": Malice(trap)}))
+    with pytest.raises(UserError):
+        checkpoint.read(tmp_path / "raw.pth")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"PK\x03\x04 broken zip"])
+def test_files_that_are_no_checkpoints(tmp_path, damage):
+    (tmp_path / "a.pth").write_bytes(damage)
+    with pytest.raises(UserError, match=r"a\.pth"):
+        checkpoint.read(tmp_path / "a.pth")
+    with pytest.raises(UserError, match="there is no file"):
+        checkpoint.read(tmp_path / "b.pth")
+
+
+def test_truncated_files(tmp_path, weights):
+    torch.save({"model": weights}, tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    for part in (0.1, 0.5, 0.99):
+        (tmp_path / "a.pth").write_bytes(whole[: int(len(whole) * part)])
+        with pytest.raises(UserError):
+            checkpoint.read(tmp_path / "a.pth")
+
+
+def test_content_that_is_no_state_dict(tmp_path):
+    for content in ({"epoch": 1}, {"model": {"a": 3}}, {"model": {}}):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(UserError, match="no state dict"):
+            checkpoint.state_dict_of(checkpoint.read(tmp_path / "a.pth"))
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(UserError, match="holds a list"):
+        checkpoint.read(tmp_path / "a.pth")
+
+
+def test_weights_that_do_not_fit_are_named(weights):
+    other = repopt.create_model(NANO, mode="target", num_classes=7)
+    with pytest.raises(UserError, match=r"'linear.weight', \(10, 256\) in the file, \(7, 256\) expected"):
+        repopt.load_weights(other, weights)
+    baseline = repopt.create_model(NANO, mode="repvgg", num_classes=10)
+    with pytest.raises(UserError, match=r"missing such as 'stage0.conv_3x3.weight'; .* unknown such as"):
+        repopt.load_weights(baseline, weights)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "latest.pth"
+    checkpoint.write({"epoch": 1}, path)
+
+    def full_disk(content, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.write({"epoch": 2}, path)
+    assert checkpoint.read(path) == {"epoch": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["latest.pth"]
+
+
+def test_scale_files(tmp_path):
+    hs = repopt.create_model(NANO, mode="hs")
+    scales = repopt.extract_scales(hs)
+    repopt.save_scales(scales, tmp_path / "scales.pth")
+    torch.save({"model": hs.state_dict(), "epoch": 1}, tmp_path / "search.pth")
+    target = repopt.create_model(NANO, mode="target")
+    torch.save({"model": target.state_dict(), "scales": scales}, tmp_path / "target.pth")
+    for name in ("scales.pth", "search.pth", "target.pth"):
+        loaded = repopt.load_scales(tmp_path / name)
+        for key, value in scales.items():
+            assert torch.equal(loaded[key], value)
+    scales["stage0.scale_conv.weight"][3] = float("nan")
+    repopt.save_scales(scales, tmp_path / "scales.pth")
+    with pytest.raises(UserError, match=r"not finite in 'stage0\.scale_conv\.weight'"):
+        repopt.load_scales(tmp_path / "scales.pth")
+    torch.save({"model": {"w": torch.ones(2, 2)}}, tmp_path / "none.pth")
+    with pytest.raises(UserError, match="holds no searched scales"):
+        repopt.load_scales(tmp_path / "none.pth")

@@ -1,0 +1,138 @@
+"""The algebra against its definition, written out."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from check_equivalency import BLOCKS
+
+from repopt.csla import Block, Branch, ConvBranch, GradMult, IdentityBranch, Target
+from repopt.errors import UserError
+
+torch.manual_seed(0)
+
+
+def random_scales(block):
+    return {b.searched: torch.randn(block.target.shape[0], dtype=torch.float64) for b in block.branches}
+
+
+def column(values, kernel):
+    return values.view(-1, *[1] * (kernel.dim() - 1))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("degree", [0, 1])
+def test_grad_mult_is_the_sum_over_branches(name, degree):
+    block = BLOCKS[name].block
+    scales = random_scales(block)
+    expected = torch.zeros(block.target.shape, dtype=torch.float64)
+    for branch in block.branches:
+        ones = torch.ones(branch.kernel_shape(block.target), dtype=torch.float64)
+        constant = scales[branch.scale].abs() ** (1 + degree) if branch.scale else torch.ones_like(scales["identity"])
+        expected += branch.embed(column(constant, ones) * ones, block.target)
+    mult = block.grad_mult(scales, degree)
+    torch.testing.assert_close(mult.dense(), expected, rtol=1e-14, atol=0)
+    gradient = torch.randn(block.target.shape, dtype=torch.float64)
+    before = gradient.clone()
+    torch.testing.assert_close(mult(gradient), gradient * expected, rtol=1e-14, atol=0)
+    assert torch.equal(gradient, before)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_merge_is_the_sum_over_branches(name):
+    block = BLOCKS[name].block
+    scales = random_scales(block)
+    kernels = {
+        b.kernel: torch.randn(b.kernel_shape(block.target), dtype=torch.float64, requires_grad=True)
+        for b in block.branches
+    }
+    expected = 0
+    for branch in block.branches:
+        kernel = kernels[branch.kernel]
+        expected = expected + branch.embed(
+            column(scales[branch.scale], kernel) * kernel if branch.scale else kernel, block.target
+        )
+    merged = block.merge(kernels, scales)
+    torch.testing.assert_close(merged, expected, rtol=1e-14, atol=1e-15)
+    merged.sum().backward()
+    for branch in block.branches:  # every entry is copied to one place
+        kernel = kernels[branch.kernel]
+        s = scales[branch.scale] if branch.scale else torch.ones_like(kernel)
+        torch.testing.assert_close(kernel.grad, column(s, kernel).expand_as(kernel), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 6, 3), (6, 6, 3, 3), (6, 6, 3, 3, 3)])
+def test_any_number_of_spatial_dimensions(shape):
+    block = Block(Target("w", shape), (ConvBranch("a", "s", size=1), IdentityBranch("i")))
+    s = torch.randn(6, dtype=torch.float64)
+    dense = block.grad_mult({"s": s}, degree=1).dense()
+    centre = (slice(None), slice(None), *[k // 2 for k in shape[2:]])
+    torch.testing.assert_close(dense[centre], (s**2).view(-1, 1) + torch.eye(6, dtype=torch.float64))
+    assert dense.sum() == pytest.approx(float(dense[centre].sum()))
+
+
+def test_a_multiplier_is_small():
+    block = Block(Target("w", (256, 256, 3, 3)), (ConvBranch("a", "s", size=3), IdentityBranch("i")))
+    mult = block.grad_mult({"s": torch.ones(256)}, degree=1)
+    assert mult.numel() == 256 * 9 + 256
+    assert mult.dense().numel() == 256 * 256 * 9
+
+
+def test_channels_last_gradients():
+    block = BLOCKS["3x3 + 1x1 + identity, 2 groups"].block
+    mult = block.grad_mult(random_scales(block), 1)
+    gradient = torch.randn(block.target.shape, dtype=torch.float64).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(mult(gradient), gradient * mult.dense(), rtol=1e-14, atol=0)
+
+
+def test_fresh_kernels_are_what_the_framework_draws():
+    block = Block(Target("w", (8, 4, 3, 3)), (ConvBranch("a", "s", size=3), ConvBranch("b", "t", size=1)))
+    torch.manual_seed(3)
+    kernels = block.fresh_kernels({})
+    torch.manual_seed(3)
+    assert torch.equal(kernels["a"], torch.nn.Conv2d(4, 8, 3, bias=False).weight)
+    assert torch.equal(kernels["b"], torch.nn.Conv2d(4, 8, 1, bias=False).weight)
+
+
+def test_identity_kernels_start_searched_or_at_one():
+    block = Block(Target("w", (4, 4, 1, 1)), (IdentityBranch("i"),))
+    searched = torch.arange(4.0)
+    assert torch.equal(block.fresh_kernels({"i": searched})["i"], searched)
+    assert torch.equal(block.fresh_kernels({})["i"], torch.ones(4))
+
+
+@dataclass(frozen=True)
+class Pooling(Branch):
+    """A 3x3 average: one number per channel, spread over nine places."""
+
+    def kernel_shape(self, target):
+        return (target.shape[0],)
+
+    def fresh(self, target, searched):
+        return torch.ones(target.shape[0])
+
+    def embed(self, kernel, target):
+        return torch.diag_embed(kernel)[:, :, None, None].expand(target.shape) / 9
+
+    def grad_mult(self, constant, target):
+        return GradMult(constant.view(-1, 1, 1, 1), None, target.shape)
+
+
+def test_what_is_no_embedding_is_refused():
+    with pytest.raises(UserError, match="one place of its own"):
+        Block(Target("w", (4, 4, 3, 3)), (Pooling("pool", None),))
+
+
+@pytest.mark.parametrize(
+    ("target", "branch"),
+    [
+        (Target("w", (4, 4, 3, 3)), ConvBranch("a", "s", size=5)),
+        (Target("w", (4, 4, 3, 3)), ConvBranch("a", "s", size=2)),
+        (Target("w", (4, 2, 3, 3)), IdentityBranch("i")),
+        (Target("w", (8, 4, 3, 3)), IdentityBranch("i")),
+        (Target("w", (4, 4, 2, 2)), IdentityBranch("i")),
+    ],
+)
+def test_branches_without_a_place_are_refused(target, branch):
+    with pytest.raises(UserError, match="no place"):
+        Block(target, (branch,))

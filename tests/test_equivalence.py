@@ -1,0 +1,64 @@
+"""The law: the plain network under the RepOptimizer is the CSLA network under the plain optimizer, to rounding."""
+
+import check_equivalency
+import pytest
+import torch
+from check_equivalency import BLOCKS, BOUND, OneBlock, largest_difference
+
+from repopt.csla import Block
+from repopt.optim import RepAdamW
+
+
+@pytest.mark.parametrize(
+    "measure", [pytest.param(case[-1], id="-".join(case[:-1])) for case in check_equivalency.cases(steps=20)]
+)
+def test_plain_network_follows_the_csla_network(measure):
+    assert measure() < BOUND
+
+
+def _difference(rule, signs=0.5):
+    setup = BLOCKS["3x3 + 1x1 + identity"]
+    csla, target = (OneBlock(setup, mode).double() for mode in ("csla", "target"))
+    images = torch.randn(8, 6, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return largest_difference(csla, target, rule, signs, images, steps=20)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_without_the_multipliers_it_does_not(rule, monkeypatch):
+    monkeypatch.setattr("repopt.reparam.grad_mults", lambda *_, **__: {})
+    assert _difference(rule) > 1e-3
+
+
+def test_the_degree_matters(monkeypatch):
+    monkeypatch.setattr(RepAdamW, "degree", 1)
+    assert _difference("adamw") > 1e-3
+
+
+def test_signed_scales_under_adamw_break_it(monkeypatch):
+    """What the published code does: right only as long as all scales are positive."""
+    absolute = Block.grad_mult
+
+    def signed(block, scales, degree):
+        positive = absolute(block, scales, degree)
+        negative = sum(
+            (b.grad_mult(2 * scales[b.scale].clamp(max=0), block.target) for b in block.branches if b.scale),
+            start=b_zero(block, scales),
+        )
+        return positive + negative
+
+    def b_zero(block, scales):
+        first = block.branches[0]
+        return first.grad_mult(torch.zeros_like(scales[first.scale]), block.target)
+
+    monkeypatch.setattr(Block, "grad_mult", signed)
+    assert _difference("adamw", signs=0.0) < BOUND
+    assert _difference("adamw", signs=0.5) > 1e-3
+
+
+def test_the_script_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["check_equivalency.py"])
+    monkeypatch.setattr(check_equivalency, "cases", lambda: [("a", "sgd", "mixed", lambda: 1e-15)])
+    assert check_equivalency.main() == 0
+    monkeypatch.setattr(check_equivalency, "cases", lambda: [("a", "sgd", "mixed", lambda: float("nan"))])
+    assert check_equivalency.main() == 1
+    assert "NOT EQUAL" in capsys.readouterr().out

@@ -1,0 +1,197 @@
+"""RepOptimizers against torch's own, and what is particular to them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from check_equivalency import BLOCKS, OneBlock
+
+import repopt
+from repopt.csla import Block, ConvBranch, Target
+from repopt.errors import UserError
+from repopt.optim import RepAdamW, RepSGD
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.Flatten(), torch.nn.Linear(24, 5)).double()
+
+
+def steps(model, optimizer, count=6):
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(count):
+        x = torch.randn(4, 3, 4, 4, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def assert_same(a, b):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def mults(model, degree=1):
+    block = Block(Target("0", (6, 3, 3, 3)), (ConvBranch("a", "s", size=3), ConvBranch("b", "t", size=1)))
+    generator = torch.Generator().manual_seed(1)
+    scales = {name: torch.randn(6, generator=generator, dtype=torch.float64) for name in "st"}
+    return {"0.weight": block.grad_mult(scales, degree)}
+
+
+SETTINGS = [
+    (RepSGD, torch.optim.SGD, {"lr": 0.1}),
+    (RepSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    (RepSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    (RepSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
+    (RepAdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    (RepAdamW, torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3}),
+]
+
+
+@pytest.mark.parametrize(("rep", "plain", "settings"), SETTINGS)
+def test_without_multipliers_it_is_torchs_own(rep, plain, settings):
+    a, b = network(), network()
+    steps(a, rep(a.named_parameters(), **settings, grad_mults={}))
+    steps(b, plain(b.parameters(), **settings))
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize(("rep", "plain", "settings"), SETTINGS)
+def test_it_goes_on_from_torchs_state_and_back(rep, plain, settings):
+    a, b = network(), network()
+    first, other = plain(a.named_parameters(), **settings), plain(b.named_parameters(), **settings)
+    steps(a, first, 3)
+    steps(b, other, 6)
+    second = rep(a.named_parameters(), **settings, grad_mults={})
+    second.load_state_dict(first.state_dict())
+    generator = torch.Generator().manual_seed(7)
+    xs = [torch.randn(4, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(6)]
+    for x, optimizer in zip(xs[3:], (second, second, plain(a.named_parameters(), **settings)), strict=True):
+        if optimizer is not second:
+            optimizer.load_state_dict(second.state_dict())
+        optimizer.zero_grad()
+        a(x).square().mean().backward()
+        optimizer.step()
+    assert_same(a, b)
+
+
+def test_sgd_multiplies_the_gradient_and_leaves_it_as_it_is():
+    model = network()
+    mult = mults(model)
+    model(torch.ones(1, 3, 4, 4, dtype=torch.float64)).sum().backward()
+    weight, gradient = model[0].weight.detach().clone(), model[0].weight.grad.clone()
+    RepSGD(model.named_parameters(), lr=0.5, weight_decay=0.1, grad_mults=mult).step()
+    assert torch.equal(model[0].weight.grad, gradient)
+    expected = weight - 0.5 * (gradient * mult["0.weight"].dense() + 0.1 * weight)
+    torch.testing.assert_close(model[0].weight.detach(), expected, rtol=1e-14, atol=0)
+
+
+def test_adamw_multiplies_the_update_and_not_the_decay():
+    a, b = network(), network()
+    mult = mults(a, degree=0)
+    start = a[0].weight.detach().clone()
+    steps(a, RepAdamW(a.named_parameters(), lr=0.01, weight_decay=0.0, grad_mults=mult), 1)
+    steps(b, torch.optim.AdamW(b.parameters(), lr=0.01, weight_decay=0.0), 1)
+    moved = mult["0.weight"].dense() * (b[0].weight - start)
+    torch.testing.assert_close(a[0].weight - start, moved, rtol=1e-10, atol=1e-16)
+    c = network()
+    steps(c, RepAdamW(c.named_parameters(), lr=0.01, weight_decay=0.3, grad_mults=mult), 1)
+    torch.testing.assert_close(c[0].weight - a[0].weight, -0.01 * 0.3 * start, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize(("rep", "settings"), [(s[0], s[2]) for s in SETTINGS[2:5:2]])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_copies_go_on_alike(rep, settings, copied):
+    model = network()
+    optimizer = rep(model.named_parameters(), **settings, grad_mults=mults(model, rep.degree))
+    steps(model, optimizer, 2)
+    other, other_optimizer = copied((model, optimizer))
+    steps(model, optimizer)
+    steps(other, other_optimizer)
+    assert_same(model, other)
+
+
+def test_gradients_that_are_none_are_passed_over():
+    model = network()
+    optimizer = RepSGD(model.named_parameters(), lr=0.1, grad_mults=mults(model))
+    before = copy.deepcopy(model)
+    model[2](torch.ones(1, 24, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert not torch.equal(model[2].weight, before[2].weight)
+
+
+def test_schedulers_and_closures_work():
+    a, b = network(), network()
+    for model, optimizer in (
+        (a, RepSGD(a.named_parameters(), lr=0.1, momentum=0.9, grad_mults={})),
+        (b, torch.optim.SGD(b.parameters(), lr=0.1, momentum=0.9)),
+    ):
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        x = torch.ones(2, 3, 4, 4, dtype=torch.float64)
+
+        def closure(model=model, optimizer=optimizer, x=x):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(5):
+            assert optimizer.step(closure) > 0
+            schedule.step()
+    assert_same(a, b)
+
+
+def test_multipliers_follow_the_parameters_dtype():
+    model = network()
+    optimizer = RepSGD(model.named_parameters(), lr=0.1, grad_mults=mults(model))
+    model.float()
+    model(torch.ones(1, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.grad_mults["0.weight"].filter.dtype == torch.float32
+
+
+def test_mistakes_are_named():
+    model = network()
+    with pytest.raises(UserError, match="named parameters"):
+        RepSGD(model.parameters(), lr=0.1, grad_mults=mults(model))
+    with pytest.raises(UserError, match="no parameter of that name"):
+        RepSGD(model.named_parameters(), lr=0.1, grad_mults={"1.weight": mults(model)["0.weight"]})
+    with pytest.raises(UserError, match="not \\(5, 24\\)"):
+        RepSGD(model.named_parameters(), lr=0.1, grad_mults={"2.weight": mults(model)["0.weight"]})
+    with pytest.raises(UserError, match="Nesterov"):
+        RepSGD(model.named_parameters(), lr=0.1, nesterov=True, grad_mults={})
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_clipped_plain_network_is_the_clipped_csla_network(rule):
+    setup = BLOCKS["3x3 + 1x1 + identity, 2 groups"]
+    torch.manual_seed(0)
+    csla, target = (OneBlock(setup, mode).double() for mode in ("csla", "target"))
+    scales = {name: torch.randn_like(v) for name, v in repopt.extract_scales(csla).items()}
+    for model in (csla, target):
+        torch.manual_seed(1)
+        repopt.initialize(model, scales)
+    settings = {"lr": 0.05, "momentum": 0.9, "eps": 1e-30, "weight_decay": 0.01}
+    optimizers = (
+        repopt.build_optimizer(rule, csla, **settings),
+        repopt.build_optimizer(rule, target, scales, **settings),
+    )
+    squares = repopt.grad_mults(target, scales, degree=1)
+    clipped = 0
+    for _ in range(10):
+        x = torch.randn(8, 6, 5, 5, dtype=torch.float64)
+        for model, optimizer in zip((csla, target), optimizers, strict=True):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), torch.arange(8) % 6).backward()
+        expected = torch.nn.utils.clip_grad_norm_(csla.parameters(), 0.05)
+        norm = repopt.clip_grad_norm_(target.named_parameters(), 0.05, squares)
+        torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+        clipped += int(norm > 0.05)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert clipped > 5
+    torch.testing.assert_close(target.kernel(), csla.kernel(), rtol=1e-11, atol=1e-13)
