@@ -129,6 +129,8 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module) -> None:
     """Train from the beginning, or on from a checkpoint."""
     resume = find_checkpoint(cfg)
     content = checkpoint.read(resume) if resume else None
+    if content is not None:
+        check_same_run(content, cfg)
     scales = find_scales(arch, cfg, content)
     if scales is not None and content is None:
         repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
@@ -168,6 +170,18 @@ def find_checkpoint(cfg: CfgNode) -> Path | None:
         return Path(cfg.MODEL.RESUME)
     latest = Path(cfg.OUTPUT, "latest.pth")
     return latest if cfg.TRAIN.AUTO_RESUME and latest.is_file() else None
+
+
+def check_same_run(content: Mapping[str, Any], cfg: CfgNode) -> None:
+    """Refuse to go on from another kind of run; a checkpoint without an optimizer gives its weights to any."""
+    if "optimizer" not in content or "config" not in content:
+        return
+    for key in ("MODEL.ARCH", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME"):
+        then, now = content["config"], cfg
+        for part in key.split("."):
+            then, now = then.get(part, {}), now[part]
+        if then not in ({}, now):
+            raise UserError(f"cannot resume: {key} was {then!r} in the checkpoint and is {now!r} now")
 
 
 def needs_scales(arch: Arch) -> bool:
@@ -241,11 +255,11 @@ def clipping(
 
 def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
     """The model as it is trained, in DDP where there are several processes."""
+    if cfg.TRAIN.SYNC_BN and world.device.type != "cuda":
+        raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
     if world.size == 1:
         return model
     if cfg.TRAIN.SYNC_BN:
-        if world.device.type != "cuda":
-            raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, which torch 2.11 lacks

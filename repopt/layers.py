@@ -111,7 +111,7 @@ def run_checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
     The second run leaves the statistics of batch norms alone, so that training is the same as without.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # SyncBatchNorm too
 
     @contextmanager
     def statistics_at_rest() -> Iterator[None]:

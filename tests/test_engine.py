@@ -1,0 +1,256 @@
+"""Training and evaluation against the same written out plainly."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from repopt import checkpoint, engine
+from repopt.distributed import World
+from repopt.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
+
+
+class Batches:
+    """A loader whose batches depend on the epoch."""
+
+    def __init__(self, count=5, size=6, classes=4):
+        self.count, self.size, self.classes, self.epoch = count, size, classes, 0
+
+    def __len__(self):
+        return self.count
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epoch)
+        for _ in range(self.count):
+            images = torch.randn(self.size, 3, 2, 2, generator=generator, dtype=torch.float64)
+            yield images, torch.randint(self.classes, (self.size,), generator=generator)
+
+
+def assert_same(a, b):
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def run_epoch(model, loader, optimizer, **arguments):
+    return engine.train_one_epoch(
+        model,
+        loader,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        batches=len(loader),
+        precision=engine.Precision(CPU),
+        **arguments,
+    )
+
+
+def test_an_epoch_is_the_plain_loop():
+    a, b, loader = network(), network(), Batches()
+    reports = []
+    optimizer = torch.optim.SGD(a.parameters(), lr=0.1, momentum=0.9)
+    mean = run_epoch(a, loader, optimizer, report=reports.append, report_every=2)
+    optimizer, losses = torch.optim.SGD(b.parameters(), lr=0.1, momentum=0.9), []
+    for images, targets in loader:
+        loss = nn.functional.cross_entropy(b(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert_same(a, b)
+    assert mean == pytest.approx(sum(losses) / 5, rel=1e-6)
+    assert [r.batch for r in reports] == [2, 4, 5]
+    for report, part in zip(reports, (losses[:2], losses[2:4], losses[4:]), strict=True):
+        assert report.loss == pytest.approx(sum(part) / len(part), rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 4, 7])
+def test_accumulated_gradients_are_means_over_their_window(accumulation):
+    a, b, loader = network(), network(), Batches(count=5)
+    steps = []
+    run_epoch(
+        a, loader, torch.optim.SGD(a.parameters(), lr=0.1), accumulation_steps=accumulation, after_step=steps.append
+    )
+    optimizer, batches = torch.optim.SGD(b.parameters(), lr=0.1), list(loader)
+    windows = [batches[i : i + accumulation] for i in range(0, 5, accumulation)]
+    for window in windows:
+        optimizer.zero_grad()
+        torch.stack([nn.functional.cross_entropy(b(x), y) for x, y in window]).mean().backward()
+        optimizer.step()
+    assert_same(a, b)
+    assert steps == list(range(1, len(windows) + 1))
+
+
+def test_clip_and_schedule_are_called_in_order():
+    model, calls = network(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reports = []
+
+    def clip():
+        calls.append("clip")
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+    run_epoch(
+        model,
+        Batches(count=2),
+        optimizer,
+        first_step=10,
+        clip=clip,
+        before_step=lambda step: calls.append(f"before {step}"),
+        after_step=lambda step: calls.append(f"after {step}"),
+        after_batch=lambda: calls.append("batch"),
+        report=reports.append,
+    )
+    assert calls == ["before 10", "clip", "after 11", "batch", "before 11", "clip", "after 12", "batch"]
+    assert reports[-1].grad_norm > 0.01
+    assert reports[-1].step == 12
+
+
+@pytest.mark.parametrize("classes", [4, 10])
+def test_evaluation_counts_every_image(classes):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).double()
+    batches = [(torch.randn(n, 3, 2, 2, dtype=torch.float64), torch.randint(classes, (n,))) for n in (7, 7, 3)]
+    found = engine.evaluate(model, batches, engine.Precision(CPU))
+    logits = torch.cat([model(x) for x, _ in batches])
+    targets = torch.cat([y for _, y in batches])
+    assert found.images == 17
+    assert found.top1 == pytest.approx(100 * float((logits.argmax(1) == targets).double().mean()))
+    rank = (logits > logits.gather(1, targets[:, None])).sum(1)
+    assert found.top5 == pytest.approx(100 * float((rank < 5).double().mean()))
+    assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_schedules(name):
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.8)
+    schedule = engine.build_schedule(
+        optimizer,
+        name,
+        steps_per_epoch=10,
+        epochs=10,
+        warmup_epochs=2,
+        warmup_lr=0.1,
+        min_lr=0.2,
+        decay_epochs=3,
+        decay_rate=0.5,
+    )
+    rates = []
+    for step in range(100):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    for step in range(20):
+        assert rates[step] == pytest.approx(0.1 + step / 20 * 0.7)
+    for step in range(20, 100):
+        expected = {
+            "cosine": 0.2 + 0.6 * (1 + math.cos(math.pi * step / 100)) / 2,
+            "linear": 0.8 - 0.6 * step / 100,
+            "step": 0.8 * 0.5 ** (step // 30),
+        }[name]
+        assert rates[step] == pytest.approx(expected)
+    with pytest.raises(UserError, match="did you mean 'cosine'"):
+        engine.build_schedule(optimizer, "cosin", steps_per_epoch=1, epochs=1, warmup_epochs=0)
+
+
+def test_fp16_scaling_needs_no_gpu_to_be_off():
+    assert not engine.Precision(CPU).scaler.is_enabled()
+    assert not engine.Precision(CPU, torch.bfloat16).scaler.is_enabled()
+
+
+def make_state(model, *, average=True):
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    schedule = engine.build_schedule(optimizer, "cosine", steps_per_epoch=5, epochs=4, warmup_epochs=1)
+    ema = ModelEmaV3(model, decay=0.8) if average else None
+    return engine.TrainingState(model, optimizer, schedule, engine.Precision(CPU), ema=ema)
+
+
+def fit(state, folder, epochs, **arguments):
+    folder.mkdir(exist_ok=True)
+    engine.fit(
+        state,
+        state.model,
+        Batches(),
+        Batches(count=2),
+        nn.CrossEntropyLoss(),
+        epochs=epochs,
+        folder=folder,
+        config={"TAG": "t"},
+        world=World(0, 1, CPU),
+        **arguments,
+    )
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
+    whole = make_state(network())
+    fit(whole, tmp_path / "whole", 4, ema_update_period=2)
+    first = make_state(network())
+    fit(first, tmp_path / "part", 2, ema_update_period=2)
+    second = make_state(network(seed=9))
+    second.restore(checkpoint.read(tmp_path / "part" / "latest.pth"))
+    assert second.epoch == 2
+    fit(second, tmp_path / "part", 4, ema_update_period=2)
+    for a, b in ((whole.model, second.model), (whole.ema.module, second.ema.module)):
+        for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+            assert torch.equal(p, q), name
+    assert (whole.max_accuracy, whole.max_ema_accuracy) == (second.max_accuracy, second.max_ema_accuracy)
+
+
+def test_the_moving_average():
+    model = network()
+    state = make_state(model)
+    expected = [value.clone() for value in model.state_dict().values()]
+    optimizer = state.optimizer
+
+    def update(step):
+        if step % 2 == 0:
+            state.ema.update(model)
+            for average, value in zip(expected, model.state_dict().values(), strict=True):
+                average.copy_(0.8 * average + 0.2 * value if value.is_floating_point() else value)
+
+    run_epoch(model, Batches(count=6), optimizer, after_step=update)
+    for found, average in zip(state.ema.module.state_dict().values(), expected, strict=True):
+        torch.testing.assert_close(found, average, rtol=1e-12, atol=1e-14)
+
+
+def test_files_of_a_run(tmp_path):
+    state = make_state(network(), average=False)
+    fit(state, tmp_path / "run", 4, save_period=3, eval_period=3)
+    names = {path.name for path in Path(tmp_path / "run").iterdir() if "tfevents" not in path.name}
+    assert names == {"latest.pth", "best_ckpt.pth", "ckpt_epoch_2.pth", "ckpt_epoch_3.pth", "metrics.jsonl"}
+    content = checkpoint.read(tmp_path / "run" / "latest.pth")
+    assert {"model", "optimizer", "lr_scheduler", "max_accuracy", "epoch", "config"} <= content.keys()
+    assert (content["epoch"], content["config"]) == (3, {"TAG": "t"})
+    assert any("tfevents" in path.name for path in (tmp_path / "run").iterdir())
+
+
+def test_checkpoints_of_another_training_are_refused(tmp_path):
+    state = make_state(network())
+    content = state.content({})
+    adam = torch.optim.AdamW([{"params": [p]} for p in network().parameters()])
+    with pytest.raises(UserError, match="optimizer is not that of this run"):
+        make_state(network()).restore(content | {"optimizer": adam.state_dict()})
+
+
+def test_weights_alone_start_a_training():
+    weights = network(seed=3).state_dict()
+    state = make_state(network())
+    state.restore({"model": weights})
+    assert state.epoch == 0
+    assert torch.equal(state.model[1].weight, weights["1.weight"])
+
+
+def test_throughput():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    speed = engine.measure_throughput(model, batch_size=4, image_size=8, precision=engine.Precision(CPU), seconds=0.01)
+    assert speed > 0

@@ -1,0 +1,73 @@
+"""The house: imports go down only, and the import of the library stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# From the ground up: a file may import from its own floor and from those above it in this list.
+FLOORS = [
+    {"errors"},
+    {"distributed", "logging", "config"},
+    {"csla"},
+    {"optim"},
+    {"layers"},
+    {"reparam"},
+    {"models"},
+    {"checkpoint", "scales", "deploy"},
+    {"engine"},
+]
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+FILES = sorted((ROOT / "repopt").rglob("*.py"))
+
+
+def part_of(path):
+    """The floor's name of a file in repopt/, or None for the public face."""
+    name = path.relative_to(ROOT / "repopt").parts[0].removesuffix(".py")
+    return None if name == "__init__" else name
+
+
+def imported(path):
+    """Modules that a file imports, dotted."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_file_has_a_floor():
+    assert {part_of(path) for path in FILES} - {None} == LEVEL.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path):
+    own = part_of(path)
+    for module in imported(path):
+        top, *rest = module.split(".")
+        assert top not in {"data", "configs", "main_repopt", "scripts", "tests"}, f"{path} imports {module}"
+        if top == "repopt" and own is not None and rest and rest[0] in LEVEL:
+            assert LEVEL[rest[0]] <= LEVEL[own], f"{own} imports {module}, which is above it"
+
+
+def test_configuration_stays_at_the_entrance():
+    for path in FILES:
+        assert part_of(path) == "config" or not {"yacs", "repopt.config"} & set(imported(path)), path
+
+
+def test_data_knows_little_of_the_package():
+    for path in (ROOT / "data").rglob("*.py"):
+        ours = {m for m in imported(path) if m.startswith("repopt.")}
+        assert all(m.split(".")[1] in {"errors", "distributed"} for m in ours), path
+
+
+def test_the_library_imports_no_heavy_package():
+    heavy = "{'matplotlib', 'sklearn', 'tensorboard', 'torchvision', 'timm', 'yacs'}"
+    code = f"import repopt, sys; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
