@@ -212,7 +212,7 @@ MISTAKES = {
         ["--arch", TARGET, "--resume", "{trained}", "--opts", *DIGITS, "TRAIN.OPTIMIZER.NAME", "adamw"],
         "TRAIN.OPTIMIZER.NAME was 'sgd' in the checkpoint and is 'adamw' now",
     ),
-    "other arch": (["--arch", HS, "--resume", "{trained}", "--opts", *DIGITS], "MODEL.ARCH was .*-target' .* is .*-hs'"),
+    "other arch": (["--arch", HS, "--resume", "{trained}", "--opts", *DIGITS], "MODEL.ARCH was .*-target'.*-hs'"),
     "output": (["--arch", HS, "--output", "{scales}", "--opts", *DIGITS], "cannot write to"),
     "sync bn": (["--arch", HS, "--opts", *DIGITS, "TRAIN.SYNC_BN", "True"], "needs GPUs"),
 }  # fmt: skip

@@ -134,16 +134,32 @@ def test_worker_processes_read_the_same(zips, cache_mode):
     list(alone)
 
 
-def _read_all(images):
+def read_all(images):
     return [images.read(i) for i in range(24)]
 
 
-def test_forked_processes_share_the_zip_without_disturbing_each_other(zips, image_folder):
+def read_often(images, expected, equal):
+    equal.value = all(read_all(images) == expected for _ in range(300))
+
+
+def test_forked_processes_share_the_open_zip_without_disturbing_each_other(zips):
     images = ZippedImages(str(zips), "train", num_classes=12, cache_mode="no", rank=0, world_size=1)
-    expected = _read_all(images)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(_read_all, [images] * 8, chunksize=1) == [expected] * 8
-    assert _read_all(pickle.loads(pickle.dumps(images))) == expected
+    expected = read_all(images)
+    fork = multiprocessing.get_context("fork")
+    results = [fork.Value("b", False) for _ in range(2)]
+    children = [fork.Process(target=read_often, args=(images, expected, equal)) for equal in results]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [equal.value for equal in results] == [True, True]
+
+
+@pytest.mark.parametrize("cache_mode", CACHE_MODES)
+def test_spawned_processes_read_the_same(zips, cache_mode):
+    images = ZippedImages(str(zips), "train", num_classes=12, cache_mode=cache_mode, rank=0, world_size=2)
+    expected = read_all(images)
+    assert read_all(pickle.loads(pickle.dumps(images))) == expected
 
 
 def rewrite_map(root, split, edit):
@@ -246,12 +262,12 @@ def test_a_corrupt_entry_is_named_whether_cached_or_not(image_folder, tmp_path, 
     root = pack(image_folder, tmp_path / "zips", layout)
     path = root / "val.zip"
     with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo("class05/0.png")
+        info = archive.getinfo("class04/0.JPEG")
     content = bytearray(path.read_bytes())
     start = info.header_offset + 30 + len(info.filename)
     content[start + 100 : start + 200] = bytes(100)
     path.write_bytes(content)
     for cache_mode in CACHE_MODES:
-        with pytest.raises(UserError, match=r"cannot read .*val.zip@/class05/0.png") as error:
+        with pytest.raises(UserError, match=r"cannot read .*val.zip@/class04/0.JPEG") as error:
             list(eval_loader(Source("imagenet", str(root), zip_mode=True, cache_mode=cache_mode), **EVALUATION))
         assert "\n" not in str(error.value)
