@@ -265,7 +265,8 @@ def test_a_corrupt_entry_is_named_whether_cached_or_not(image_folder, tmp_path, 
         info = archive.getinfo("class04/0.JPEG")
     content = bytearray(path.read_bytes())
     start = info.header_offset + 30 + len(info.filename)
-    content[start + 100 : start + 200] = bytes(100)
+    end = start + info.compress_size
+    content[end - 40 : end - 20] = bytes(20)  # in the pixels, where a JPEG decoder would not notice
     path.write_bytes(content)
     for cache_mode in CACHE_MODES:
         with pytest.raises(UserError, match=r"cannot read .*val.zip@/class04/0.JPEG") as error:
