@@ -6,7 +6,6 @@ The zip is data: entries are read into memory, never extracted to files.
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
 import struct
@@ -21,10 +20,9 @@ import torch
 
 from data.types import Info
 from repopt.errors import UserError, unknown
+from repopt.logging import logger
 
 CACHE_MODES = ("no", "full", "part")
-
-_log = logging.getLogger(__name__)
 
 _SPLIT_ZIPS = ("train.zip", "val.zip")
 _CLASS_INDEX = re.compile("[0-9]{1,9}")
@@ -158,7 +156,7 @@ class _Cache:
         self._buffer = torch.empty(int(self._ends[-1]) if len(indices) else 0, dtype=torch.uint8)
         view = self._buffer.numpy()
         if len(indices):
-            _log.info("reading %d images (%.1f GB) into memory", len(indices), len(view) / 1e9)
+            logger.info("reading %d images (%.1f GB) into memory", len(indices), len(view) / 1e9)
         for slot, index in enumerate(indices):
             try:
                 data = entries.read(index)

@@ -26,16 +26,17 @@ class Key(NamedTuple):
     type: type | None = None  # of the value where the default is None
     choices: tuple[Any, ...] | None = None
     flag: str | None = None  # of the command line; a bool key's flag takes no value and sets True
+    minimum: int = 0  # of a number
 
 
 KEYS: dict[str, Key] = {
     "BASE": Key([""], "YAML recipes, relative to this one, that it builds upon"),
-    "DATA.BATCH_SIZE": Key(128, "images per process and step", flag="--batch-size"),
+    "DATA.BATCH_SIZE": Key(128, "images per process and step", flag="--batch-size", minimum=1),
     "DATA.DATA_PATH": Key("", "data set root", flag="--data-path"),
     "DATA.DATASET": Key("imagenet", "digits, cf100, imagenet, folder (any train/ and val/ of class folders) or fake"),
-    "DATA.IMG_SIZE": Key(224, "side of a training image in pixels; small data sets bring their own"),
-    "DATA.TEST_SIZE": Key(None, "side of a test image in pixels; None = IMG_SIZE", int),
-    "DATA.TEST_BATCH_SIZE": Key(None, "images per process and step in evaluation; None = BATCH_SIZE", int),
+    "DATA.IMG_SIZE": Key(224, "side of a training image in pixels; small data sets bring their own", minimum=1),
+    "DATA.TEST_SIZE": Key(None, "side of a test image in pixels; None = IMG_SIZE", int, minimum=1),
+    "DATA.TEST_BATCH_SIZE": Key(None, "images per process and step in evaluation; None = BATCH_SIZE", int, minimum=1),
     "DATA.INTERPOLATION": Key(
         "bilinear", "of resizing; random: one of two per training image", choices=("bilinear", "bicubic", "random")
     ),
@@ -50,7 +51,7 @@ KEYS: dict[str, Key] = {
     "DATA.NUM_WORKERS": Key(8, "worker processes that decode images, per process"),
     "MODEL.ARCH": Key("RepOpt-VGG-B1", "model and mode, such as RepOpt-VGG-B1-target", flag="--arch"),
     "MODEL.RESUME": Key("", "checkpoint to resume; with --eval the weights to evaluate", flag="--resume"),
-    "MODEL.NUM_CLASSES": Key(1000, "outputs of the classifier; if not given, the data set's"),
+    "MODEL.NUM_CLASSES": Key(1000, "outputs of the classifier; if not given, the data set's", minimum=1),
     "MODEL.LABEL_SMOOTHING": Key(0.1, "of the training loss"),
     "TRAIN.START_EPOCH": Key(0, "epoch to start at when nothing is resumed"),
     "TRAIN.EPOCHS": Key(300, "epochs in all"),
@@ -66,7 +67,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.ACCUMULATION_STEPS": Key(0, "batches per optimizer step; 0 and 1 are the same", flag="--accumulation-steps"),
     "TRAIN.USE_CHECKPOINT": Key(False, "activation checkpointing: less memory, more time", flag="--use-checkpoint"),
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", "of the learning rate", choices=("cosine", "linear", "step")),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "of the step schedule"),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "of the step schedule", minimum=1),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "of the step schedule"),
     "TRAIN.OPTIMIZER.NAME": Key("sgd", "update rule: sgd or adamw"),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, "of AdamW"),
@@ -75,7 +76,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.EMA_ALPHA": Key(
         0.0, "weight of the newest weights in their moving average, per image and epoch of training; 0 = no average"
     ),
-    "TRAIN.EMA_UPDATE_PERIOD": Key(8, "optimizer steps between updates of the moving average"),
+    "TRAIN.EMA_UPDATE_PERIOD": Key(8, "optimizer steps between updates of the moving average", minimum=1),
     "TRAIN.SCALES_PATH": Key(
         None, "searched scales: a scale file or a hyper-search checkpoint", str, flag="--scales-path"
     ),
@@ -96,9 +97,9 @@ KEYS: dict[str, Key] = {
     "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "timm's policy, or none"),
     "AUG.REPROB": Key(0.25, "probability of random erasing"),
     "AUG.REMODE": Key("pixel", "of random erasing", choices=("const", "rand", "pixel")),
-    "AUG.RECOUNT": Key(1, "of random erasing"),
+    "AUG.RECOUNT": Key(1, "of random erasing", minimum=1),
     "TEST.CROP": Key(False, "evaluate on the centre of an image whose short side is 256/224 of TEST_SIZE"),
-    "TEST.PERIOD": Key(1, "epochs between evaluations while training; the last is always evaluated"),
+    "TEST.PERIOD": Key(1, "epochs between evaluations while training; the last is always evaluated", minimum=1),
     "AMP_OPT_LEVEL": Key(
         "",
         "O0: fp32; O1, O2: autocast; empty: autocast on GPUs",
@@ -108,8 +109,8 @@ KEYS: dict[str, Key] = {
     "AMP_DTYPE": Key("bf16", "of autocast", choices=("bf16", "fp16")),
     "OUTPUT": Key("", "where runs go, <output>/<arch>/<tag>; empty: output", flag="--output"),
     "TAG": Key("default", "name of the run", flag="--tag"),
-    "SAVE_FREQ": Key(20, "epochs between the checkpoints that are kept"),
-    "PRINT_FREQ": Key(10, "batches between lines of the log"),
+    "SAVE_FREQ": Key(20, "epochs between the checkpoints that are kept", minimum=1),
+    "PRINT_FREQ": Key(10, "batches between lines of the log", minimum=1),
     "SEED": Key(0, "of everything random"),
     "EVAL_MODE": Key(False, "evaluate only", flag="--eval"),
     "THROUGHPUT_MODE": Key(False, "measure the inference throughput only", flag="--throughput"),
@@ -198,6 +199,8 @@ def _coerce(name: str, value: Any) -> Any:
         value = kind(value)
     if type(value) is not kind and not (value is None and key.default is None):
         raise UserError(f"{name} takes a value of type {kind.__name__}, not {value!r}")
+    if kind in (int, float) and value is not None and not value >= key.minimum:
+        raise UserError(f"{name} is at least {key.minimum}, not {value}")
     if key.choices and value not in key.choices:
         raise unknown(f"value of {name}", str(value), map(str, key.choices))
     return value
