@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = config.parse(argv)
         arch = parse_arch(settings.cfg.MODEL.ARCH)
         with world() as here:
-            run(arch, resolve(arch, settings), here)
+            run(arch, resolve(arch, settings), here, sys.argv[1:] if argv is None else argv)
     except UserError as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # the first process has made the same mistake and says it; torchrun then ends this one
@@ -78,15 +78,15 @@ def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
     return cfg
 
 
-def run(arch: Arch, cfg: CfgNode, world: World) -> None:
-    """Train, or evaluate, or measure throughput."""
+def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> None:
+    """Train, or evaluate, or measure throughput, as the command line `argv` says."""
     folder = Path(cfg.OUTPUT)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         start_log(folder, world.rank)
     except OSError as error:
         raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
-    logger.info(shlex.join(sys.argv))
+    logger.info(f"main_repopt.py {shlex.join(argv)}")
     logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
     torch.manual_seed(cfg.SEED)
     model = repopt.create_model(
@@ -120,7 +120,7 @@ def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
     loader = eval_loader(cfg, world)
     model = to_device(model, world)
     for key, label in (("model", "val"), ("ema", "ema")):
-        if key == "model" or key in content:
+        if key == "model" or content.get(key):
             repopt.load_weights(model, checkpoint.state_dict_of(content, key))
             logger.info(f"{label}: {engine.evaluate(model, loader, precision_of(cfg, world))}")
 
@@ -165,22 +165,20 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module) -> None:
 
 
 def find_checkpoint(cfg: CfgNode) -> Path | None:
-    """What to resume: --resume, or what an earlier start of the same run left."""
-    if cfg.MODEL.RESUME:
-        return Path(cfg.MODEL.RESUME)
+    """What to resume: what an earlier start of the same run left, else --resume."""
     latest = Path(cfg.OUTPUT, "latest.pth")
-    return latest if cfg.TRAIN.AUTO_RESUME and latest.is_file() else None
+    if cfg.TRAIN.AUTO_RESUME and latest.is_file():
+        return latest
+    return Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
 
 
 def check_same_run(content: Mapping[str, Any], cfg: CfgNode) -> None:
     """Refuse to go on from another kind of run; a checkpoint without an optimizer gives its weights to any."""
-    if "optimizer" not in content or "config" not in content:
+    if "optimizer" not in content:
         return
     for key in ("MODEL.ARCH", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME"):
-        then, now = content["config"], cfg
-        for part in key.split("."):
-            then, now = then.get(part, {}), now[part]
-        if then not in ({}, now):
+        then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
+        if then not in (None, now):
             raise UserError(f"cannot resume: {key} was {then!r} in the checkpoint and is {now!r} now")
 
 
@@ -193,7 +191,7 @@ def find_scales(arch: Arch, cfg: CfgNode, content: Mapping[str, Any] | None) -> 
     """The scales of a run that needs them: those kept in the checkpoint it resumes, or --scales-path."""
     if not needs_scales(arch):
         return None
-    if content is not None and "scales" in content:
+    if content is not None and content.get("scales"):
         return content["scales"]
     if cfg.TRAIN.SCALES_PATH:
         return repopt.load_scales(cfg.TRAIN.SCALES_PATH)
@@ -233,8 +231,8 @@ def training_state(
         decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
     )
     ema = None
-    if cfg.TRAIN.EMA_ALPHA:
-        alpha = cfg.TRAIN.EMA_ALPHA * images_per_step * cfg.TRAIN.EMA_UPDATE_PERIOD / cfg.TRAIN.EPOCHS
+    if cfg.TRAIN.EMA_ALPHA:  # of an image and an epoch of training; an update stands for many images
+        alpha = cfg.TRAIN.EMA_ALPHA * images_per_step * cfg.TRAIN.EMA_UPDATE_PERIOD / max(1, cfg.TRAIN.EPOCHS)
         ema = ModelEmaV3(model, decay=1 - min(1.0, alpha))
     return engine.TrainingState(
         model, optimizer, schedule, precision_of(cfg, world), scales, ema, epoch=cfg.TRAIN.START_EPOCH

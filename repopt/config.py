@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ class Key(NamedTuple):
     choices: tuple[Any, ...] | None = None
     flag: str | None = None  # of the command line; a bool key's flag takes no value and sets True
     minimum: int = 0  # of a number
+    length: int | None = None  # of a tuple
 
 
 KEYS: dict[str, Key] = {
@@ -71,7 +73,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "of the step schedule"),
     "TRAIN.OPTIMIZER.NAME": Key("sgd", "update rule: sgd or adamw"),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, "of AdamW"),
-    "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), "of AdamW"),
+    "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), "of AdamW", length=2),
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "of SGD (Nesterov)"),
     "TRAIN.EMA_ALPHA": Key(
         0.0, "weight of the newest weights in their moving average, per image and epoch of training; 0 = no average"
@@ -88,7 +90,7 @@ KEYS: dict[str, Key] = {
     ),
     "AUG.MIXUP": Key(0.0, "alpha of mixup; 0 = off"),
     "AUG.CUTMIX": Key(0.0, "alpha of cutmix; 0 = off"),
-    "AUG.CUTMIX_MINMAX": Key(None, "range of cutmix's side ratio, instead of alpha", tuple),
+    "AUG.CUTMIX_MINMAX": Key(None, "range of cutmix's side ratio, instead of alpha", tuple, length=2),
     "AUG.MIXUP_PROB": Key(1.0, "of mixup or cutmix, per batch"),
     "AUG.MIXUP_SWITCH_PROB": Key(0.5, "of cutmix where both are on"),
     "AUG.MIXUP_MODE": Key("batch", "of mixup and cutmix", choices=("batch", "pair", "elem")),
@@ -131,16 +133,24 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         UserError: an unknown flag or key (with the nearest one), a value of the wrong kind, a recipe that is not there.
     """
     flags = {key.flag: name for name, key in KEYS.items() if key.flag}
-    parser = _Parser(prog="main_repopt.py", description=__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="main_repopt.py",
+        description="Search scales (-hs), train a plain network with them (-target), evaluate it, measure its speed.",
+        epilog="Any key of repopt/config.py is set by --opts or a recipe; --opts wins over flags, flags over --cfg.",
+        allow_abbrev=False,
+    )
     for flag, name in flags.items():
         key = KEYS[name]
         if isinstance(key.default, bool):
             parser.add_argument(flag, dest=name, action="store_const", const="True", help=key.meaning)
         else:
-            parser.add_argument(flag, dest=name, help=key.meaning, metavar=name.split(".")[-1])
+            shown = "|".join(filter(None, key.choices)) if key.choices else name.split(".")[-1]
+            parser.add_argument(flag, dest=name, help=key.meaning, metavar=shown)
     parser.add_argument("--cfg", metavar="FILE", help="YAML recipe")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by old launchers; LOCAL_RANK counts")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="any other key and its value")
+    parser.add_argument(
+        "--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help="any other key and its value"
+    )
     arguments, rest = parser.parse_known_args(argv)
     if rest:
         raise unknown("flag", rest[0], [*flags, "--cfg", "--opts"])
@@ -150,6 +160,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if len(arguments.opts) % 2:
         raise UserError(f"--opts takes pairs of KEY and VALUE; the last one, {arguments.opts[-1]!r}, stands alone")
     values |= dict(zip(arguments.opts[::2], arguments.opts[1::2], strict=True))
+    if "BASE" in values:
+        raise UserError("BASE stands in a recipe; on the command line give --cfg")
     return build(values)
 
 
@@ -164,6 +176,13 @@ def build(values: Mapping[str, Any]) -> Settings:
 def as_dict(cfg: CfgNode) -> dict[str, Any]:
     """A configuration as plain nested dicts."""
     return {name: as_dict(value) if isinstance(value, CfgNode) else value for name, value in cfg.items()}
+
+
+def lookup(cfg: object, name: str) -> Any:
+    """The value of a dotted key in nested mappings, such as a configuration that a checkpoint keeps; None if absent."""
+    for part in name.split("."):
+        cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
+    return cfg
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,8 +218,10 @@ def _coerce(name: str, value: Any) -> Any:
         value = kind(value)
     if type(value) is not kind and not (value is None and key.default is None):
         raise UserError(f"{name} takes a value of type {kind.__name__}, not {value!r}")
-    if kind in (int, float) and value is not None and not value >= key.minimum:
-        raise UserError(f"{name} is at least {key.minimum}, not {value}")
+    if kind in (int, float) and value is not None and not key.minimum <= value < math.inf:
+        raise UserError(f"{name} is a number from {key.minimum} on, not {value}")
+    if key.length and value is not None and len(value) != key.length:
+        raise UserError(f"{name} takes {key.length} values, not {value}")
     if key.choices and value not in key.choices:
         raise unknown(f"value of {name}", str(value), map(str, key.choices))
     return value
@@ -213,13 +234,16 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str
     if path in above:
         raise UserError(f"recipe {str(path)!r} builds upon itself")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {str(path)!r} is no plain YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {str(path)!r} holds no keys")
     bases = content.pop("BASE", [])
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"BASE of recipe {str(path)!r} lists recipes, not {bases!r}")
+    for base in filter(None, bases):
         yield from _read_recipe((path.parent / base).resolve(), (*above, path.resolve()))
     for name, value in _flatten(content):
         if name not in KEYS:

@@ -88,11 +88,14 @@ class Target:
 class Branch(ABC):
     """One term ``s * (E(w) conv x)`` of a block; a subclass is an embedding E.
 
+    What the hyper-search finds of a branch is one number per output channel: its scale, or, where the constant scale is
+    1 (an identity branch), its kernel, which the published files call a scale all the same.
+
     Attributes:
         kernel: name of the kernel w in the module that holds the block.
         scale: name of the scale s, trained in the hyper-search and constant afterwards; None = the constant 1.
-        initial: value at which the hyper-search starts what it searches.
-        decay_in_search: whether the hyper-search decays what it searches here, where that is a kernel.
+        initial: value at which the hyper-search starts those numbers.
+        decay_in_search: whether the hyper-search decays them, where they are a kernel.
     """
 
     kernel: str
@@ -102,7 +105,7 @@ class Branch(ABC):
 
     @property
     def searched(self) -> str:
-        """Name of the (O,) numbers that the hyper-search finds: the scale, or the kernel that has none."""
+        """Name of the (O,) numbers that the hyper-search finds."""
         return self.scale or self.kernel
 
     @abstractmethod
@@ -201,14 +204,17 @@ class Block:
         branches: what is added up.
 
     Raises:
-        UserError: a branch does not fit the target kernel, or its embedding is none (see `Branch.embed`): then
-            the method does not apply.
+        UserError: no branches, or two of the same name; a branch does not fit the target kernel, or its embedding is
+            none (see `Branch.embed`): then the method does not apply.
     """
 
     target: Target
     branches: tuple[Branch, ...]
 
     def __post_init__(self) -> None:
+        names = [name for b in self.branches for name in (b.kernel, b.scale) if name is not None]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"a block needs branches whose kernels and scales have names of their own, not {names}")
         for branch in self.branches:
             _check_embedding(branch, self.target)
 
@@ -227,15 +233,13 @@ class Block:
             kernels: w_k by name.
             scales: s_k by name, (O,) each; other entries are ignored.
         """
-        merged: Tensor | None = None
+        terms = []
         for branch in self.branches:
             kernel = kernels[branch.kernel]
             if branch.scale is not None:
                 kernel = kernel * scales[branch.scale].view(-1, *[1] * (kernel.dim() - 1))
-            term = branch.embed(kernel, self.target)
-            merged = term if merged is None else merged + term
-        assert merged is not None, "a block has at least one branch"
-        return merged
+            terms.append(branch.embed(kernel, self.target))
+        return functools.reduce(torch.add, terms)
 
     def grad_mult(self, scales: Mapping[str, Tensor], degree: int) -> GradMult:
         """Rule of Iteration: ``sum_k |s_k|^(1+d) E_k(1)``.
@@ -287,3 +291,7 @@ def _check_embedding(branch: Branch, target: Target) -> None:
             f"branch {branch.kernel!r} cannot be re-parameterized into the optimizer: its embedding must copy every "
             "entry of its kernel to one place of its own (an average pooling, or a 1x1 followed by a 3x3, does not)"
         )
+    constant = torch.arange(1.0, few_out + 1, dtype=torch.float64, device="cpu")
+    ones = constant.new_ones(shape) * constant.view(-1, *[1] * (len(shape) - 1))
+    if not torch.equal(branch.grad_mult(constant, probe).dense(), branch.embed(ones, probe)):
+        raise UserError(f"branch {branch.kernel!r}: its grad_mult is not its embedding of ones")

@@ -12,13 +12,16 @@ from repopt.layers import Deployable
 
 @torch.no_grad()
 def deploy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode in which every block is folded into one convolution with a bias; the same function.
+    """A copy in eval mode whose batch norms and branches are folded into convolutions with biases; the same function.
 
     Args:
-        model: any of ours: hs, csla and target lose their batch norms, a baseline its branches.
+        model: any of ours, in any mode.
     """
-    plain = copy.deepcopy(model).eval()
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, Deployable):
-            plain.set_submodule(name, module.deployed())
-    return plain.requires_grad_(requires_grad=False)
+    return _deployed(copy.deepcopy(model).eval()).requires_grad_(requires_grad=False)
+
+
+def _deployed(module: nn.Module) -> nn.Module:
+    """`module` with the modules in it replaced, then replaced itself, where they say by what."""
+    for name, child in module.named_children():
+        setattr(module, name, _deployed(child))
+    return module.deployed() if isinstance(module, Deployable) else module

@@ -38,19 +38,22 @@ def world() -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), and part from them at the end.
 
     Raises:
-        UserError: more processes on this node than GPUs.
+        UserError: more processes on this node than GPUs, or an environment that is not torchrun's.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if torch.cuda.is_available():
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        here, gpus = _number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
         if here > gpus:
             raise UserError(f"{here} processes on a node with {gpus} GPUs: every process needs one of its own")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", _number("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"cannot meet the other {size - 1} processes (start with torchrun): {error}") from None
     try:
         yield World(rank, size, device)
     finally:
@@ -63,3 +66,10 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment's {variable} is {text!r}, not a number: start with torchrun")
+    return int(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,7 +55,7 @@ class Metrics:
         """Numbers (or groups of numbers) after an optimizer step."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.write(json.dumps({"step": step, **_as_json(numbers)}, allow_nan=False) + "\n")
         for name, value in numbers.items():
             points = value if isinstance(value, dict) else {"": value}
             for part, number in points.items():
@@ -67,3 +68,11 @@ class Metrics:
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
+
+
+def _as_json(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for what JSON has no number for (NaN, infinities)."""
+    return {
+        name: _as_json(value) if isinstance(value, dict) else value if math.isfinite(value) else None
+        for name, value in numbers.items()
+    }

@@ -138,33 +138,41 @@ def build_optimizer(
         scales: from `load_scales` or `extract_scales`.
         lr: learning rate.
         weight_decay: of the decayed group (`param_groups`).
-        settings: hyper-parameters of the rules: momentum, nesterov, betas, eps. Those of other rules are passed over,
-            so that one set of settings serves every rule.
+        settings: hyper-parameters of the rules (momentum, nesterov, betas, eps ...). Those of other rules are passed
+            over, so that one set of settings serves every rule.
 
     Raises:
-        UserError: an unknown rule, or scales that are not those of this model.
+        UserError: an unknown rule or setting, a value that the rule refuses, or scales that are not this model's.
     """
     if name not in RULES:
         raise unknown("optimizer", name, RULES)
-    known = {key for rule in RULES.values() for key in rule.hyperparameters}
+    rule, known = RULES[name], set().union(*(rule.hyperparameters for rule in RULES.values()))
     for key in settings:
         if key not in known:
             raise unknown("optimizer setting", key, known)
-    arguments = {"lr": lr} | {key: value for key, value in settings.items() if key in RULES[name].hyperparameters}
+    arguments = {"lr": lr} | {key: value for key, value in settings.items() if key in rule.hyperparameters}
     groups = param_groups(model, weight_decay)
-    if scales is None:
-        return RULES[name].plain(groups, **arguments)
-    rep = RULES[name].rep
-    return rep(groups, grad_mults=grad_mults(model, scales, degree=rep.degree), **arguments)
+    if scales is not None:
+        return rule.rep(groups, grad_mults=grad_mults(model, scales, degree=rule.rep.degree), **arguments)
+    try:
+        return rule.plain(groups, **arguments)
+    except ValueError as error:
+        raise UserError(f"optimizer {name!r}: {error}") from None
 
 
 def _blocks(model: nn.Module, *modes: Mode) -> Iterator[tuple[str, RepConv2d]]:
-    """Every declared block of a model by the path of its module; UserError where one is in none of the modes asked."""
-    for path, module in model.named_modules():
-        if isinstance(module, RepConv2d):
-            if modes and module.mode not in modes:
-                raise UserError(f"this needs a model in {' or '.join(modes)} mode, not {module.mode} ({path})")
-            yield path, module
+    """Every declared block of a model by the path of its module.
+
+    Raises:
+        UserError: modes are asked for, and there is no block, or one in another mode.
+    """
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, RepConv2d)]
+    if modes and not found:
+        raise UserError(f"{type(model).__name__} has no declared blocks: this needs one in {' or '.join(modes)} mode")
+    for path, module in found:
+        if modes and module.mode not in modes:
+            raise UserError(f"this needs a model in {' or '.join(modes)} mode, not {module.mode} ({path})")
+        yield path, module
 
 
 def _join(path: str, name: str) -> str:

@@ -51,7 +51,7 @@ BLOCKS = {
     "two 3x3": Setup(Block(Target("conv", (4, 4, 3, 3)), (_conv(3), ConvBranch("other", "scale_other", size=3)))),
 }
 # eps breaks the degree of homogeneity; where it is far below every gradient, AdamW is exact to rounding.
-RULES = {
+SETTINGS = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "adamw": {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-30, "weight_decay": 0.01},
 }
@@ -100,7 +100,7 @@ def largest_difference(csla: nn.Module, target: nn.Module, rule: str, sign: floa
 
     Args:
         csla, target: the same network in these modes, float64.
-        rule: a name in `RULES`.
+        rule: a name in `SETTINGS`.
         sign: probability that a scale is negative.
         images: (N, C, H, W), float64; image n has the class n.
         steps: of training.
@@ -118,7 +118,7 @@ def largest_difference(csla: nn.Module, target: nn.Module, rule: str, sign: floa
         repopt.initialize(model, scales)
     for module in _blocks(csla):
         module.conv2d = types.MethodType(branch_by_branch, module)
-    settings = RULES[rule]
+    settings = SETTINGS[rule]
     train(csla, repopt.build_optimizer(rule, csla, **settings), images, steps)
     train(target, repopt.build_optimizer(rule, target, scales, **settings), images, steps)
     pairs = zip(_blocks(csla), _blocks(target), strict=True)
@@ -138,7 +138,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, st
 def cases(steps: int = 50) -> Iterator[tuple[str, str, str, Callable[[], float]]]:
     """(network, rule, signs of the scales, what measures the difference), one by one."""
     generator = torch.Generator().manual_seed(0)
-    for rule in RULES:
+    for rule in SETTINGS:
         for signs, probability in SIGNS.items():
             for name, setup in BLOCKS.items():
                 channels = setup.block.target.shape[1] * setup.block.target.groups

@@ -3,13 +3,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
   interpreter=${PYTHON:-python3}
-  if ! "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  if ! "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
     echo "RepOpt needs Python 3.11 or newer; '$interpreter' is not (set PYTHON to one that is)" >&2
     exit 2
   fi
-  "$interpreter" -m venv .venv
+  "$interpreter" -m venv --clear .venv
 fi
 
 stamp=.venv/installed-$1

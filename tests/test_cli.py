@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,9 @@ def run(*arguments, processes=0):
     return result.stdout
 
 
-def evaluation(text):
+def evaluation(text, key="val"):
     """Accuracy, loss and number of images of an evaluation's line."""
-    return re.search(r"val: top-1 (\S+) % top-5 (\S+) % loss (\S+) on (\d+) images", text).groups()
+    return re.search(rf"{key}: top-1 (\S+) % top-5 (\S+) % loss (\S+) on (\d+) images", text).groups()
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +92,138 @@ def test_target_from_either_file_and_evaluation_by_one_and_two(search, tmp_path,
 
 
 def test_torch_distributed_launch(search, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "1", "--master_port", "29511"]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "1", "--master_port", str(port)]
     command += ["main_repopt.py", "--arch", HS, "--output", str(tmp_path), "--eval", "--resume"]
     command += [str(search / "latest.pth"), "--opts", *DIGITS]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert evaluation(result.stdout)[-1] == "1497"
+
+
+def test_two_processes_are_one_that_accumulates(search, tmp_path):
+    """Gradients, learning rate and the images of a step are the same; so are the weights, to fp32 rounding."""
+    options = [*DIGITS, "TRAIN.EPOCHS", 2, "DATA.BATCH_SIZE", 25, "TRAIN.BASE_LR", 0.1, "TRAIN.WARMUP_EPOCHS", 1]
+    options += ["TRAIN.CLIP_GRAD", 1.0, "TRAIN.EMA_ALPHA", 0.01, "TRAIN.EMA_UPDATE_PERIOD", 1, "PRINT_FREQ", 1]
+    contents, rates = [], []
+    for processes, accumulation in ((0, 2), (2, 1)):
+        common = ("--arch", TARGET, "--tag", f"by{processes}", "--output", tmp_path)
+        scales = ("--scales-path", search / "scales.pth", "--accumulation-steps", accumulation)
+        run(*common, *scales, "--opts", *options, processes=processes)
+        folder = tmp_path / TARGET / f"by{processes}"
+        contents.append(checkpoint.read(folder / "latest.pth"))
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rates.append({r["step"]: r["train"]["learning_rate"] for r in records if "train" in r and r["step"]})
+        if processes:  # what was logged of the averaged networks is what their checkpoint gives
+            log = (folder / "log_rank0.txt").read_text()
+            text = run(*common, "--eval", "--resume", folder / "latest.pth", "--opts", *DIGITS)
+            for key in ("val", "ema"):
+                assert evaluation(text, key) == evaluation(log[log.rindex("epoch 2 val") :], key)
+    assert rates[0] == rates[1]
+    assert max(rates[0].values()) == pytest.approx(0.1 * 50 / 256, rel=0.3)
+    one, two = (content["model"] for content in contents)
+    start = repopt.create_model("RepOpt-VGG-nano", mode="target", num_classes=10).state_dict()
+    for name, value in one.items():
+        if "running" not in name and "tracked" not in name:
+            scale = (value - start[name]).abs().max() + 1e-3
+            assert (value - two[name]).abs().max() < 2e-3 * scale, name
+
+
+def entrance(monkeypatch, *arguments):
+    """What a command line hands to `engine.fit`."""
+    handed = {}
+    monkeypatch.setattr(
+        "repopt.engine.fit",
+        lambda state, model, train_loader, val_loader, criterion, **rest: handed.update(
+            rest, state=state, criterion=criterion, train_loader=train_loader, val_loader=val_loader
+        ),
+    )
+    assert main(*arguments) == 0
+    return handed
+
+
+@pytest.mark.parametrize("identity", ["searched", "one"])
+def test_what_the_entrance_hands_over(monkeypatch, search, tmp_path, identity):
+    options = [*DIGITS, "DATA.BATCH_SIZE", 30, "TRAIN.EPOCHS", 6, "TRAIN.BASE_LR", 0.5, "TRAIN.WARMUP_LR", 0.1]
+    options += [
+        "TRAIN.MIN_LR",
+        0.05,
+        "TRAIN.WARMUP_EPOCHS",
+        2,
+        "TRAIN.WEIGHT_DECAY",
+        0.01,
+        "MODEL.LABEL_SMOOTHING",
+        0.2,
+    ]
+    options += ["TRAIN.OPTIMIZER.MOMENTUM", 0.8, "TRAIN.CLIP_GRAD", 2.0, "TRAIN.EMA_ALPHA", 0.001, "SEED", 5]
+    options += ["TRAIN.IDENTITY_INIT", identity, "TRAIN.EMA_UPDATE_PERIOD", 4, "SAVE_FREQ", 3, "TEST.PERIOD", 2]
+    scales_path = search / "scales.pth"
+    handed = entrance(
+        monkeypatch, "--arch", TARGET, "--output", tmp_path, "--scales-path", scales_path, "--accumulation-steps", 3,
+        "--opts", *options,
+    )  # fmt: skip
+    state, per_256 = handed["state"], 90 / 256
+    assert isinstance(state.optimizer, repopt.RepSGD)
+    decayed, rest = state.optimizer.param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.01, 0.0)
+    assert (decayed["momentum"], decayed["nesterov"]) == (0.8, True)
+    schedule = state.schedule
+    assert decayed["initial_lr"] == pytest.approx(0.5 * per_256)
+    assert (schedule.warmup_lr_init, schedule.lr_min) == pytest.approx((0.1 * per_256, 0.05 * per_256))
+    assert (schedule.t_initial, schedule.warmup_t) == (6 * 4, 2 * 4)  # 10 batches an epoch are 4 steps
+    assert handed["criterion"].label_smoothing == 0.2
+    assert state.ema.decay == pytest.approx(1 - 0.001 * 90 * 4 / 6)
+    names = ("epochs", "accumulation_steps", "ema_update_period", "eval_period", "save_period", "searching")
+    assert [handed[name] for name in names] == [6, 3, 4, 2, 3, False]
+    scales = repopt.load_scales(scales_path)
+    torch.manual_seed(5)
+    expected = repopt.create_model("RepOpt-VGG-nano", mode="target", num_classes=10)
+    repopt.initialize(expected, scales, identity=identity)
+    for (name, value), other in zip(state.model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    for parameter in state.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for parameter, other in zip(state.model.parameters(), expected.parameters(), strict=True):
+        other.grad = parameter.grad.clone()
+    mults = repopt.grad_mults(expected, scales, degree=1)
+    torch.testing.assert_close(handed["clip"](), repopt.clip_grad_norm_(expected.named_parameters(), 2.0, mults))
+    for parameter, other in zip(state.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
+
+
+def test_adamw_search_and_evaluation_settings(monkeypatch, tmp_path):
+    root = image_folder(tmp_path / "images")
+    calls = {}
+    monkeypatch.setattr("data.eval_loader", lambda source, **arguments: calls.update(arguments, source=source))
+    options = ["DATA.DATASET", "folder", "DATA.IMG_SIZE", 64, "DATA.TEST_SIZE", 96, "TEST.CROP", True]
+    options += ["DATA.TEST_BATCH_SIZE", 3, "DATA.INTERPOLATION", "bicubic", "TRAIN.OPTIMIZER.NAME", "adamw"]
+    options += ["TRAIN.OPTIMIZER.EPS", 1e-6, "TRAIN.OPTIMIZER.BETAS", "(0.8, 0.9)", "AUG.MIXUP", 0.5]
+    handed = entrance(
+        monkeypatch, "--arch", HS, "--output", tmp_path, "--data-path", root, "--batch-size", 4, "--opts", *options
+    )
+    assert (calls["image_size"], calls["crop"], calls["batch_size"]) == (96, True, 3)
+    assert (calls["interpolation"], calls["num_classes"], calls["source"].root) == ("bicubic", 2, str(root))
+    group = handed["state"].optimizer.param_groups[0]
+    assert type(handed["state"].optimizer) is torch.optim.AdamW
+    assert (group["eps"], group["betas"]) == (1e-6, (0.8, 0.9))
+    assert handed["criterion"].label_smoothing == 0.0  # mixup's targets are smoothed already
+    assert handed["searching"]
+    assert handed["clip"] is None
+
+
+def test_resume_prefers_the_runs_own_latest(search, tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save(repopt.create_model("RepOpt-VGG-nano", mode="hs", num_classes=10).state_dict(), weights)
+    for epochs in (1, 2):
+        assert (
+            main("--arch", HS, "--output", tmp_path, "--resume", weights, "--opts", *DIGITS, "TRAIN.EPOCHS", epochs)
+            == 0
+        )
+    log = (tmp_path / HS / "default" / "log_rank0.txt").read_text()
+    assert "after epoch 1" in log
+    assert "epoch 1/2" not in log
 
 
 def main(*arguments):

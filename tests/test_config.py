@@ -86,6 +86,7 @@ def test_precedence(tmp_path):
     assert settings.given == {"TRAIN.EPOCHS", "TRAIN.WARMUP_EPOCHS", "TAG", "SEED"}
     assert config.parse(["--cfg", str(tmp_path / "top.yaml"), "--tag", "flag"]).cfg.TAG == "flag"
     assert config.parse(["--cfg", str(tmp_path / "top.yaml")]).cfg.DATA.BATCH_SIZE == 128
+    assert config.parse(["--opts", "SEED", "3", "--tag", "t", "--opts", "TAG", "u"]).given == {"SEED", "TAG"}
 
 
 @pytest.mark.parametrize(
@@ -122,9 +123,12 @@ def test_values_from_the_command_line(key, text, value):
         (["--opts", "TRAIN.EPOCHS", "3.5"], "TRAIN.EPOCHS takes a value of type int, not 3.5"),
         (["--opts", "TRAIN.AUTO_RESUME", "1"], "TRAIN.AUTO_RESUME takes a value of type bool, not 1"),
         (["--opts", "TRAIN.EPOCHS", "__import__('os')"], "TRAIN.EPOCHS takes a value of type int"),
-        (["--opts", "SAVE_FREQ", "0"], "SAVE_FREQ is at least 1, not 0"),
-        (["--opts", "SEED", "-1"], "SEED is at least 0, not -1"),
+        (["--opts", "SAVE_FREQ", "0"], "SAVE_FREQ is a number from 1 on, not 0"),
+        (["--opts", "SEED", "-1"], "SEED is a number from 0 on, not -1"),
         (["--opts", "TRAIN.BASE_LR", "float('nan')"], "TRAIN.BASE_LR takes a value of type float"),
+        (["--opts", "TRAIN.BASE_LR", "1e999"], "TRAIN.BASE_LR is a number from 0 on, not inf"),
+        (["--opts", "TRAIN.OPTIMIZER.BETAS", "(0.9,)"], "TRAIN.OPTIMIZER.BETAS takes 2 values"),
+        (["--opts", "BASE", "['a.yaml']"], "BASE stands in a recipe"),
         (["--opts", "TRAIN.EPOCHS"], "stands alone"),
         (["--cache-mode", "all"], "unknown value of DATA.CACHE_MODE 'all'.*allowed: full, no, part"),
         (["--cfg", "nothing.yaml"], "there is no recipe 'nothing.yaml'"),
@@ -144,6 +148,7 @@ def test_mistakes(arguments, message):
         ("a: [\n", "no plain YAML"),
         ("", "holds no keys"),
         ("BASE: me.yaml\n", "builds upon itself"),
+        ("BASE: 3\n", "lists recipes, not 3"),
     ],
 )
 def test_bad_recipes(tmp_path, monkeypatch, text, message):
@@ -179,3 +184,17 @@ def test_paper_recipes(shared):
         cfg = config.parse(["--cfg", str(root / "hyper_search" / f"{name}.yaml")]).cfg
         assert (cfg.DATA.DATASET, cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS) == ("cf100", 240, 10)
         assert (cfg.TRAIN.BASE_LR, cfg.TRAIN.WEIGHT_DECAY, cfg.TRAIN.CLIP_GRAD) == (0.1, 4e-5, 5.0)
+
+
+def test_recipes_that_are_no_text(tmp_path):
+    (tmp_path / "bytes.yaml").write_bytes(b"TAG: \xff\xfe")
+    with pytest.raises(UserError, match="no plain YAML"):
+        config.parse(["--cfg", str(tmp_path / "bytes.yaml")])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(["--help"])
+    text = capsys.readouterr().out
+    assert "--cache-mode no|full|part" in text
+    assert "--scales-path" in text

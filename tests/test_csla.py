@@ -123,6 +123,25 @@ def test_what_is_no_embedding_is_refused():
         Block(Target("w", (4, 4, 3, 3)), (Pooling("pool", None),))
 
 
+@dataclass(frozen=True)
+class Miscounted(ConvBranch):
+    """Its multiplier is not what its embedding says."""
+
+    def grad_mult(self, constant, target):
+        return super().grad_mult(2 * constant, target)
+
+
+def test_a_multiplier_that_is_not_the_embedding_of_ones_is_refused():
+    with pytest.raises(UserError, match="not its embedding of ones"):
+        Block(Target("w", (4, 4, 3, 3)), (Miscounted("a", "s", size=3),))
+
+
+@pytest.mark.parametrize("branches", [(), (ConvBranch("a", "a"),), (ConvBranch("a", "s"), ConvBranch("a", "t"))])
+def test_names_of_their_own(branches):
+    with pytest.raises(UserError, match="names of their own"):
+        Block(Target("w", (4, 4, 3, 3)), branches)
+
+
 @pytest.mark.parametrize(
     ("target", "branch"),
     [

@@ -1,5 +1,7 @@
 """Training and evaluation against the same written out plainly."""
 
+import copy
+import json
 import math
 from pathlib import Path
 
@@ -242,12 +244,74 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
         make_state(network()).restore(content | {"optimizer": adam.state_dict()})
 
 
-def test_weights_alone_start_a_training():
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda saved: saved["state"][0].update(momentum_buffer=torch.zeros(3)),
+        lambda saved: saved["param_groups"][0]["param_names"].reverse(),
+        lambda saved: saved["param_groups"].clear(),
+        lambda saved: saved.pop("state"),
+    ],
+    ids=["shape", "order", "groups", "no state"],
+)
+def test_damaged_optimizer_states_are_refused(damage):
+    state = make_state(network())
+    run_epoch(state.model, Batches(), state.optimizer)
+    content = copy.deepcopy(state.content({}))
+    make_state(network()).restore(copy.deepcopy(content))
+    damage(content["optimizer"])
+    with pytest.raises(UserError, match="optimizer is not that of this run"):
+        make_state(network()).restore(content)
+
+
+def test_the_configuration_wins_over_the_checkpoint():
+    content = make_state(network()).content({})
+    state = make_state(network())
+    state.optimizer.param_groups[0]["weight_decay"] = 0.3
+    state.restore(content)
+    assert state.optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_weights_alone_start_a_training(key):
     weights = network(seed=3).state_dict()
     state = make_state(network())
-    state.restore({"model": weights})
+    state.restore({key: weights, "ema": None})
     assert state.epoch == 0
-    assert torch.equal(state.model[1].weight, weights["1.weight"])
+    for model in state.models().values():
+        assert torch.equal(model[1].weight, weights["1.weight"])
+
+
+def test_a_diverged_training_stops_and_keeps_what_was_good(tmp_path):
+    state = make_state(network())
+    fit(state, tmp_path / "run", 1)
+    state.model[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="diverged in epoch 2"):
+        fit(state, tmp_path / "run", 4)
+    kept = checkpoint.read(tmp_path / "run" / "latest.pth")
+    assert kept["epoch"] == 0
+    assert torch.isfinite(kept["model"]["1.weight"]).all()
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_fp16_gradients_are_clipped_unscaled():
+    """The norm that clipping sees is that of the true gradients, not of the scaled ones."""
+    norms = []
+    for dtype in (None, torch.float16):
+        model = network().float()
+        batches = [(images.float(), targets) for images, targets in Batches(count=1)]
+        engine.train_one_epoch(
+            model,
+            batches,
+            nn.CrossEntropyLoss(),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            batches=1,
+            precision=engine.Precision(CPU, dtype),
+            clip=lambda model=model: nn.utils.clip_grad_norm_(model.parameters(), 1e9),
+            report=lambda progress: norms.append(progress.grad_norm),
+        )
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
 
 
 def test_throughput():

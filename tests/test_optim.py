@@ -162,6 +162,10 @@ def test_mistakes_are_named():
         RepSGD(model.named_parameters(), lr=0.1, grad_mults={"1.weight": mults(model)["0.weight"]})
     with pytest.raises(UserError, match="not \\(5, 24\\)"):
         RepSGD(model.named_parameters(), lr=0.1, grad_mults={"2.weight": mults(model)["0.weight"]})
+    with pytest.raises(UserError, match="not negative"):
+        RepSGD(model.named_parameters(), lr=-0.1, grad_mults={})
+    with pytest.raises(UserError, match="betas"):
+        RepAdamW(model.named_parameters(), betas=(0.9, 1.0), grad_mults={})
     with pytest.raises(UserError, match="Nesterov"):
         RepSGD(model.named_parameters(), lr=0.1, nesterov=True, grad_mults={})
 

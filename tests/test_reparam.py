@@ -107,6 +107,17 @@ def test_scales_that_do_not_fit_are_named(scales):
         repopt.initialize(create("hs"), scales)
 
 
+def test_a_model_without_blocks_is_no_silent_success(scales):
+    for model in (create("repvgg"), torch.nn.Linear(2, 2)):
+        for call in (
+            lambda m: repopt.initialize(m, scales),
+            lambda m: repopt.build_optimizer("sgd", m, scales, lr=0.1),
+            repopt.extract_scales,
+        ):
+            with pytest.raises(UserError, match="no declared blocks"):
+                call(model)
+
+
 @pytest.mark.parametrize("mode", ["hs", "csla", "target", "repvgg"])
 def test_what_is_decayed(mode):
     model = create(mode, se=True)
@@ -137,3 +148,5 @@ def test_build_optimizer(scales):
         repopt.build_optimizer("sdg", model, lr=0.1)
     with pytest.raises(UserError, match="did you mean 'momentum'"):
         repopt.build_optimizer("sgd", model, lr=0.1, momentun=0.9)
+    with pytest.raises(UserError, match=r"optimizer 'sgd': .*-1"):
+        repopt.build_optimizer("sgd", model, lr=-1)

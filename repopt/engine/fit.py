@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -18,6 +19,7 @@ from repopt.distributed import World
 from repopt.engine.evaluate import Evaluation, evaluate
 from repopt.engine.state import TrainingState
 from repopt.engine.train import Progress, train_one_epoch
+from repopt.errors import UserError
 from repopt.logging import Metrics, logger
 from repopt.reparam import extract_scales
 from repopt.scales import save_scales
@@ -65,6 +67,9 @@ def fit(
         ema_update_period: optimizer steps between updates of the moving average.
         eval_period, save_period: in epochs; the last one is always evaluated and saved.
         print_period: in batches.
+
+    Raises:
+        UserError: the loss is no longer finite; what was saved before stays.
     """
     batches = len(train_loader)
     steps_per_epoch = -(-batches // accumulation_steps)
@@ -96,7 +101,7 @@ def fit(
         for epoch in range(first_epoch, epochs):
             train_loader.set_epoch(epoch)
             epoch_started = time.perf_counter()
-            train_one_epoch(
+            loss = train_one_epoch(
                 model,
                 train_loader,
                 criterion,
@@ -112,10 +117,16 @@ def fit(
                 report=functools.partial(report, epoch),
                 report_every=print_period,
             )
+            if not math.isfinite(loss) and not state.precision.scaler.is_enabled():  # a scaler skips such steps
+                raise UserError(
+                    f"the training diverged in epoch {epoch + 1}: its loss is {loss}; a lower TRAIN.BASE_LR or a "
+                    f"TRAIN.CLIP_GRAD may help, and the checkpoints in {folder} are from before"
+                )
             state.epoch = epoch + 1
             numbers: dict[str, Any] = {"epoch": state.epoch, "train_seconds": time.perf_counter() - epoch_started}
             if world.size > 1:
-                distribute_bn(state.model, world.size, reduce=True)
+                for averaged in state.models().values():
+                    distribute_bn(averaged, world.size, reduce=True)
 
             last = state.epoch == epochs
             names = {"latest.pth"}
@@ -140,9 +151,8 @@ def fit(
 
 def _evaluate(state: TrainingState, loader: Loader) -> dict[str, Evaluation]:
     """Evaluations of the model ("val") and of its moving average ("ema") where there is one."""
-    models = {"val": state.model} if state.ema is None else {"val": state.model, "ema": state.ema.module}
     results = {}
-    for key, model in models.items():
+    for key, model in state.models().items():
         results[key] = evaluate(model, loader, state.precision)
         logger.info(f"epoch {state.epoch} {key}: {results[key]}")
     return results

@@ -39,6 +39,10 @@ class TrainingState:
     max_accuracy: float = 0.0
     max_ema_accuracy: float = 0.0
 
+    def models(self) -> dict[str, nn.Module]:
+        """What is evaluated: the model ("val"), and its moving average ("ema") where there is one."""
+        return {"val": self.model} if self.ema is None else {"val": self.model, "ema": self.ema.module}
+
     def content(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint with the entries of the published release, and ours."""
         content = {
@@ -66,17 +70,36 @@ class TrainingState:
             UserError: it is not one of this model and optimizer.
         """
         load_weights(self.model, state_dict_of(content))
+        if self.ema is not None:
+            average = state_dict_of({"model": content["ema"]}) if content.get("ema") else self.model.state_dict()
+            load_weights(self.ema.module, average)
         if "optimizer" not in content:
             return
-        try:
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"the checkpoint's optimizer is not that of this run: {error}") from None
-        self.epoch = int(content["epoch"]) + 1
+        _load_optimizer(self.optimizer, content["optimizer"])
+        self.epoch = int(content.get("epoch", -1)) + 1
         self.max_accuracy = float(content.get("max_accuracy", 0.0))
         self.max_ema_accuracy = float(content.get("max_ema_accuracy", 0.0))
         if content.get("scaler"):
             self.precision.scaler.load_state_dict(content["scaler"])
-        if self.ema is not None:
-            average: Mapping[str, Tensor] = content.get("ema") or content["model"]
-            load_weights(self.ema.module, state_dict_of({"model": average}))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over momenta; the hyper-parameters stay those that this run is configured with.
+
+    torch pairs states with parameters by position and looks at neither names nor shapes, so both are compared first.
+    """
+    configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        groups = list(zip(optimizer.param_groups, state["param_groups"], strict=True))
+        for own, saved in groups:
+            if saved.get("param_names", own["param_names"]) != own["param_names"]:
+                raise ValueError("its parameters have other names or another order")
+            for name, param, index in zip(own["param_names"], own["params"], saved["params"], strict=True):
+                values = state["state"].get(index, {}).values()
+                if any(isinstance(v, Tensor) and v.dim() and v.shape != param.shape for v in values):
+                    raise ValueError(f"what it keeps of {name!r} has another shape")
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the checkpoint's optimizer is not that of this run: {error}") from None
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from repopt.csla import GradMult
+from repopt.errors import UserError
 from repopt.optim.base import NamedParams, RepOptimizer
 
 
@@ -50,6 +51,8 @@ class RepAdamW(RepOptimizer):
         *,
         grad_mults: Mapping[str, GradMult],
     ) -> None:
+        if len(betas) != 2 or not max(betas) < 1:
+            raise UserError(f"betas are two numbers below 1, not {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, grad_mults)
 
     def update(

@@ -26,12 +26,16 @@ class RepOptimizer(torch.optim.Optimizer):
         grad_mults: by parameter name; the other parameters are updated plainly.
 
     Raises:
-        UserError: parameters without names, or multipliers for names or shapes that are not among the parameters.
+        UserError: negative hyper-parameters, parameters without names, or multipliers for names or shapes that are
+            not among the parameters.
     """
 
     degree: ClassVar[int]
 
     def __init__(self, params: NamedParams, defaults: dict[str, Any], grad_mults: Mapping[str, GradMult]) -> None:
+        for name, value in defaults.items():
+            if any(not number >= 0 for number in (value if isinstance(value, tuple) else (value,))):
+                raise UserError(f"{name} of an optimizer is not negative: {value}")
         super().__init__(params, defaults)
         self.grad_mults = dict(grad_mults)
         shapes = {name: p.shape for group in self.param_groups for name, p in _named(group)}
