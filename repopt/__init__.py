@@ -13,7 +13,7 @@ from repopt.errors import UserError
 from repopt.layers import RepConv2d
 from repopt.models import create_model, list_models
 from repopt.optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_
-from repopt.reparam import build_optimizer, extract_scales, grad_mults, initialize, param_groups
+from repopt.reparam import build_optimizer, extract_scales, fit_scales, grad_mults, initialize, param_groups
 from repopt.scales import load_scales, save_scales
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "create_model",
     "deploy",
     "extract_scales",
+    "fit_scales",
     "grad_mults",
     "initialize",
     "list_models",

@@ -38,9 +38,9 @@ class RepConv2d(nn.Module):
     - ``csla``: the same with constant scales: the imagined network whose path a RepOptimizer follows.
     - ``target``: one plain `nn.Conv2d`.
 
-    A block of a model derives from it, adds what follows the convolution (batch norm, non-linearity), and calls
-    `conv2d` in its forward. A block is linear up to its batch norm, so hs and csla run one convolution with the merged
-    kernel, not one per branch.
+    It stands alone, or a block of a model derives from it, adds what follows the convolution (batch norm,
+    non-linearity), and calls `conv2d` in its forward. A block is linear up to its batch norm, so hs and csla run one
+    convolution with the merged kernel, not one per branch.
 
     Args:
         block: the declaration. Its names become names of submodules; they may be dotted.
@@ -77,6 +77,9 @@ class RepConv2d(nn.Module):
         if self.mode == "target":
             return self.get_submodule(self.block.target.name)(x)
         return F.conv2d(x, self.kernel(), None, self.stride, self.padding, 1, self.block.target.groups)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.conv2d(x)
 
     def kernel(self) -> Tensor:
         """The kernel that the block amounts to, (O, I, kh, kw), differentiable."""

@@ -1,14 +1,16 @@
 """The method on real images: search scales on handwritten digits, train a plain network with them, compare.
 
-    bash scripts/demo.sh
+    bash scripts/demo.sh [vgg|ghost]
 
 300 training and 1,497 test images, RepOpt-VGG-nano with the 28 layers of B1. One hyper-search; then the plain target
 under the RepOptimizer, the RepVGG baseline, and the same target under plain SGD, from the same three seeds. Everything
-goes to output/demo/; a second start goes on where the first stopped (delete the folder to begin anew).
+goes to output/demo/; a second start goes on where the first stopped (delete the folder to begin anew). With `ghost` the
+same is done with RepOpt-GhostNet-0.5x, in output/demo_ghost/.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -18,80 +20,106 @@ import statistics
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _root
 
-MODEL = "RepOpt-VGG-nano"
 SEEDS = (0, 1, 2)
 EPOCHS = 80  # of configs/digits/train.yaml
-FOLDER = Path("output/demo")
-SCALES = FOLDER / f"{MODEL}-hs/seed0/scales.pth"
+
+
+class Family(NamedTuple):
+    """What is compared: a model, the mode and name of its baseline, and where the runs go."""
+
+    model: str
+    baseline: str
+    baseline_name: str
+    folder: Path
+
+
+FAMILIES = {
+    "vgg": Family("RepOpt-VGG-nano", "repvgg", "RepVGG", Path("output/demo")),
+    "ghost": Family("RepOpt-GhostNet-0.5x", "rep", "RepGhostNet", Path("output/demo_ghost")),
+}
 
 
 class Run(NamedTuple):
-    """One training: a mode of the model and a seed."""
+    """One training: a mode of the family's model and a seed."""
 
+    family: Family
     mode: str
     seed: int
 
     @property
     def folder(self) -> Path:
         """Where it writes."""
-        return FOLDER / f"{MODEL}-{self.mode}" / f"seed{self.seed}"
+        return self.family.folder / f"{self.family.model}-{self.mode}" / f"seed{self.seed}"
 
     @property
     def command(self) -> list[str]:
         """Arguments of main_repopt.py."""
-        name = ["--arch", f"{MODEL}-{self.mode}", "--tag", f"seed{self.seed}", "--output", str(FOLDER)]
-        recipe = ["--cfg", "configs/digits/search.yaml" if self == SEARCH else "configs/digits/train.yaml"]
-        scales = ["--scales-path", str(SEARCH.folder / "scales.pth")] if self.mode == "target" else []
-        return [*name, *recipe, *scales, "--opts", "SEED", str(self.seed)]
+        arguments = ["--arch", f"{self.family.model}-{self.mode}", "--tag", f"seed{self.seed}"]
+        arguments += ["--output", str(self.family.folder)]
+        arguments += ["--cfg", f"configs/digits/{'search' if self.mode == 'hs' else 'train'}.yaml"]
+        if self.mode == "target":
+            arguments += ["--scales-path", str(search_of(self.family).folder / "scales.pth")]
+        return [*arguments, "--opts", "SEED", str(self.seed)]
 
-    def epochs(self) -> list[dict]:
+    def epochs(self) -> list[dict[str, Any]]:
         """What was recorded after every epoch; an epoch trained again after an interruption counts once."""
         path = self.folder / "metrics.jsonl"
         records = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
         return list({record["epoch"]: record for record in records if "epoch" in record}.values())
 
 
-SEARCH = Run("hs", 0)
-SETUPS = {
-    "plain network, RepOptimizer": [Run("target", seed) for seed in SEEDS],
-    "RepVGG (branches, folded later)": [Run("repvgg", seed) for seed in SEEDS],
-    "plain network, SGD": [Run("target-norepopt", seed) for seed in SEEDS],
-}
+def search_of(family: Family) -> Run:
+    """The hyper-search whose scales all targets of a family use."""
+    return Run(family, "hs", 0)
+
+
+def setups_of(family: Family) -> dict[str, list[Run]]:
+    """What is compared, by name, a run per seed."""
+    modes = {
+        "plain network, RepOptimizer": "target",
+        f"{family.baseline_name}, folded afterwards": family.baseline,
+        "plain network, SGD": "target-norepopt",
+    }
+    return {name: [Run(family, mode, seed) for seed in SEEDS] for name, mode in modes.items()}
 
 
 def main() -> None:
     """Run what is not done yet, then show it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="?", default="vgg", choices=FAMILIES)
+    family = FAMILIES[parser.parse_args().family]
     os.chdir(_root.ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # one thread per run, as many runs at a time as there are cores
     started = time.perf_counter()
-    train_all()
-    report()
-    print(f"{time.perf_counter() - started:.0f} seconds; pictures and runs are in {FOLDER}/")
+    train_all(family)
+    report(family)
+    print(f"{time.perf_counter() - started:.0f} seconds; pictures and runs are in {family.folder}/")
 
 
-def train_all() -> None:
+def train_all(family: Family) -> None:
     """Train every run, several at a time; those that need the searched scales wait for them."""
     from tqdm import tqdm
 
-    runs = [run for setup in SETUPS.values() for run in setup]
+    targets, baselines, plain = setups_of(family).values()
+    runs = [search_of(family), *baselines, *plain, *targets]
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(min(len(runs), os.cpu_count() or 1), mp_context=context) as pool,
-        tqdm(total=EPOCHS * (len(runs) + 1), unit="epoch", desc="10 runs") as bar,
+        tqdm(total=EPOCHS * len(runs), unit="epoch", desc=f"{len(runs)} runs") as bar,
     ):
-        search = pool.submit(train, SEARCH)
-        waiting: set[Future[None]] = {search} | {pool.submit(train, run) for run in runs if run.mode != "target"}
+        search = pool.submit(train, runs[0])
+        waiting: set[Future[None]] = {search, *(pool.submit(train, run) for run in (*baselines, *plain))}
         while waiting:
             done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()  # raises what went wrong in it
             if search in done:
-                waiting |= {pool.submit(train, run) for run in runs if run.mode == "target"}
-            bar.update(sum(len(run.epochs()) for run in (SEARCH, *runs)) - bar.n)
+                waiting |= {pool.submit(train, run) for run in targets}
+            bar.update(sum(len(run.epochs()) for run in runs) - bar.n)
 
 
 def train(run: Run) -> None:
@@ -104,33 +132,33 @@ def train(run: Run) -> None:
         raise RuntimeError(errors.getvalue().strip())
 
 
-def report() -> None:
+def report(family: Family) -> None:
     """Print the table; write it and the pictures."""
     from plots import plot_accuracy, plot_scales
 
     import repopt
 
     lines = [
-        f"| {MODEL} on digits, {EPOCHS} epochs | top-1 (%) | training (s) | parameters (M): trained | deployed |",
+        f"| {family.model}, digits, {EPOCHS} epochs | top-1 (%) | training (s) | parameters (M): trained | deployed |",
         "|---|---|---|---|---|",
     ]
-    curves = {}
-    for name, runs in {**SETUPS, "searched network (hyper-search)": [SEARCH]}.items():
-        model = repopt.create_model(MODEL, mode=runs[0].mode.removesuffix("-norepopt"), num_classes=10)
+    curves, search = {}, search_of(family)
+    for name, runs in {**setups_of(family), "searched network (hyper-search)": [search]}.items():
+        model = repopt.create_model(family.model, mode=runs[0].mode.removesuffix("-norepopt"), num_classes=10)
         trained, deployed = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, repopt.deploy(model)))
         epochs = [run.epochs() for run in runs]
         final = [run[-1]["val"]["top1"] for run in epochs]
         spread = f" ± {statistics.stdev(final):.1f}" if len(final) > 1 else ""
         seconds = statistics.mean(sum(epoch["train_seconds"] for epoch in run) for run in epochs)
-        lines.append(
-            f"| {name} | {statistics.mean(final):.1f}{spread} | {seconds:.0f} | {trained:.2f} | {deployed:.2f} |"
-        )
+        accuracy = f"{statistics.mean(final):.1f}{spread}"
+        lines.append(f"| {name} | {accuracy} | {seconds:.0f} | {trained:.2f} | {deployed:.2f} |")
         curves[name] = [{epoch["epoch"]: epoch["val"]["top1"] for epoch in run if "val" in epoch} for run in epochs]
     table = "\n".join(lines)
     print(table)
-    (FOLDER / "results.md").write_text(table + "\n")
-    plot_accuracy(curves, FOLDER / "accuracy.png")
-    plot_scales(repopt.load_scales(SEARCH.folder / "scales.pth"), FOLDER / "scales.png")
+    (family.folder / "results.md").write_text(table + "\n")
+    plot_accuracy(curves, family.folder / "accuracy.png")
+    model = repopt.create_model(family.model, mode=search.mode)
+    plot_scales(model, repopt.load_scales(search.folder / "scales.pth"), family.folder / "scales.png")
 
 
 if __name__ == "__main__":

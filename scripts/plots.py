@@ -10,7 +10,9 @@ import matplotlib
 matplotlib.use("Agg")  # files, no windows
 import matplotlib.pyplot as plt
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+
+import repopt
 
 Curves = Sequence[Mapping[int, float]]
 
@@ -35,24 +37,23 @@ def plot_accuracy(curves: Mapping[str, Curves], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_scales(scales: Mapping[str, Tensor], path: Path) -> None:
+def plot_scales(model: nn.Module, scales: Mapping[str, Tensor], path: Path) -> None:
     """Searched scales by depth: mean and standard deviation over the channels of every block, a line per branch.
 
     Args:
-        scales: (O,) each, by name: "<block>.<branch>.weight".
+        model: that the scales belong to, in any mode of declared blocks.
+        scales: (O,) each, by name, as `repopt.load_scales` gives them.
         path: of the PNG.
     """
-    branches: dict[str, dict[str, Tensor]] = {}
-    for name, values in scales.items():
-        block, branch = name.removesuffix(".weight").rsplit(".", 1)
-        branches.setdefault(branch, {})[block] = values
-    blocks = list(dict.fromkeys(name.removesuffix(".weight").rsplit(".", 1)[0] for name in scales))
-    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    for branch, by_block in branches.items():
-        places = [blocks.index(block) for block in by_block]
-        means = [float(values.mean()) for values in by_block.values()]
-        deviations = [float(values.std()) for values in by_block.values()]
-        axes.errorbar(places, means, deviations, label=branch, marker="o", markersize=4, capsize=2, linewidth=1)
+    found = repopt.fit_scales(model, scales)
+    blocks = list(found)
+    branches = list(dict.fromkeys(name for values in found.values() for name in values))
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.32 * len(blocks)), 4.2), layout="constrained")
+    for branch in branches:
+        here = {place: found[block][branch] for place, block in enumerate(blocks) if branch in found[block]}
+        means = [float(values.mean()) for values in here.values()]
+        deviations = [float(values.std()) for values in here.values()]
+        axes.errorbar(list(here), means, deviations, label=branch, marker="o", markersize=4, capsize=2, linewidth=1)
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set(ylabel="searched scale (mean ± std over channels)")
     axes.set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=8)

@@ -293,6 +293,23 @@ def test_any_image_folder(tmp_path, dataset):
     assert config["MODEL"]["NUM_CLASSES"] == 2
 
 
+def test_published_ghost_commands_on_a_small_image_folder(tmp_path):
+    root = image_folder(tmp_path / "images")
+    output, size = ("--output", tmp_path / "out"), ("DATA.IMG_SIZE", 64, "DATA.NUM_WORKERS", 1, "TRAIN.EPOCHS", 1)
+    common = (*output, "--data-path", root, "--batch-size", 4)
+    search = "--tag search --opts TRAIN.BASE_LR 0.6 TRAIN.WEIGHT_DECAY 1e-5 TRAIN.WARMUP_EPOCHS 10 TRAIN.CLIP_GRAD 5.0"
+    assert main("--arch", "ghost-hs", *common, *search.split(), "DATA.DATASET", "folder", *size) == 0
+    scales = tmp_path / "out" / "ghost-hs" / "search" / "latest.pth"
+    recipe = ("--cfg", ROOT / "configs" / "imagenet" / "ghost_target.yaml", *common)
+    assert main(*recipe, "--scales-path", scales, "--opts", *size) == 0
+    weights = tmp_path / "out" / "ghost-target" / "default" / "latest.pth"
+    assert main(*recipe, "--eval", "--resume", weights, "--opts", *size) == 0
+    for arch in ("ghost-rep", "ghost-target-norepopt"):
+        assert main("--arch", arch, *common, "--opts", "DATA.DATASET", "imagenet", *size) == 0
+    csla = ("--arch", "ghost-csla", *common, "--scales-path", scales)
+    assert main(*csla, "--opts", "DATA.DATASET", "imagenet", *size) == 0
+
+
 def test_throughput(tmp_path, capsys):
     arguments = ("--arch", "RepOpt-VGG-nano-repvgg", "--output", tmp_path, "--throughput", "--batch-size", 2)
     assert main(*arguments, "--opts", "DATA.IMG_SIZE", 32) == 0

@@ -1,5 +1,6 @@
 """Networks: declarations turned into modules, and a baseline beside each. Importing a family registers it."""
 
+from repopt.models import ghost as _ghost  # noqa: F401
 from repopt.models import vgg as _vgg  # noqa: F401
 from repopt.models.registry import Arch, create_model, list_archs, list_models, parse_arch
 

@@ -1,0 +1,285 @@
+"""RepOpt-GhostNet: RepGhostNet (arXiv 2211.06088) whose fusion batch norms are scales, and RepGhostNet, its baseline.
+
+All modules are (N, C, H, W) -> (N, O, H', W') unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.functional import hardsigmoid, relu
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from repopt.csla import Block, ConvBranch, IdentityBranch, Target
+from repopt.layers import MODES, Deployable, Mode, RepConv2d, batch_norm_as_affine, run_checkpointed
+from repopt.models.registry import register
+
+
+def ghost_block(channels: int, initial_scale: float = 1.0) -> Block:
+    """The declaration: a depthwise 3x3 and an identity.
+
+    The published hyper-search does not decay the identity, although it stands for a weight.
+    """
+    branches = (
+        ConvBranch("cheap_operation.0", "cheap_operation.1", initial_scale, size=3),
+        IdentityBranch("fusion_scale", decay_in_search=False),
+    )
+    return Block(Target("cheap_operation.0", (channels, 1, 3, 3), groups=channels), branches)
+
+
+def _conv_bn(in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels)]
+
+
+def _activation(active: bool) -> nn.Module:
+    return nn.ReLU(inplace=True) if active else nn.Identity()
+
+
+def _plain(primary_conv: nn.Sequential, kernel: Tensor, bias: Tensor, active: bool) -> nn.Sequential:
+    """A trained ghost module at inference: two convolutions with biases."""
+    channels = len(kernel)
+    cheap = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+    cheap.weight, cheap.bias = nn.Parameter(kernel), nn.Parameter(bias)
+    primary, norm, activation = primary_conv
+    return nn.Sequential(fuse_conv_bn_eval(primary, norm), activation, cheap, _activation(active))
+
+
+class GhostModule(RepConv2d, Deployable):
+    """A 1x1 convolution, then the declared depthwise one on its output.
+
+    Args:
+        in_channels, out_channels: of the 1x1 convolution.
+        active: whether ReLUs follow both.
+        initial_scale: at which the hyper-search starts the scale of the depthwise convolution.
+        mode: "hs", "csla" or "target".
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, active: bool, initial_scale: float, mode: Mode) -> None:
+        super().__init__(ghost_block(out_channels, initial_scale), mode)
+        self.active = active
+        self.primary_conv = nn.Sequential(*_conv_bn(in_channels, out_channels, 1), _activation(active))
+        self.final_bn = nn.BatchNorm2d(out_channels)
+        self.activation = _activation(active)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.activation(self.final_bn(self.conv2d(self.primary_conv(x))))
+
+    def deployed(self) -> nn.Sequential:  # noqa: D102
+        scale, shift = batch_norm_as_affine(self.final_bn)
+        return _plain(self.primary_conv, self.kernel() * scale.view(-1, 1, 1, 1), shift, self.active)
+
+
+class RepGhostModule(Deployable):
+    """The baseline's: batch norms instead of scales. Args: as of `GhostModule`; `initial_scale` has no effect."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, active: bool, initial_scale: float) -> None:
+        super().__init__()
+        self.block, self.active = ghost_block(out_channels), active
+        self.primary_conv = nn.Sequential(*_conv_bn(in_channels, out_channels, 1), _activation(active))
+        self.fusion_bn = nn.BatchNorm2d(out_channels)
+        self.cheap_operation = nn.Sequential(*_conv_bn(out_channels, out_channels, 3, groups=out_channels))
+        self.activation = _activation(active)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = self.primary_conv(x)
+        return self.activation(self.cheap_operation(x) + self.fusion_bn(x))
+
+    def deployed(self) -> nn.Sequential:
+        """The same function at inference: a batch norm is a scale and a shift, and scales merge as declared."""
+        conv, norm = self.cheap_operation
+        scale, bias = batch_norm_as_affine(norm)
+        fusion_scale, fusion_bias = batch_norm_as_affine(self.fusion_bn)
+        kernels = {"cheap_operation.0": conv.weight, "fusion_scale": fusion_scale}
+        kernel = self.block.merge(kernels, {"cheap_operation.1": scale})
+        return _plain(self.primary_conv, kernel, bias + fusion_bias, self.active)
+
+
+class SqueezeExcite(nn.Module):
+    """Channels weighted by a hard sigmoid of their pooled means."""
+
+    def __init__(self, channels: int, reduced: int) -> None:
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(channels, reduced, 1)
+        self.conv_expand = nn.Conv2d(reduced, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x * hardsigmoid(self.conv_expand(relu(self.conv_reduce(x.mean((2, 3), keepdim=True)))))
+
+
+class Bottleneck(Deployable):
+    """Two ghost modules around a strided depthwise convolution and squeeze-and-excitation, and a shortcut.
+
+    Args:
+        in_channels, mid_channels, out_channels: before, between and after the ghost modules.
+        size, stride: of the depthwise convolution, which stands where the stride is 2.
+        se_channels: to which squeeze-and-excitation reduces; 0 = none.
+        ghost: ``ghost(in_channels, out_channels, active=..., initial_scale=...)`` makes a ghost module.
+        initial_scales: of the two.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        *,
+        size: int,
+        stride: int,
+        se_channels: int,
+        ghost: Callable[..., nn.Module],
+        initial_scales: tuple[float, float],
+    ) -> None:
+        super().__init__()
+        self.strided = stride > 1
+        self.ghost1 = ghost(in_channels, mid_channels, active=True, initial_scale=initial_scales[0])
+        if self.strided:
+            self.conv_dw, self.bn_dw = _conv_bn(mid_channels, mid_channels, size, stride, groups=mid_channels)
+        self.se = SqueezeExcite(mid_channels, se_channels) if se_channels else nn.Identity()
+        self.ghost2 = ghost(mid_channels, out_channels, active=False, initial_scale=initial_scales[1])
+        self.shortcut = nn.Sequential()
+        if self.strided or in_channels != out_channels:
+            self.shortcut.extend(_conv_bn(in_channels, in_channels, size, stride, groups=in_channels))
+            self.shortcut.extend(_conv_bn(in_channels, out_channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y = self.ghost1(x)
+        if self.strided:
+            y = self.bn_dw(self.conv_dw(y))
+        return self.ghost2(self.se(y)) + self.shortcut(x)
+
+    def deployed(self) -> Bottleneck:  # noqa: D102
+        if self.strided:
+            self.conv_dw, self.bn_dw = fuse_conv_bn_eval(self.conv_dw, self.bn_dw), nn.Identity()
+        modules = list(self.shortcut)
+        self.shortcut = nn.Sequential(*map(fuse_conv_bn_eval, modules[::2], modules[1::2]))
+        return self
+
+
+class ConvBNReLU(Deployable):
+    """The 1x1 convolution after the bottlenecks."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv, self.bn1 = _conv_bn(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return relu(self.bn1(self.conv(x)))
+
+    def deployed(self) -> ConvBNReLU:  # noqa: D102
+        self.conv, self.bn1 = fuse_conv_bn_eval(self.conv, self.bn1), nn.Identity()
+        return self
+
+
+class Shape(NamedTuple):
+    """A bottleneck of width 1: kernel size, channels between and after its ghost modules, SE ratio, stride."""
+
+    size: int
+    expansion: int
+    out: int
+    se: float
+    stride: int
+
+
+_BOTTLENECKS = [
+    [Shape(3, 8, 16, 0, 1)],
+    [Shape(3, 24, 24, 0, 2)],
+    [Shape(3, 36, 24, 0, 1)],
+    [Shape(5, 36, 40, 0.25, 2)],
+    [Shape(5, 60, 40, 0.25, 1)],
+    [Shape(3, 120, 80, 0, 2)],
+    [
+        Shape(3, 100, 80, 0, 1),
+        Shape(3, 120, 80, 0, 1),
+        Shape(3, 120, 80, 0, 1),
+        Shape(3, 240, 112, 0.25, 1),
+        Shape(3, 336, 112, 0.25, 1),
+    ],
+    [Shape(5, 336, 160, 0.25, 2)],
+    [
+        Shape(5, 480, 160, 0, 1),
+        Shape(5, 480, 160, 0.25, 1),
+        Shape(5, 480, 160, 0, 1),
+        Shape(5, 480, 160, 0.25, 1),
+    ],
+]
+
+
+def _rounded(channels: float) -> int:
+    """The nearest multiple of 4, at least 4, and never more than 10 % down."""
+    nearest = max(4, int(channels + 2) // 4 * 4)
+    return nearest if nearest >= 0.9 * channels else nearest + 4
+
+
+class RepOptGhostNet(Deployable):
+    """The network, (N, 3, H, W) -> (N, num_classes).
+
+    Args:
+        width: multiplier of all channels.
+        ghost: makes a ghost module (see `Bottleneck`).
+        num_classes: outputs of the classifier.
+        use_checkpoint: recompute every bottleneck's activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self, width: float, ghost: Callable[..., nn.Module], *, num_classes: int, use_checkpoint: bool
+    ) -> None:
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        channels = _rounded(16 * width)
+        self.conv_stem, self.bn1 = _conv_bn(3, channels, 3, stride=2)
+        self.blocks = nn.Sequential()
+        number = -1  # of the first ghost module of a bottleneck, in a run that keeps width and resolution
+        for shapes in _BOTTLENECKS:
+            stage = nn.Sequential()
+            for shape in shapes:
+                mid, out = _rounded(shape.expansion * width), _rounded(shape.out * width)
+                number = number + 2 if shape.stride == 1 and out == channels else 1
+                bottleneck = Bottleneck(
+                    channels,
+                    mid,
+                    out,
+                    size=shape.size,
+                    stride=shape.stride,
+                    se_channels=_rounded(mid * shape.se) if shape.se else 0,
+                    ghost=ghost,
+                    initial_scales=(math.sqrt(2 / (number + 1)), math.sqrt(2 / (number + 2))),
+                )
+                stage.append(bottleneck)
+                channels = out
+            self.blocks.append(stage)
+        last = _rounded(2 * 480 * width)
+        self.blocks.append(nn.Sequential(ConvBNReLU(channels, last)))
+        self.conv_head = nn.Conv2d(last, 1280, 1)
+        self.dropout = nn.Dropout(0.2)
+        self.classifier = nn.Linear(1280, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = relu(self.bn1(self.conv_stem(x)))
+        for stage in self.blocks:
+            for block in stage:
+                x = run_checkpointed(block, x) if self.use_checkpoint and self.training else block(x)
+        x = relu(self.conv_head(x.mean((2, 3), keepdim=True))).flatten(1)
+        return self.classifier(self.dropout(x))
+
+    def deployed(self) -> RepOptGhostNet:  # noqa: D102
+        self.conv_stem, self.bn1 = fuse_conv_bn_eval(self.conv_stem, self.bn1), nn.Identity()
+        return self
+
+
+def build_ghost(*, mode: str, num_classes: int, width: float, use_checkpoint: bool = False) -> RepOptGhostNet:
+    """A RepOpt-GhostNet in the mode hs, csla or target, or its baseline RepGhostNet (mode rep)."""
+    ghost = RepGhostModule if mode == "rep" else functools.partial(GhostModule, mode=mode)
+    return RepOptGhostNet(width, ghost, num_classes=num_classes, use_checkpoint=use_checkpoint)
+
+
+register(
+    {f"RepOpt-GhostNet-{width}x": {"width": width} for width in (0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5, 2.0)},
+    build_ghost,
+    modes=(*MODES, "rep"),
+    aliases={"ghost": "RepOpt-GhostNet-0.5x"},
+)
