@@ -1,4 +1,4 @@
-"""RepOpt-GhostNet: names and shapes of the published release, its scales, and modes that are the same function."""
+"""RepOpt-GhostNet: names and shapes of the published release, and its scales."""
 
 import math
 
@@ -11,23 +11,6 @@ from repopt.models import parse_arch
 GHOST = "RepOpt-GhostNet-0.5x"
 GHOSTS = [name for name in repopt.list_models() if name.startswith("RepOpt-GhostNet")]
 MODES = ["hs", "csla", "target", "rep"]
-
-
-def create(mode, **arguments):
-    """A network in float64 whose batch norms have seen data."""
-    model = repopt.create_model(GHOST, mode=mode, num_classes=10, **arguments).double()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias)
-            module.momentum = None  # the running statistics are plain averages
-    for _ in range(2):
-        model(images())
-    return model
-
-
-def images():
-    return torch.randn(4, 3, 64, 64, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("mode", "classes"), [("target", 1000), ("hs", 100), ("rep", 1000)])
@@ -86,51 +69,12 @@ def test_released_scales(shared, tmp_path):
 
 
 def test_what_is_decayed():
-    fusions = {name for name in create("hs").state_dict() if name.endswith("fusion_scale.weight")}
+    fusions = {
+        name for name in repopt.create_model("ghost", mode="hs").state_dict() if name.endswith("fusion_scale.weight")
+    }
     assert len(fusions) == 32
     for mode, expected in (("hs", set()), ("csla", fusions), ("target", set()), ("rep", set())):
-        model = create(mode)
+        model = repopt.create_model("ghost", mode=mode)
         decayed = {name for name, _ in repopt.param_groups(model, 1e-5)[0]["params"]}
         matrices = {name for name, p in model.named_parameters() if p.dim() > 1}
         assert decayed - matrices == expected
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_deployed_network_is_the_same_function(mode):
-    model = create(mode).eval()
-    x = images()
-    expected = model(x)
-    assert expected.std() > 1e-3
-    deployed = repopt.deploy(model)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d | repopt.RepConv2d) for m in deployed.modules())
-    torch.testing.assert_close(deployed(x), expected, rtol=1e-8, atol=1e-11)
-
-
-def test_all_modes_deploy_to_the_same_network():
-    shapes = [{k: v.shape for k, v in repopt.deploy(create(mode)).state_dict().items()} for mode in MODES]
-    assert all(found == shapes[0] for found in shapes)
-
-
-@pytest.mark.parametrize("mode", ["hs", "rep"])
-def test_activation_checkpointing_changes_nothing(mode):
-    plain, checkpointed = create(mode), create(mode, use_checkpoint=True)
-    checkpointed.load_state_dict(plain.state_dict())
-    x = images()
-    for model in (plain, checkpointed):
-        torch.manual_seed(1)  # of dropout
-        model(x).square().mean().backward()
-    for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-13, msg=name)
-    for (name, a), b in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_csla_and_target_start_as_the_same_function():
-    scales = {name: torch.randn_like(v) for name, v in repopt.extract_scales(create("hs")).items()}
-    csla, target = create("csla").eval(), create("target").eval()
-    target.load_state_dict(csla.state_dict(), strict=False)
-    for model in (csla, target):
-        torch.manual_seed(5)
-        repopt.initialize(model, scales)
-    x = images()
-    torch.testing.assert_close(csla(x), target(x), rtol=1e-9, atol=1e-11)
