@@ -34,7 +34,7 @@ from repopt import checkpoint, config, engine
 from repopt.distributed import World, world
 from repopt.errors import UserError
 from repopt.logging import logger, start_log
-from repopt.models import Arch, parse_arch
+from repopt.models import Arch, list_archs, parse_arch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with world() as here:
             run(arch, resolve(arch, settings), here, sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # the first process has made the same mistake and says it; torchrun then ends this one
-        print(f"main_repopt.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        message = str(error)
+    except OSError as error:  # of the machine: no permission, no space, a path that is none
+        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    else:
+        return 0
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # mostly the first process has the same to say; torchrun then ends this one before it does
+    print(f"main_repopt.py: {message}", file=sys.stderr)
+    return 2
 
 
 def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
@@ -66,10 +70,15 @@ def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
             ("DATA", "IMG_SIZE", info.image_size),
             ("DATA", "TEST_SIZE", info.image_size),
         ):
-            if value is not None:
-                if f"{section}.{name}" in given and cfg[section][name] != value:
-                    raise UserError(f"{section}.{name} is {cfg[section][name]}, but the data set's is {value}")
-                cfg[section][name] = value
+            if value is None or (cfg.DATA.ZIP_MODE and f"{section}.{name}" in given and cfg[section][name] > value):
+                continue  # a map file names the classes that occur, and there may be more
+            if f"{section}.{name}" in given and cfg[section][name] != value:
+                raise UserError(f"{section}.{name} is {cfg[section][name]}, but the data set's is {value}")
+            cfg[section][name] = value
+    if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.EPOCHS:
+        raise UserError(
+            f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH} leaves none of {cfg.TRAIN.EPOCHS} TRAIN.EPOCHS to train"
+        )
     cfg.DATA.TEST_SIZE = cfg.DATA.TEST_SIZE or cfg.DATA.IMG_SIZE
     cfg.DATA.TEST_BATCH_SIZE = cfg.DATA.TEST_BATCH_SIZE or cfg.DATA.BATCH_SIZE
     cfg.TRAIN.ACCUMULATION_STEPS = max(1, cfg.TRAIN.ACCUMULATION_STEPS)
@@ -81,11 +90,8 @@ def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
 def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> None:
     """Train, or evaluate, or measure throughput, as the command line `argv` says."""
     folder = Path(cfg.OUTPUT)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        start_log(folder, world.rank)
-    except OSError as error:
-        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    start_log(folder, world.rank)
     logger.info(f"main_repopt.py {shlex.join(argv)}")
     logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
     torch.manual_seed(cfg.SEED)
@@ -130,30 +136,35 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module) -> None:
     resume = find_checkpoint(cfg)
     content = checkpoint.read(resume) if resume else None
     if content is not None:
-        check_same_run(content, cfg)
-    scales = find_scales(arch, cfg, content)
+        check_same_run(arch, cfg, content)
+    scales = find_scales(arch, cfg, model, content)
     if scales is not None and content is None:
         repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
     model = to_device(model, world)
-    train_loader = training_loader(cfg, world)
+    augmentation = data.Augmentation(**{f.name: cfg.AUG[f.name.upper()] for f in fields(data.Augmentation)})
+    train_loader, val_loader = training_loader(cfg, world, augmentation), eval_loader(cfg, world)
     state = training_state(arch, cfg, world, model, scales, batches=len(train_loader))
     if content is not None:
         state.restore(content)
-        logger.info(f"resumed {resume} after epoch {state.epoch}")
+        logger.info(f"resumed {resume} after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
     folder, settings = Path(cfg.OUTPUT), config.as_dict(cfg)
     if world.is_main:
         (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    logger.info(f"{cfg.MODEL.ARCH}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    logger.info(
+        f"{cfg.MODEL.ARCH}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+        f"{train_loader.num_images} training and {val_loader.num_images} test images"
+    )
     engine.fit(
         state,
         distribute(cfg, world, model),
         train_loader,
-        eval_loader(cfg, world),
-        nn.CrossEntropyLoss(label_smoothing=0.0 if mixes(cfg) else cfg.MODEL.LABEL_SMOOTHING),
+        val_loader,
+        nn.CrossEntropyLoss(label_smoothing=0.0 if augmentation.mixes else cfg.MODEL.LABEL_SMOOTHING),
         epochs=cfg.TRAIN.EPOCHS,
         folder=folder,
         config=settings,
         world=world,
+        seed=cfg.SEED,
         searching=arch.mode == "hs",
         clip=clipping(arch, cfg, model, scales),
         accumulation_steps=cfg.TRAIN.ACCUMULATION_STEPS,
@@ -165,20 +176,22 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module) -> None:
 
 
 def find_checkpoint(cfg: CfgNode) -> Path | None:
-    """What to resume: what an earlier start of the same run left, else --resume."""
+    """What to resume: what an earlier start of the same run left (it goes before --resume), or --resume, or nothing."""
     latest = Path(cfg.OUTPUT, "latest.pth")
-    if cfg.TRAIN.AUTO_RESUME and latest.is_file():
-        return latest
-    return Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
+    if not (cfg.TRAIN.AUTO_RESUME and latest.is_file()):
+        return Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
+    if cfg.MODEL.RESUME:
+        logger.warning(f"this run goes on from its own {latest}, not from {cfg.MODEL.RESUME}")
+    return latest
 
 
-def check_same_run(content: Mapping[str, Any], cfg: CfgNode) -> None:
+def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None:
     """Refuse to go on from another kind of run; a checkpoint without an optimizer gives its weights to any."""
     if "optimizer" not in content:
         return
     for key in ("MODEL.ARCH", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME"):
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
-        if then not in (None, now):
+        if then not in (None, now) and list_archs().get(then) != arch:
             raise UserError(f"cannot resume: {key} was {then!r} in the checkpoint and is {now!r} now")
 
 
@@ -187,18 +200,26 @@ def needs_scales(arch: Arch) -> bool:
     return arch.repopt or arch.mode == "csla"
 
 
-def find_scales(arch: Arch, cfg: CfgNode, content: Mapping[str, Any] | None) -> Mapping[str, Tensor] | None:
-    """The scales of a run that needs them: those kept in the checkpoint it resumes, or --scales-path."""
+def find_scales(
+    arch: Arch, cfg: CfgNode, model: nn.Module, content: Mapping[str, Any] | None
+) -> Mapping[str, Tensor] | None:
+    """The scales of a run that needs them: those kept in the checkpoint that it resumes, or --scales-path."""
     if not needs_scales(arch):
         return None
-    if content is not None and content.get("scales"):
-        return content["scales"]
-    if cfg.TRAIN.SCALES_PATH:
-        return repopt.load_scales(cfg.TRAIN.SCALES_PATH)
-    raise UserError(
-        f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a hyper-search "
-        f"({arch.model}-target-norepopt trains with the plain optimizer)"
-    )
+    path, kept = cfg.TRAIN.SCALES_PATH, content.get("scales") if content else None
+    if not kept and not path:
+        raise UserError(
+            f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
+            f"hyper-search ({arch.model}-target-norepopt trains with the plain optimizer)"
+        )
+    if not kept:
+        return repopt.fit_scales(model, repopt.load_scales(path))
+    kept = repopt.fit_scales(model, kept)
+    if path and Path(path).is_file():
+        given = repopt.fit_scales(model, repopt.load_scales(path))
+        if any(not torch.equal(kept[name], given[name]) for name in kept):
+            raise UserError(f"cannot resume: the scales of {path!r} are not those that this run began with")
+    return kept
 
 
 def training_state(
@@ -280,7 +301,7 @@ def memory_format_of(world: World) -> torch.memory_format:
 
 
 def precision_of(cfg: CfgNode, world: World) -> engine.Precision:
-    """fp32 on CPUs and where O0 asks for it, else autocast."""
+    """What AMP_OPT_LEVEL asks for: O0 is fp32, O1 and O2 autocast; unasked, autocast on GPUs and fp32 on CPUs."""
     level = cfg.AMP_OPT_LEVEL or ("O1" if world.device.type == "cuda" else "O0")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.AMP_DTYPE]
     return engine.Precision(world.device, None if level == "O0" else dtype)
@@ -291,14 +312,8 @@ def source_of(cfg: CfgNode) -> data.Source:
     return data.Source(cfg.DATA.DATASET, cfg.DATA.DATA_PATH, cfg.DATA.ZIP_MODE, cfg.DATA.CACHE_MODE)
 
 
-def mixes(cfg: CfgNode) -> bool:
-    """Whether mixup or cutmix make the targets, smoothing included."""
-    return cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None
-
-
-def training_loader(cfg: CfgNode, world: World) -> data.Loader:
+def training_loader(cfg: CfgNode, world: World, augmentation: data.Augmentation) -> data.Loader:
     """Augmented training batches of this process."""
-    augmentation = data.Augmentation(**{f.name: cfg.AUG[f.name.upper()] for f in fields(data.Augmentation)})
     return data.train_loader(
         source_of(cfg),
         augmentation,

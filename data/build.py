@@ -69,7 +69,6 @@ def train_loader(
     row = _find(source, image_size, interpolation)
     transforms.check_preset(augmentation.preset)
     normalize = Normalize(row.mean, row.std, device, memory_format)
-    mixing = augmentation.mixup > 0 or augmentation.cutmix > 0 or augmentation.cutmix_minmax is not None
     mix = (
         Mix(
             augmentation,
@@ -79,7 +78,7 @@ def train_loader(
             seed=seed,
             rank=rank,
         )
-        if mixing
+        if augmentation.mixes
         else None
     )
 

@@ -73,7 +73,7 @@ def _open_files(source: Source, split: str, num_classes: int, rank: int, world_s
 
 DATASETS: dict[str, Resident | Decoded] = {
     "digits": Resident(
-        Info(digits.NUM_CLASSES, digits.SIZE, digits.NUM_TRAIN, digits.NUM_VAL),
+        Info(digits.NUM_CLASSES, digits.SIZE),
         lambda source, split, image_size, num_classes: digits.load(split),
         digits.MEAN,
         digits.STD,
@@ -81,7 +81,7 @@ DATASETS: dict[str, Resident | Decoded] = {
         flip=False,
     ),
     "cf100": Resident(
-        Info(cifar.NUM_CLASSES, cifar.SIZE, cifar.NUM_TRAIN, cifar.NUM_VAL),
+        Info(cifar.NUM_CLASSES, cifar.SIZE),
         lambda source, split, image_size, num_classes: cifar.load(source.root, split),
         cifar.MEAN,
         cifar.STD,
@@ -89,7 +89,7 @@ DATASETS: dict[str, Resident | Decoded] = {
         flip=True,
     ),
     "fake": Resident(
-        Info(None, None, fake.NUM_TRAIN, fake.NUM_VAL),
+        Info(None, None),
         lambda source, split, image_size, num_classes: fake.load(split, image_size=image_size, num_classes=num_classes),
         IMAGENET_MEAN,
         IMAGENET_STD,

@@ -54,6 +54,11 @@ class Augmentation:
     mixup_switch_prob: float = 0.5
     mixup_mode: str = "batch"
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed; then the targets are distributions, smoothed already."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
 
 @dataclass(frozen=True)
 class Info:
@@ -62,11 +67,7 @@ class Info:
     Attributes:
         num_classes: None where any number will do (fake).
         image_size: side in pixels where the data set fixes it, None where any size can be made.
-        num_train: training images, None where counting them would take long.
-        num_val: evaluation images, likewise.
     """
 
     num_classes: int | None
     image_size: int | None
-    num_train: int | None = None
-    num_val: int | None = None

@@ -50,8 +50,7 @@ def describe(root: str, splits: Sequence[str]) -> Info:
     for _, found in others:
         if foreign := set(found.labels) - expected:
             raise UserError(f"{found.file} has class {min(foreign)}, which {first} does not have ({reference.file})")
-    counts = {split: len(m.labels) for split, m in maps.items()}
-    return Info(max(expected) + 1, None, counts.get("train"), counts.get("val"))
+    return Info(num_classes=max(expected) + 1, image_size=None)
 
 
 class ZippedImages:

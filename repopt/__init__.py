@@ -13,7 +13,15 @@ from repopt.errors import UserError
 from repopt.layers import RepConv2d
 from repopt.models import create_model, list_models
 from repopt.optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_
-from repopt.reparam import build_optimizer, extract_scales, fit_scales, grad_mults, initialize, param_groups
+from repopt.reparam import (
+    build_optimizer,
+    declared_blocks,
+    extract_scales,
+    fit_scales,
+    grad_mults,
+    initialize,
+    param_groups,
+)
 from repopt.scales import load_scales, save_scales
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "build_optimizer",
     "clip_grad_norm_",
     "create_model",
+    "declared_blocks",
     "deploy",
     "extract_scales",
     "fit_scales",

@@ -61,7 +61,7 @@ def state_dict_of(content: Mapping[str, Any], key: str = "model") -> dict[str, T
         UserError: there is none.
     """
     state = next((content[k] for k in (key, "state_dict") if k in content), content)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not state or not all(map(_is_weight, state, state.values())):
         raise UserError(
             f"the file holds no state dict of tensors (its entries: {', '.join(map(str, list(content)[:8]))})"
         )
@@ -86,6 +86,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if problems:
         raise UserError(f"the weights are not those of this model: {'; '.join(problems)}")
     model.load_state_dict(state)
+
+
+def _is_weight(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _first_line(message: object) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ class Key(NamedTuple):
     choices: tuple[Any, ...] | None = None
     flag: str | None = None  # of the command line; a bool key's flag takes no value and sets True
     minimum: int = 0  # of a number
+    maximum: float = sys.maxsize
     length: int | None = None  # of a tuple
 
 
@@ -35,7 +36,7 @@ KEYS: dict[str, Key] = {
     "BASE": Key([""], "YAML recipes, relative to this one, that it builds upon"),
     "DATA.BATCH_SIZE": Key(128, "images per process and step", flag="--batch-size", minimum=1),
     "DATA.DATA_PATH": Key("", "data set root", flag="--data-path"),
-    "DATA.DATASET": Key("imagenet", "digits, cf100, imagenet, folder (any train/ and val/ of class folders) or fake"),
+    "DATA.DATASET": Key("imagenet", "a row of data/registry.py"),
     "DATA.IMG_SIZE": Key(224, "side of a training image in pixels; small data sets bring their own", minimum=1),
     "DATA.TEST_SIZE": Key(None, "side of a test image in pixels; None = IMG_SIZE", int, minimum=1),
     "DATA.TEST_BATCH_SIZE": Key(None, "images per process and step in evaluation; None = BATCH_SIZE", int, minimum=1),
@@ -54,9 +55,9 @@ KEYS: dict[str, Key] = {
     "MODEL.ARCH": Key("RepOpt-VGG-B1", "model and mode, such as RepOpt-VGG-B1-target", flag="--arch"),
     "MODEL.RESUME": Key("", "checkpoint to resume; with --eval the weights to evaluate", flag="--resume"),
     "MODEL.NUM_CLASSES": Key(1000, "outputs of the classifier; if not given, the data set's", minimum=1),
-    "MODEL.LABEL_SMOOTHING": Key(0.1, "of the training loss"),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, "of the training loss", maximum=1),
     "TRAIN.START_EPOCH": Key(0, "epoch to start at when nothing is resumed"),
-    "TRAIN.EPOCHS": Key(300, "epochs in all"),
+    "TRAIN.EPOCHS": Key(300, "epochs in all", minimum=1),
     "TRAIN.WARMUP_EPOCHS": Key(20, "epochs of linear warm-up"),
     "TRAIN.WEIGHT_DECAY": Key(0.05, "of kernels; biases and other 1-D parameters are not decayed"),
     "TRAIN.BASE_LR": Key(5e-4, "learning rate per 256 images of the whole step; scaled linearly"),
@@ -91,13 +92,13 @@ KEYS: dict[str, Key] = {
     "AUG.MIXUP": Key(0.0, "alpha of mixup; 0 = off"),
     "AUG.CUTMIX": Key(0.0, "alpha of cutmix; 0 = off"),
     "AUG.CUTMIX_MINMAX": Key(None, "range of cutmix's side ratio, instead of alpha", tuple, length=2),
-    "AUG.MIXUP_PROB": Key(1.0, "of mixup or cutmix, per batch"),
-    "AUG.MIXUP_SWITCH_PROB": Key(0.5, "of cutmix where both are on"),
+    "AUG.MIXUP_PROB": Key(1.0, "of mixup or cutmix, per batch", maximum=1),
+    "AUG.MIXUP_SWITCH_PROB": Key(0.5, "of cutmix where both are on", maximum=1),
     "AUG.MIXUP_MODE": Key("batch", "of mixup and cutmix", choices=("batch", "pair", "elem")),
     "AUG.PRESET": Key(None, "of training images; None: the keys below", str, choices=(None, "raug15", "weak", "none")),
     "AUG.COLOR_JITTER": Key(0.4, "strength"),
     "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "timm's policy, or none"),
-    "AUG.REPROB": Key(0.25, "probability of random erasing"),
+    "AUG.REPROB": Key(0.25, "probability of random erasing", maximum=1),
     "AUG.REMODE": Key("pixel", "of random erasing", choices=("const", "rand", "pixel")),
     "AUG.RECOUNT": Key(1, "of random erasing", minimum=1),
     "TEST.CROP": Key(False, "evaluate on the centre of an image whose short side is 256/224 of TEST_SIZE"),
@@ -208,7 +209,8 @@ def _coerce(name: str, value: Any) -> Any:
     key = KEYS[name]
     kind = key.type or type(key.default)
     if isinstance(value, str) and kind is not str:
-        with contextlib.suppress(ValueError, SyntaxError):  # no literal: the check below says what is expected
+        # What is no literal stays text, and the check below says what is expected.
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
     elif value == "None" and key.default is None:
         value = None
@@ -218,10 +220,15 @@ def _coerce(name: str, value: Any) -> Any:
         value = kind(value)
     if type(value) is not kind and not (value is None and key.default is None):
         raise UserError(f"{name} takes a value of type {kind.__name__}, not {value!r}")
-    if kind in (int, float) and value is not None and not key.minimum <= value < math.inf:
-        raise UserError(f"{name} is a number from {key.minimum} on, not {value}")
-    if key.length and value is not None and len(value) != key.length:
-        raise UserError(f"{name} takes {key.length} values, not {value}")
+    if kind in (int, float) and value is not None and not key.minimum <= value <= key.maximum:
+        limit = f"from {key.minimum} on" if key.maximum == sys.maxsize else f"from {key.minimum} to {key.maximum}"
+        raise UserError(f"{name} is a number {limit}, not {value}")
+    if (
+        key.length
+        and value is not None
+        and (len(value) != key.length or not all(isinstance(item, (int, float)) for item in value))
+    ):
+        raise UserError(f"{name} takes {key.length} numbers, not {value}")
     if key.choices and value not in key.choices:
         raise unknown(f"value of {name}", str(value), map(str, key.choices))
     return value
@@ -235,7 +242,7 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str
         raise UserError(f"recipe {str(path)!r} builds upon itself")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # not YAML, not UTF-8, no such date
         raise UserError(f"recipe {str(path)!r} is no plain YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {str(path)!r} holds no keys")

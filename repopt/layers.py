@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from repopt.csla import Block
@@ -109,11 +110,28 @@ def batch_norm_as_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, bn.bias - bn.running_mean * scale
 
 
-def run_checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, whose activations are computed again in the backward pass instead of kept.
+def fold_batch_norm(module: nn.Module, conv: str, bn: str) -> None:
+    """Fold a batch norm of `module` into the convolution before it, both by name; an identity takes its place."""
+    setattr(module, conv, fuse_conv_bn_eval(module.get_submodule(conv), module.get_submodule(bn)))
+    setattr(module, bn, nn.Identity())
+
+
+def conv2d_of(kernel: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution with a given kernel (O, I, kh, kw) and bias (O,), padded to keep the size at stride 1."""
+    out_channels, per_group, *size = kernel.shape
+    padding = tuple(k // 2 for k in size)
+    conv = nn.Conv2d(per_group * groups, out_channels, tuple(size), stride, padding, groups=groups, device="meta")
+    conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
+    return conv
+
+
+def run(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
+    """``module(x)``; if checkpointed, its activations are computed again in the backward pass instead of kept.
 
     The second run leaves the statistics of batch norms alone, so that training is the same as without.
     """
+    if not (checkpointed and module.training):
+        return module(x)
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # SyncBatchNorm too
 
     @contextmanager

@@ -48,7 +48,11 @@ class Metrics:
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-            self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+            path = folder / "metrics.jsonl"
+            if path.is_file():  # a run that was killed may have left half a line
+                whole = path.read_bytes().rpartition(b"\n")
+                path.write_bytes(whole[0] + whole[1])
+            self._file = path.open("a", buffering=1)
             self._board = SummaryWriter(str(folder))
 
     def write(self, step: int, **numbers: Any) -> None:

@@ -17,16 +17,62 @@ Scales = Mapping[str, Tensor]
 IdentityInit = Literal["searched", "one"]
 
 
+def declared_blocks(model: nn.Module, *modes: Mode) -> Iterator[tuple[str, RepConv2d]]:
+    """Every declared block of a model, with the path of its module.
+
+    Raises:
+        UserError: modes are asked for, and there is no block, or one in another mode.
+    """
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, RepConv2d)]
+    if modes and not found:
+        raise UserError(f"{type(model).__name__} has no declared blocks: this needs one in {' or '.join(modes)} mode")
+    for path, module in found:
+        if modes and module.mode not in modes:
+            raise UserError(f"this needs a model in {' or '.join(modes)} mode, not {module.mode} ({path})")
+        yield path, module
+
+
 def extract_scales(model: nn.Module) -> dict[str, Tensor]:
     """What a hyper-search found, as the scale file stores it: (O,) tensors by name, on the CPU.
 
     An identity branch is listed too, though what was searched there is a kernel (its constant scale is 1).
     """
     return {
-        _join(path, branch.searched): module.values(branch.searched).detach().cpu().clone()
-        for path, module in _blocks(model, "hs", "csla")
+        key_of(path, branch.searched): module.values(branch.searched).detach().cpu().clone()
+        for path, module in declared_blocks(model, "hs", "csla")
         for branch in module.block.branches
     }
+
+
+def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
+    """Those scales that belong to the model's blocks, all of them; entries of other modules are passed over.
+
+    Args:
+        model: in any mode of declared blocks.
+        scales: by name, (O,) each; or a whole hyper-search state dict, which has more.
+
+    Raises:
+        UserError: a block without its scales, scales of another shape, or scales of a block that the model lacks.
+    """
+    found: dict[str, Tensor] = {}
+    endings: set[str] = set()
+    for path, module in declared_blocks(model):
+        expected = (module.block.target.shape[0],)
+        for branch in module.block.branches:
+            key = key_of(path, branch.searched)
+            endings.add(key_of("", branch.searched))
+            if key not in scales:
+                raise UserError(f"the scales do not fit the model: block {path!r} needs {key!r}, which is not there")
+            if scales[key].shape != expected:
+                raise UserError(
+                    f"the scales do not fit the model: block {path!r} expects {key!r} of the shape {expected}, "
+                    f"found {tuple(scales[key].shape)}"
+                )
+            found[key] = scales[key]
+    for key in scales:
+        if key not in found and any(key.endswith(f".{ending}") for ending in endings):
+            raise UserError(f"the scales do not fit the model: they hold {key!r}, and the model has no such block")
+    return found
 
 
 @torch.no_grad()
@@ -43,10 +89,11 @@ def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "se
     Raises:
         UserError: the scales are not those of this model; the message names the block.
     """
-    searched = fit_scales(model, scales, "csla", "target")
-    for path, module in _blocks(model, "csla", "target"):
+    blocks = list(declared_blocks(model, "csla", "target"))
+    scales = fit_scales(model, scales)
+    for path, module in blocks:
         like = module.kernel()
-        values = {name: tensor.to(like) for name, tensor in searched[path].items()}
+        values = {name: tensor.to(like) for name, tensor in _of_block(path, module, scales).items()}
         kernels = module.block.fresh_kernels(values if identity == "searched" else {})
         kernels = {name: kernel.to(like) for name, kernel in kernels.items()}
         if module.mode == "target":
@@ -67,45 +114,14 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Gr
     Raises:
         UserError: the scales are not those of this model; the message names the block.
     """
-    searched = fit_scales(model, scales, "target")
-    return {
-        _join(path, module.block.target.name): module.block.grad_mult(searched[path], degree).to(module.kernel().device)
-        for path, module in _blocks(model, "target")
-    }
-
-
-def fit_scales(model: nn.Module, scales: Scales, *modes: Mode) -> dict[str, dict[str, Tensor]]:
-    """The scales of every declared block, by the path of its module and the names of its declaration.
-
-    Args:
-        model: whose blocks, in one of `modes`, are to be served.
-        scales: entries of other modules (a whole hyper-search state dict) are passed over.
-
-    Raises:
-        UserError: a block without its scales, scales of another shape, or scales of a block that the model lacks.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    asked: set[str] = set()
-    endings: set[str] = set()
-    for path, module in _blocks(model, *modes):
-        channels = module.block.target.shape[0]
-        found[path] = {}
-        for branch in module.block.branches:
-            key = _join(path, branch.searched)
-            asked.add(key)
-            endings.add(_join("", branch.searched))
-            if key not in scales:
-                raise UserError(f"the scales do not fit the model: block {path!r} needs {key!r}, which is not there")
-            if scales[key].shape != (channels,):
-                raise UserError(
-                    f"the scales do not fit the model: block {path!r} expects {key!r} of the shape ({channels},), "
-                    f"found {tuple(scales[key].shape)}"
-                )
-            found[path][branch.searched] = scales[key]
-    for key in scales:
-        if key not in asked and any(key.endswith(f".{ending}") for ending in endings):
-            raise UserError(f"the scales do not fit the model: they hold {key!r}, and the model has no such block")
-    return found
+    blocks = list(declared_blocks(model, "target"))
+    scales = fit_scales(model, scales)
+    mults = {}
+    for path, module in blocks:
+        kernel = module.kernel()
+        mult = module.block.grad_mult(_of_block(path, module, scales), degree)
+        mults[key_of(path, module.block.target.name)] = mult.to(kernel.device)
+    return mults
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -115,8 +131,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     and always in csla mode, where the equivalence needs it.
     """
     kernels = {
-        _join(path, branch.kernel)
-        for path, module in _blocks(model)
+        key_of(path, branch.kernel)
+        for path, module in declared_blocks(model)
         for branch in module.block.branches
         if module.mode == "csla" or (module.mode == "hs" and branch.scale is None and branch.decay_in_search)
     }
@@ -160,21 +176,11 @@ def build_optimizer(
         raise UserError(f"optimizer {name!r}: {error}") from None
 
 
-def _blocks(model: nn.Module, *modes: Mode) -> Iterator[tuple[str, RepConv2d]]:
-    """Every declared block of a model by the path of its module.
-
-    Raises:
-        UserError: modes are asked for, and there is no block, or one in another mode.
-    """
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, RepConv2d)]
-    if modes and not found:
-        raise UserError(f"{type(model).__name__} has no declared blocks: this needs one in {' or '.join(modes)} mode")
-    for path, module in found:
-        if modes and module.mode not in modes:
-            raise UserError(f"this needs a model in {' or '.join(modes)} mode, not {module.mode} ({path})")
-        yield path, module
-
-
-def _join(path: str, name: str) -> str:
-    """The state-dict key of a declared name."""
+def key_of(path: str, name: str) -> str:
+    """The state-dict key of a declared name in the block at `path`."""
     return f"{path}.{name}.weight" if path else f"{name}.weight"
+
+
+def _of_block(path: str, module: RepConv2d, scales: Scales) -> dict[str, Tensor]:
+    """A block's scales by the names of its declaration."""
+    return {branch.searched: scales[key_of(path, branch.searched)] for branch in module.block.branches}

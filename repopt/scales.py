@@ -24,7 +24,7 @@ def load_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         UserError: no such file, or none of these; a scale that is not finite.
     """
     content = checkpoint.read(path)
-    state = content["scales"] if content.get("scales") else checkpoint.state_dict_of(content)
+    state = checkpoint.state_dict_of(content, "scales" if content.get("scales") else "model")
     scales = {name: value for name, value in state.items() if value.dim() == 1 and value.is_floating_point()}
     if not scales:
         raise UserError(f"{os.fspath(path)!r} holds no searched scales")

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -44,21 +45,26 @@ FAMILIES = {
 
 
 class Run(NamedTuple):
-    """One training: a mode of the family's model and a seed."""
+    """One training: the family's model in a mode, as an architecture's name ends, and a seed."""
 
     family: Family
     mode: str
     seed: int
 
     @property
+    def arch(self) -> str:
+        """Of main_repopt.py."""
+        return f"{self.family.model}-{self.mode}"
+
+    @property
     def folder(self) -> Path:
         """Where it writes."""
-        return self.family.folder / f"{self.family.model}-{self.mode}" / f"seed{self.seed}"
+        return self.family.folder / self.arch / f"seed{self.seed}"
 
     @property
     def command(self) -> list[str]:
         """Arguments of main_repopt.py."""
-        arguments = ["--arch", f"{self.family.model}-{self.mode}", "--tag", f"seed{self.seed}"]
+        arguments = ["--arch", self.arch, "--tag", f"seed{self.seed}"]
         arguments += ["--output", str(self.family.folder)]
         arguments += ["--cfg", f"configs/digits/{'search' if self.mode == 'hs' else 'train'}.yaml"]
         if self.mode == "target":
@@ -68,7 +74,8 @@ class Run(NamedTuple):
     def epochs(self) -> list[dict[str, Any]]:
         """What was recorded after every epoch; an epoch trained again after an interruption counts once."""
         path = self.folder / "metrics.jsonl"
-        records = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else ()
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # not one that is being written
         return list({record["epoch"]: record for record in records if "epoch" in record}.values())
 
 
@@ -107,19 +114,35 @@ def train_all(family: Family) -> None:
     targets, baselines, plain = setups_of(family).values()
     runs = [search_of(family), *baselines, *plain, *targets]
     context = multiprocessing.get_context("spawn")
+    workers = min(len(runs), os.cpu_count() or 1)
     with (
-        ProcessPoolExecutor(min(len(runs), os.cpu_count() or 1), mp_context=context) as pool,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool,
         tqdm(total=EPOCHS * len(runs), unit="epoch", desc=f"{len(runs)} runs") as bar,
     ):
         search = pool.submit(train, runs[0])
         waiting: set[Future[None]] = {search, *(pool.submit(train, run) for run in (*baselines, *plain))}
-        while waiting:
-            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()  # raises what went wrong in it
-            if search in done:
-                waiting |= {pool.submit(train, run) for run in targets}
-            bar.update(sum(len(run.epochs()) for run in runs) - bar.n)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()  # raises what went wrong in it
+                if search in done:
+                    waiting |= {pool.submit(train, run) for run in targets}
+                bar.update(sum(len(run.epochs()) for run in runs) - bar.n)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def end_with(parent: int) -> None:
+    """Let this worker process end when the demo does, however that ends."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def train(run: Run) -> None:
@@ -137,6 +160,7 @@ def report(family: Family) -> None:
     from plots import plot_accuracy, plot_scales
 
     import repopt
+    from repopt.models import parse_arch
 
     lines = [
         f"| {family.model}, digits, {EPOCHS} epochs | top-1 (%) | training (s) | parameters (M): trained | deployed |",
@@ -144,7 +168,7 @@ def report(family: Family) -> None:
     ]
     curves, search = {}, search_of(family)
     for name, runs in {**setups_of(family), "searched network (hyper-search)": [search]}.items():
-        model = repopt.create_model(family.model, mode=runs[0].mode.removesuffix("-norepopt"), num_classes=10)
+        model = repopt.create_model(family.model, mode=parse_arch(runs[0].arch).mode, num_classes=10)
         trained, deployed = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, repopt.deploy(model)))
         epochs = [run.epochs() for run in runs]
         final = [run[-1]["val"]["top1"] for run in epochs]

@@ -45,12 +45,14 @@ def plot_scales(model: nn.Module, scales: Mapping[str, Tensor], path: Path) -> N
         scales: (O,) each, by name, as `repopt.load_scales` gives them.
         path: of the PNG.
     """
-    found = repopt.fit_scales(model, scales)
-    blocks = list(found)
-    branches = list(dict.fromkeys(name for values in found.values() for name in values))
+    scales = repopt.fit_scales(model, scales)
+    blocks, by_branch = [], {}
+    for place, (block, module) in enumerate(repopt.declared_blocks(model)):
+        blocks.append(block)
+        for branch in module.block.branches:
+            by_branch.setdefault(branch.searched, {})[place] = scales[f"{block}.{branch.searched}.weight"]
     figure, axes = plt.subplots(figsize=(max(6.0, 0.32 * len(blocks)), 4.2), layout="constrained")
-    for branch in branches:
-        here = {place: found[block][branch] for place, block in enumerate(blocks) if branch in found[block]}
+    for branch, here in by_branch.items():
         means = [float(values.mean()) for values in here.values()]
         deviations = [float(values.std()) for values in here.values()]
         axes.errorbar(list(here), means, deviations, label=branch, marker="o", markersize=4, capsize=2, linewidth=1)

@@ -3,13 +3,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
+if [ ! -e .venv ]; then
   interpreter=${PYTHON:-python3}
   if ! "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
     echo "RepOpt needs Python 3.11 or newer; '$interpreter' is not (set PYTHON to one that is)" >&2
     exit 2
   fi
-  "$interpreter" -m venv --clear .venv
+  "$interpreter" -m venv .venv || { rm -rf .venv; exit 2; }
+elif ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+  echo "the .venv here is no environment of Python 3.11 or newer with pip: move it away and start again" >&2
+  exit 2
 fi
 
 stamp=.venv/installed-$1

@@ -196,10 +196,23 @@ def test_what_the_entrance_hands_over(monkeypatch, search, tmp_path, identity):
 def test_adamw_search_and_evaluation_settings(monkeypatch, tmp_path):
     root = image_folder(tmp_path / "images")
     calls = {}
-    monkeypatch.setattr("data.eval_loader", lambda source, **arguments: calls.update(arguments, source=source))
+    eval_loader = main_repopt.data.eval_loader
+    monkeypatch.setattr(
+        "data.eval_loader",
+        lambda source, **arguments: calls.update(arguments, source=source) or eval_loader(source, **arguments),
+    )
     options = ["DATA.DATASET", "folder", "DATA.IMG_SIZE", 64, "DATA.TEST_SIZE", 96, "TEST.CROP", True]
     options += ["DATA.TEST_BATCH_SIZE", 3, "DATA.INTERPOLATION", "bicubic", "TRAIN.OPTIMIZER.NAME", "adamw"]
-    options += ["TRAIN.OPTIMIZER.EPS", 1e-6, "TRAIN.OPTIMIZER.BETAS", "(0.8, 0.9)", "AUG.MIXUP", 0.5]
+    options += [
+        "TRAIN.OPTIMIZER.EPS",
+        1e-6,
+        "TRAIN.OPTIMIZER.BETAS",
+        "(0.8, 0.9)",
+        "AUG.MIXUP",
+        0.5,
+        "DATA.NUM_WORKERS",
+        0,
+    ]
     handed = entrance(
         monkeypatch, "--arch", HS, "--output", tmp_path, "--data-path", root, "--batch-size", 4, "--opts", *options
     )
@@ -211,6 +224,32 @@ def test_adamw_search_and_evaluation_settings(monkeypatch, tmp_path):
     assert handed["criterion"].label_smoothing == 0.0  # mixup's targets are smoothed already
     assert handed["searching"]
     assert handed["clip"] is None
+
+
+def test_a_run_keeps_the_scales_that_it_began_with(search, tmp_path, capsys):
+    scales = repopt.load_scales(search / "scales.pth")
+    given = tmp_path / "scales.pth"
+    repopt.save_scales(scales, given)
+    common = ("--arch", TARGET, "--output", tmp_path, "--scales-path", given, "--opts", *DIGITS, "TRAIN.EPOCHS")
+    assert main(*common, 1) == 0
+    kept = checkpoint.read(tmp_path / TARGET / "default" / "latest.pth")["scales"]
+    assert kept.keys() == scales.keys()
+    assert main(*common, 2) == 0
+    repopt.save_scales({name: values + 1 for name, values in scales.items()}, given)
+    assert main(*common, 3) == 2
+    assert "are not those that this run began with" in capsys.readouterr().err
+    given.unlink()
+    assert main(*common, 3) == 0
+
+
+def test_an_environment_that_is_not_torchruns(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for name, value, message in (("RANK", "abc", "RANK is 'abc'"), ("WORLD_SIZE", "2", "cannot meet the other 1")):
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            context.delenv("MASTER_ADDR", raising=False)
+            assert main("--arch", HS, "--output", tmp_path, "--opts", *DIGITS) == 2
+            assert message in capsys.readouterr().err
 
 
 def test_resume_prefers_the_runs_own_latest(search, tmp_path):
@@ -357,7 +396,8 @@ MISTAKES = {
         "TRAIN.OPTIMIZER.NAME was 'sgd' in the checkpoint and is 'adamw' now",
     ),
     "other arch": (["--arch", HS, "--resume", "{trained}", "--opts", *DIGITS], "MODEL.ARCH was .*-target'.*-hs'"),
-    "output": (["--arch", HS, "--output", "{scales}", "--opts", *DIGITS], "cannot write to"),
+    "output": (["--arch", HS, "--output", "{scales}", "--opts", *DIGITS], "Not a directory: {scales}"),
+    "start": (["--arch", HS, "--opts", *DIGITS, "TRAIN.EPOCHS", "2", "TRAIN.START_EPOCH", "2"], "START_EPOCH 2 leaves none"),
     "sync bn": (["--arch", HS, "--opts", *DIGITS, "TRAIN.SYNC_BN", "True"], "needs GPUs"),
 }  # fmt: skip
 
@@ -371,7 +411,9 @@ def test_mistakes_are_one_line_and_exit_code_2(name, search, trained, tmp_path, 
     error = capsys.readouterr().err
     assert error.startswith("main_repopt.py: ")
     assert len(error.splitlines()) == 1
-    assert re.search(message.replace("{tmp}", str(tmp_path)), error), error
+    for place, path in places.items():
+        message = message.replace(f"{{{place}}}", str(path))
+    assert re.search(message, error), error
 
 
 def test_programming_errors_stay_loud(tmp_path, monkeypatch):

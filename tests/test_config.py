@@ -127,7 +127,11 @@ def test_values_from_the_command_line(key, text, value):
         (["--opts", "SEED", "-1"], "SEED is a number from 0 on, not -1"),
         (["--opts", "TRAIN.BASE_LR", "float('nan')"], "TRAIN.BASE_LR takes a value of type float"),
         (["--opts", "TRAIN.BASE_LR", "1e999"], "TRAIN.BASE_LR is a number from 0 on, not inf"),
-        (["--opts", "TRAIN.OPTIMIZER.BETAS", "(0.9,)"], "TRAIN.OPTIMIZER.BETAS takes 2 values"),
+        (["--opts", "TRAIN.OPTIMIZER.BETAS", "(0.9,)"], "TRAIN.OPTIMIZER.BETAS takes 2 numbers"),
+        (["--opts", "TRAIN.OPTIMIZER.BETAS", "('a', 'b')"], "TRAIN.OPTIMIZER.BETAS takes 2 numbers"),
+        (["--opts", "MODEL.LABEL_SMOOTHING", "3"], "MODEL.LABEL_SMOOTHING is a number from 0 to 1, not 3"),
+        (["--opts", "SEED", str(2**70)], "SEED is a number from 0"),
+        (["--opts", "TRAIN.EPOCHS", "{[]:1}"], "TRAIN.EPOCHS takes a value of type int"),
         (["--opts", "BASE", "['a.yaml']"], "BASE stands in a recipe"),
         (["--opts", "TRAIN.EPOCHS"], "stands alone"),
         (["--cache-mode", "all"], "unknown value of DATA.CACHE_MODE 'all'.*allowed: full, no, part"),
@@ -149,6 +153,7 @@ def test_mistakes(arguments, message):
         ("", "holds no keys"),
         ("BASE: me.yaml\n", "builds upon itself"),
         ("BASE: 3\n", "lists recipes, not 3"),
+        ("TAG: 2026-13-01\n", "no plain YAML"),
     ],
 )
 def test_bad_recipes(tmp_path, monkeypatch, text, message):

@@ -17,9 +17,10 @@ from repopt.errors import UserError
 CPU = torch.device("cpu")
 
 
-def network(seed=0):
+def network(seed=0, dropout=0.0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
+    layers = nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 4)
+    return nn.Sequential(*layers).double()
 
 
 class Batches:
@@ -188,17 +189,18 @@ def fit(state, folder, epochs, **arguments):
         epochs=epochs,
         folder=folder,
         config={"TAG": "t"},
-        world=World(0, 1, CPU),
-        **arguments,
+        **{"world": World(0, 1, CPU), **arguments},
     )
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
-    whole = make_state(network())
+    whole = make_state(network(dropout=0.3))
     fit(whole, tmp_path / "whole", 4, ema_update_period=2)
-    first = make_state(network())
+    first = make_state(network(dropout=0.3))
     fit(first, tmp_path / "part", 2, ema_update_period=2)
-    second = make_state(network(seed=9))
+    with (tmp_path / "part" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "tra')  # it was killed while writing
+    second = make_state(network(seed=9, dropout=0.3))
     second.restore(checkpoint.read(tmp_path / "part" / "latest.pth"))
     assert second.epoch == 2
     fit(second, tmp_path / "part", 4, ema_update_period=2)
@@ -206,6 +208,20 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
         for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
             assert torch.equal(p, q), name
     assert (whole.max_accuracy, whole.max_ema_accuracy) == (second.max_accuracy, second.max_ema_accuracy)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_dropout_differs_by_epoch_and_process(tmp_path):
+    drawn = []
+
+    def draw():
+        drawn.append(torch.rand(4))
+        return torch.zeros(())
+
+    for rank in (0, 1):
+        fit(make_state(network()), tmp_path / f"{rank}", 2, world=World(rank, 1, CPU), clip=draw)
+    assert len({tuple(values.tolist()) for values in drawn}) == len(drawn) == 20
 
 
 def test_the_moving_average():

@@ -22,7 +22,7 @@ def test_published_names_and_shapes(published_keys, mode, classes):
 def test_all_widths_have_all_modes():
     widths = ("0.5", "0.58", "0.8", "1.0", "1.11", "1.3", "1.5", "2.0")
     assert set(GHOSTS) == {f"RepOpt-GhostNet-{width}x" for width in widths}
-    assert parse_arch("ghost-target") == ("ghost", "target", True)
+    assert parse_arch("ghost-target") == parse_arch("RepOpt-GhostNet-0.5x-target") == (GHOST, "target", True)
     assert parse_arch("RepOpt-GhostNet-1.11x-target-norepopt") == ("RepOpt-GhostNet-1.11x", "target", False)
 
 

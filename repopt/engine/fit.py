@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,6 +47,7 @@ def fit(
     folder: Path,
     config: Mapping[str, Any],
     world: World,
+    seed: int = 0,
     searching: bool = False,
     clip: Callable[[], Tensor] | None = None,
     accumulation_steps: int = 1,
@@ -62,6 +65,7 @@ def fit(
         epochs: in all, those already done included.
         folder: where the first process writes checkpoints, metrics, and (searching) the scales.
         config: goes into every checkpoint.
+        seed: of dropout, which differs by epoch and process, and is the same after resuming.
         searching: whether the model's scales are being searched.
         clip: clips the gradients and returns their norm.
         ema_update_period: optimizer steps between updates of the moving average.
@@ -100,6 +104,7 @@ def fit(
     with Metrics(folder if world.is_main else None) as metrics, bar:
         for epoch in range(first_epoch, epochs):
             train_loader.set_epoch(epoch)
+            torch.manual_seed(int(np.random.SeedSequence((seed, epoch, world.rank)).generate_state(1)[0]))
             epoch_started = time.perf_counter()
             loss = train_one_epoch(
                 model,
@@ -129,13 +134,13 @@ def fit(
                     distribute_bn(averaged, world.size, reduce=True)
 
             last = state.epoch == epochs
-            names = {"latest.pth"}
+            names = []
             if state.epoch % save_period == 0 or last:
-                names.add(f"ckpt_epoch_{epoch}.pth")
+                names.append(f"ckpt_epoch_{epoch}.pth")
             if state.epoch % eval_period == 0 or last:
                 results = _evaluate(state, val_loader)
                 numbers |= {key: result._asdict() for key, result in results.items()}
-                names |= _new_bests(state, results)
+                names += _new_bests(state, results)
             if not world.is_main:
                 continue
             if searching:
@@ -144,7 +149,7 @@ def fit(
                 save_scales(scales, folder / "scales.pth")
             metrics.write(state.epoch * steps_per_epoch, **numbers)
             content = state.content(config)
-            for name in names:
+            for name in (*names, "latest.pth"):  # last: it claims the best accuracy, so the best has to be there
                 checkpoint.write(content, folder / name)
     logger.info(f"best top-1 {state.max_accuracy:.3f} %, checkpoints in {folder}")
 
@@ -158,13 +163,13 @@ def _evaluate(state: TrainingState, loader: Loader) -> dict[str, Evaluation]:
     return results
 
 
-def _new_bests(state: TrainingState, results: Mapping[str, Evaluation]) -> set[str]:
+def _new_bests(state: TrainingState, results: Mapping[str, Evaluation]) -> list[str]:
     """Checkpoints to write because an accuracy is the best so far; the state remembers it."""
-    names = set()
+    names = []
     if results["val"].top1 > state.max_accuracy:
         state.max_accuracy = results["val"].top1
-        names.add("best_ckpt.pth")
+        names.append("best_ckpt.pth")
     if "ema" in results and results["ema"].top1 > state.max_ema_accuracy:
         state.max_ema_accuracy = results["ema"].top1
-        names.add("best_ema_ckpt.pth")
+        names.append("best_ema_ckpt.pth")
     return names

@@ -76,11 +76,14 @@ class TrainingState:
         if "optimizer" not in content:
             return
         _load_optimizer(self.optimizer, content["optimizer"])
-        self.epoch = int(content.get("epoch", -1)) + 1
-        self.max_accuracy = float(content.get("max_accuracy", 0.0))
-        self.max_ema_accuracy = float(content.get("max_ema_accuracy", 0.0))
-        if content.get("scaler"):
-            self.precision.scaler.load_state_dict(content["scaler"])
+        try:
+            self.epoch = max(0, int(content.get("epoch", -1)) + 1)
+            self.max_accuracy = float(content.get("max_accuracy", 0.0))
+            self.max_ema_accuracy = float(content.get("max_ema_accuracy", 0.0))
+            if content.get("scaler"):
+                self.precision.scaler.load_state_dict(content["scaler"])
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"the checkpoint's record of its training cannot be read: {error}") from None
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

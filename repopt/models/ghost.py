@@ -15,7 +15,16 @@ from torch.nn.functional import hardsigmoid, relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
-from repopt.layers import MODES, Deployable, Mode, RepConv2d, batch_norm_as_affine, run_checkpointed
+from repopt.layers import (
+    MODES,
+    Deployable,
+    Mode,
+    RepConv2d,
+    batch_norm_as_affine,
+    conv2d_of,
+    fold_batch_norm,
+    run,
+)
 from repopt.models.registry import register
 
 
@@ -42,10 +51,8 @@ def _activation(active: bool) -> nn.Module:
 
 def _plain(primary_conv: nn.Sequential, kernel: Tensor, bias: Tensor, active: bool) -> nn.Sequential:
     """A trained ghost module at inference: two convolutions with biases."""
-    channels = len(kernel)
-    cheap = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-    cheap.weight, cheap.bias = nn.Parameter(kernel), nn.Parameter(bias)
     primary, norm, activation = primary_conv
+    cheap = conv2d_of(kernel, bias, groups=len(kernel))
     return nn.Sequential(fuse_conv_bn_eval(primary, norm), activation, cheap, _activation(active))
 
 
@@ -154,7 +161,7 @@ class Bottleneck(Deployable):
 
     def deployed(self) -> Bottleneck:  # noqa: D102
         if self.strided:
-            self.conv_dw, self.bn_dw = fuse_conv_bn_eval(self.conv_dw, self.bn_dw), nn.Identity()
+            fold_batch_norm(self, "conv_dw", "bn_dw")
         modules = list(self.shortcut)
         self.shortcut = nn.Sequential(*map(fuse_conv_bn_eval, modules[::2], modules[1::2]))
         return self
@@ -171,7 +178,7 @@ class ConvBNReLU(Deployable):
         return relu(self.bn1(self.conv(x)))
 
     def deployed(self) -> ConvBNReLU:  # noqa: D102
-        self.conv, self.bn1 = fuse_conv_bn_eval(self.conv, self.bn1), nn.Identity()
+        fold_batch_norm(self, "conv", "bn1")
         return self
 
 
@@ -262,12 +269,12 @@ class RepOptGhostNet(Deployable):
         x = relu(self.bn1(self.conv_stem(x)))
         for stage in self.blocks:
             for block in stage:
-                x = run_checkpointed(block, x) if self.use_checkpoint and self.training else block(x)
+                x = run(block, x, checkpointed=self.use_checkpoint)
         x = relu(self.conv_head(x.mean((2, 3), keepdim=True))).flatten(1)
         return self.classifier(self.dropout(x))
 
     def deployed(self) -> RepOptGhostNet:  # noqa: D102
-        self.conv_stem, self.bn1 = fuse_conv_bn_eval(self.conv_stem, self.bn1), nn.Identity()
+        fold_batch_norm(self, "conv_stem", "bn1")
         return self
 
 

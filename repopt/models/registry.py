@@ -62,9 +62,10 @@ def list_archs() -> dict[str, Arch]:
     """Every ``--arch`` of the command line: a model's name, a dash, and a mode or ``target-norepopt``."""
     archs = {}
     for name, family in _families.items():
+        model = family.aliases.get(name, name)
         for mode in family.modes:
-            archs[f"{name}-{mode}"] = Arch(name, mode, repopt=mode == "target")
-        archs[f"{name}-target-norepopt"] = Arch(name, "target", repopt=False)
+            archs[f"{name}-{mode}"] = Arch(model, mode, repopt=mode == "target")
+        archs[f"{name}-target-norepopt"] = Arch(model, "target", repopt=False)
     return archs
 
 
@@ -72,7 +73,8 @@ def parse_arch(arch: str) -> Arch:
     """What an ``--arch`` stands for; UserError with the nearest valid one."""
     archs = list_archs()
     if arch in _families:
-        raise UserError(f"architecture {arch!r} needs a mode: {', '.join(a for a in archs if archs[a].model == arch)}")
+        modes = (*_families[arch].modes, "target-norepopt")
+        raise UserError(f"architecture {arch!r} needs a mode: {', '.join(f'{arch}-{mode}' for mode in modes)}")
     if arch not in archs:
         raise unknown("architecture", arch, archs)
     return archs[arch]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from repopt.layers import MODES, run_checkpointed
+from repopt.layers import MODES, run
 from repopt.models.registry import register
 from repopt.models.vgg_blocks import RepVGGBlock, VGGBlock
 
@@ -57,7 +57,7 @@ class RepOptVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         for block in self.blocks():
-            x = run_checkpointed(block, x) if self.use_checkpoint and self.training else block(x)
+            x = run(block, x, checkpointed=self.use_checkpoint)
         return self.linear(self.gap(x).flatten(1))
 
 

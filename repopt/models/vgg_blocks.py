@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
-from repopt.layers import Deployable, Mode, RepConv2d, batch_norm_as_affine
+from repopt.layers import Deployable, Mode, RepConv2d, batch_norm_as_affine, conv2d_of
 
 
 def vgg_block(in_channels: int, out_channels: int, stride: int, initial_scale: float = 1.0) -> Block:
@@ -45,9 +45,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, kernel: Tensor, bias: Tensor, stride: int, post_se: nn.Module) -> None:
         super().__init__()
-        out_channels, in_channels, *size = kernel.shape
-        self.conv = nn.Conv2d(in_channels, out_channels, tuple(size), stride, padding=1)
-        self.conv.weight, self.conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
+        self.conv = conv2d_of(kernel, bias, stride)
         self.relu = nn.ReLU(inplace=True)
         self.post_se = post_se
 

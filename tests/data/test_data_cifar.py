@@ -119,7 +119,7 @@ def test_no_folder_given():
 
 def test_loaders(archive, tmp_path):
     source = Source("cf100", str(tmp_path / "ready"))
-    assert describe(source) == Info(100, 32, 50_000, 10_000)
+    assert describe(source) == Info(num_classes=100, image_size=32)
     common = {"image_size": 32, "interpolation": "bicubic", "num_classes": 100, "device": CPU}
     train = train_loader(source, Augmentation(), batch_size=20, label_smoothing=0.1, **common)
     assert (len(train), train.num_images) == (3, NUM_TRAIN)
