@@ -397,7 +397,7 @@ MISTAKES = {
     ),
     "other arch": (["--arch", HS, "--resume", "{trained}", "--opts", *DIGITS], "MODEL.ARCH was .*-target'.*-hs'"),
     "output": (["--arch", HS, "--output", "{scales}", "--opts", *DIGITS], "Not a directory: {scales}"),
-    "start": (["--arch", HS, "--opts", *DIGITS, "TRAIN.EPOCHS", "2", "TRAIN.START_EPOCH", "2"], "START_EPOCH 2 leaves none"),
+    "start": (["--arch", HS, "--opts", *DIGITS, "TRAIN.EPOCHS", "2", "TRAIN.START_EPOCH", "2"], "2 leaves none of 2"),
     "sync bn": (["--arch", HS, "--opts", *DIGITS, "TRAIN.SYNC_BN", "True"], "needs GPUs"),
 }  # fmt: skip
 
