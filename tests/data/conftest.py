@@ -1,14 +1,8 @@
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 NUM_CLASSES = 12
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 def photograph(seed, width, height):
