@@ -191,7 +191,7 @@ def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None
         return
     for key in ("MODEL.ARCH", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME"):
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
-        if then not in (None, now) and list_archs().get(then) != arch:
+        if then not in (None, now) and list_archs().get(str(then)) != arch:
             raise UserError(f"cannot resume: {key} was {then!r} in the checkpoint and is {now!r} now")
 
 
@@ -214,7 +214,7 @@ def find_scales(
         )
     if not kept:
         return repopt.fit_scales(model, repopt.load_scales(path))
-    kept = repopt.fit_scales(model, kept)
+    kept = repopt.fit_scales(model, checkpoint.state_dict_of(content, "scales"))
     if path and Path(path).is_file():
         given = repopt.fit_scales(model, repopt.load_scales(path))
         if any(not torch.equal(kept[name], given[name]) for name in kept):
@@ -243,7 +243,7 @@ def training_state(
     schedule = engine.build_schedule(
         optimizer,
         cfg.TRAIN.LR_SCHEDULER.NAME,
-        steps_per_epoch=-(-batches // cfg.TRAIN.ACCUMULATION_STEPS),
+        steps_per_epoch=engine.count_steps(batches, cfg.TRAIN.ACCUMULATION_STEPS),
         epochs=cfg.TRAIN.EPOCHS,
         warmup_epochs=cfg.TRAIN.WARMUP_EPOCHS,
         warmup_lr=cfg.TRAIN.WARMUP_LR * scaling,
@@ -253,7 +253,7 @@ def training_state(
     )
     ema = None
     if cfg.TRAIN.EMA_ALPHA:  # of an image and an epoch of training; an update stands for many images
-        alpha = cfg.TRAIN.EMA_ALPHA * images_per_step * cfg.TRAIN.EMA_UPDATE_PERIOD / max(1, cfg.TRAIN.EPOCHS)
+        alpha = cfg.TRAIN.EMA_ALPHA * images_per_step * cfg.TRAIN.EMA_UPDATE_PERIOD / cfg.TRAIN.EPOCHS
         ema = ModelEmaV3(model, decay=1 - min(1.0, alpha))
     return engine.TrainingState(
         model, optimizer, schedule, precision_of(cfg, world), scales, ema, epoch=cfg.TRAIN.START_EPOCH

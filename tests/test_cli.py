@@ -242,6 +242,14 @@ def test_a_run_keeps_the_scales_that_it_began_with(search, tmp_path, capsys):
     assert main(*common, 3) == 0
 
 
+@pytest.mark.parametrize("damage", [{"scales": True}, {"config": {"MODEL": {"ARCH": ["a"]}}}, {"epoch": "x"}])
+def test_checkpoints_with_odd_contents(trained, tmp_path, capsys, damage):
+    torch.save(checkpoint.read(trained) | damage, tmp_path / "odd.pth")
+    arguments = ("--arch", TARGET, "--output", tmp_path, "--resume", tmp_path / "odd.pth")
+    assert main(*arguments, "--opts", *DIGITS, "TRAIN.EPOCHS", 2) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_an_environment_that_is_not_torchruns(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for name, value, message in (("RANK", "abc", "RANK is 'abc'"), ("WORLD_SIZE", "2", "cannot meet the other 1")):

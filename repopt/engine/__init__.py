@@ -6,7 +6,7 @@ from repopt.engine.precision import Precision
 from repopt.engine.schedule import build_schedule
 from repopt.engine.state import TrainingState
 from repopt.engine.throughput import measure_throughput
-from repopt.engine.train import Progress, train_one_epoch
+from repopt.engine.train import Progress, count_steps, train_one_epoch
 
 __all__ = [
     "Evaluation",
@@ -14,6 +14,7 @@ __all__ = [
     "Progress",
     "TrainingState",
     "build_schedule",
+    "count_steps",
     "evaluate",
     "fit",
     "measure_throughput",

@@ -20,7 +20,7 @@ from repopt import checkpoint
 from repopt.distributed import World
 from repopt.engine.evaluate import Evaluation, evaluate
 from repopt.engine.state import TrainingState
-from repopt.engine.train import Progress, train_one_epoch
+from repopt.engine.train import Progress, count_steps, train_one_epoch
 from repopt.errors import UserError
 from repopt.logging import Metrics, logger
 from repopt.reparam import extract_scales
@@ -76,7 +76,7 @@ def fit(
         UserError: the loss is no longer finite; what was saved before stays.
     """
     batches = len(train_loader)
-    steps_per_epoch = -(-batches // accumulation_steps)
+    steps_per_epoch = count_steps(batches, accumulation_steps)
     first_epoch, started = state.epoch, time.perf_counter()
     bar = tqdm(
         total=epochs * batches,
@@ -124,8 +124,8 @@ def fit(
             )
             if not math.isfinite(loss) and not state.precision.scaler.is_enabled():  # a scaler skips such steps
                 raise UserError(
-                    f"the training diverged in epoch {epoch + 1}: its loss is {loss}; a lower TRAIN.BASE_LR or a "
-                    f"TRAIN.CLIP_GRAD may help, and the checkpoints in {folder} are from before"
+                    f"the training diverged in epoch {epoch + 1}: its loss is {loss}; a lower learning rate or "
+                    f"clipped gradients may help, and the checkpoints in {folder} are from before"
                 )
             state.epoch = epoch + 1
             numbers: dict[str, Any] = {"epoch": state.epoch, "train_seconds": time.perf_counter() - epoch_started}

@@ -71,7 +71,7 @@ class TrainingState:
         """
         load_weights(self.model, state_dict_of(content))
         if self.ema is not None:
-            average = state_dict_of({"model": content["ema"]}) if content.get("ema") else self.model.state_dict()
+            average = state_dict_of(content, "ema") if content.get("ema") else self.model.state_dict()
             load_weights(self.ema.module, average)
         if "optimizer" not in content:
             return

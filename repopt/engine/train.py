@@ -35,6 +35,11 @@ class Progress:
     images_per_second: float
 
 
+def count_steps(batches: int, accumulation_steps: int) -> int:
+    """Optimizer steps in an epoch; the last one takes what is left."""
+    return -(-batches // accumulation_steps)
+
+
 def train_one_epoch(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],

@@ -63,18 +63,21 @@ def list_archs() -> dict[str, Arch]:
     archs = {}
     for name, family in _families.items():
         model = family.aliases.get(name, name)
-        for mode in family.modes:
-            archs[f"{name}-{mode}"] = Arch(model, mode, repopt=mode == "target")
-        archs[f"{name}-target-norepopt"] = Arch(model, "target", repopt=False)
+        archs |= {f"{name}-{ending}": Arch(model, mode, repopt) for ending, (mode, repopt) in _endings(family).items()}
     return archs
+
+
+def _endings(family: Family) -> dict[str, tuple[str, bool]]:
+    """How an ``--arch`` of the family ends: the mode, and whether a RepOptimizer trains it."""
+    return {mode: (mode, mode == "target") for mode in family.modes} | {"target-norepopt": ("target", False)}
 
 
 def parse_arch(arch: str) -> Arch:
     """What an ``--arch`` stands for; UserError with the nearest valid one."""
     archs = list_archs()
     if arch in _families:
-        modes = (*_families[arch].modes, "target-norepopt")
-        raise UserError(f"architecture {arch!r} needs a mode: {', '.join(f'{arch}-{mode}' for mode in modes)}")
+        names = ", ".join(f"{arch}-{ending}" for ending in _endings(_families[arch]))
+        raise UserError(f"architecture {arch!r} needs a mode: {names}")
     if arch not in archs:
         raise unknown("architecture", arch, archs)
     return archs[arch]
