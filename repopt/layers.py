@@ -46,14 +46,15 @@ class RepConv2d(nn.Module):
     Args:
         block: the declaration. Its names become names of submodules; they may be dotted.
         mode: one of the three.
-        stride: of the convolution, as `nn.Conv2d` takes it. The padding is the one that keeps the size at stride 1.
+        stride, dilation: of the convolution, as `nn.Conv2d` takes them; every branch is dilated alike. The padding is
+            the one that keeps the size at stride 1.
     """
 
-    def __init__(self, block: Block, mode: Mode, stride: int = 1) -> None:
+    def __init__(self, block: Block, mode: Mode, stride: int = 1, dilation: int = 1) -> None:
         super().__init__()
-        self.block, self.mode, self.stride = block, mode, stride
+        self.block, self.mode, self.stride, self.dilation = block, mode, stride, dilation
         out_channels, per_group, *size = block.target.shape
-        self.padding = tuple(k // 2 for k in size)
+        self.padding = tuple(dilation * (k // 2) for k in size)
         if mode == "target":
             conv = nn.Conv2d(
                 per_group * block.target.groups,
@@ -61,6 +62,7 @@ class RepConv2d(nn.Module):
                 tuple(size),
                 stride=stride,
                 padding=self.padding,
+                dilation=dilation,
                 groups=block.target.groups,
                 bias=False,
             )
@@ -77,7 +79,7 @@ class RepConv2d(nn.Module):
         """The sum of the branches' outputs, (N, C, H, W) -> (N, O, H', W')."""
         if self.mode == "target":
             return self.get_submodule(self.block.target.name)(x)
-        return F.conv2d(x, self.kernel(), None, self.stride, self.padding, 1, self.block.target.groups)
+        return F.conv2d(x, self.kernel(), None, self.stride, self.padding, self.dilation, self.block.target.groups)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.conv2d(x)
@@ -94,6 +96,12 @@ class RepConv2d(nn.Module):
     def values(self, name: str) -> Tensor:
         """The kernel or scale of a declared name."""
         return self.get_submodule(name).weight
+
+    def folded(self, bn: nn.BatchNorm2d) -> nn.Conv2d:
+        """The convolution with a bias that this one and a batch norm after it are in eval mode."""
+        scale, shift = batch_norm_as_affine(bn)
+        kernel = self.kernel() * scale.view(-1, 1, 1, 1)
+        return conv2d_of(kernel, shift, self.stride, self.block.target.groups, self.dilation)
 
 
 class Deployable(nn.Module, ABC):
@@ -116,11 +124,13 @@ def fold_batch_norm(module: nn.Module, conv: str, bn: str) -> None:
     setattr(module, bn, nn.Identity())
 
 
-def conv2d_of(kernel: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def conv2d_of(kernel: Tensor, bias: Tensor, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A convolution with a given kernel (O, I, kh, kw) and bias (O,), padded to keep the size at stride 1."""
     out_channels, per_group, *size = kernel.shape
-    padding = tuple(k // 2 for k in size)
-    conv = nn.Conv2d(per_group * groups, out_channels, tuple(size), stride, padding, groups=groups, device="meta")
+    padding = tuple(dilation * (k // 2) for k in size)
+    conv = nn.Conv2d(
+        per_group * groups, out_channels, tuple(size), stride, padding, dilation, groups=groups, device="meta"
+    )
     conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
     return conv
 

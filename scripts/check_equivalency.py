@@ -29,10 +29,11 @@ BOUND = 1e-10
 
 
 class Setup(NamedTuple):
-    """A declared block and the stride of its convolution."""
+    """A declared block, and the stride and dilation of its convolution."""
 
     block: Block
     stride: int = 1
+    dilation: int = 1
 
 
 def _conv(size: int | tuple[int, int]) -> ConvBranch:
@@ -43,6 +44,9 @@ IDENTITY = IdentityBranch("identity")
 BLOCKS = {
     "3x3 + 1x1, stride 2": Setup(Block(Target("conv", (6, 4, 3, 3)), (_conv(3), _conv(1))), 2),
     "3x3 + 1x1 + identity": Setup(Block(Target("conv", (6, 6, 3, 3)), (_conv(3), _conv(1), IDENTITY))),
+    "3x3 + 1x1 + identity, dilation 2": Setup(
+        Block(Target("conv", (6, 6, 3, 3)), (_conv(3), _conv(1), IDENTITY)), 1, 2
+    ),
     "3x3 + 1x1 + identity, 2 groups": Setup(Block(Target("conv", (6, 3, 3, 3), 2), (_conv(3), _conv(1), IDENTITY))),
     "depthwise 3x3 + identity": Setup(Block(Target("conv", (6, 1, 3, 3), 6), (_conv(3), IDENTITY))),
     "depthwise 5x5 + 3x3 + identity": Setup(Block(Target("conv", (6, 1, 5, 5), 6), (_conv(5), _conv(3), IDENTITY))),
@@ -60,19 +64,19 @@ SIGNS = {"positive": 0.0, "mixed": 0.5}
 
 
 @functools.singledispatch
-def branch_output(branch: Branch, kernel: Tensor, x: Tensor, stride: int, groups: int) -> Tensor:
+def branch_output(branch: Branch, kernel: Tensor, x: Tensor, module: RepConv2d) -> Tensor:
     """What one branch makes of x, (N, C, H, W) -> (N, O, H', W'), before its scale; no embedding is involved."""
     raise NotImplementedError(type(branch))
 
 
 @branch_output.register
-def _(branch: ConvBranch, kernel: Tensor, x: Tensor, stride: int, groups: int) -> Tensor:
-    padding = [size // 2 for size in kernel.shape[2:]]
-    return F.conv2d(x, kernel, stride=stride, padding=padding, groups=groups)
+def _(branch: ConvBranch, kernel: Tensor, x: Tensor, module: RepConv2d) -> Tensor:
+    padding = [module.dilation * (size // 2) for size in kernel.shape[2:]]
+    return F.conv2d(x, kernel, None, module.stride, padding, module.dilation, module.block.target.groups)
 
 
 @branch_output.register
-def _(branch: IdentityBranch, kernel: Tensor, x: Tensor, stride: int, groups: int) -> Tensor:
+def _(branch: IdentityBranch, kernel: Tensor, x: Tensor, module: RepConv2d) -> Tensor:
     return kernel.view(1, -1, 1, 1) * x
 
 
@@ -80,7 +84,7 @@ def branch_by_branch(module: RepConv2d, x: Tensor) -> Tensor:
     """The block's output as the sum over separate branches."""
     outputs = []
     for branch in module.block.branches:
-        y = branch_output(branch, module.values(branch.kernel), x, module.stride, module.block.target.groups)
+        y = branch_output(branch, module.values(branch.kernel), x, module)
         outputs.append(y if branch.scale is None else module.values(branch.scale).view(1, -1, 1, 1) * y)
     return sum(outputs[1:], outputs[0])
 
@@ -89,7 +93,7 @@ class OneBlock(RepConv2d):
     """The smallest network around a declared block, (N, C, H, W) -> (N, O): batch norm, ReLU, pooling."""
 
     def __init__(self, setup: Setup, mode: str) -> None:
-        super().__init__(setup.block, mode, setup.stride)
+        super().__init__(setup.block, mode, setup.stride, setup.dilation)
         self.bn = nn.BatchNorm2d(setup.block.target.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid, relu
@@ -23,8 +23,8 @@ from repopt.layers import (
     batch_norm_as_affine,
     conv2d_of,
     fold_batch_norm,
-    run,
 )
+from repopt.models.network import Network
 from repopt.models.registry import register
 
 
@@ -49,10 +49,9 @@ def _activation(active: bool) -> nn.Module:
     return nn.ReLU(inplace=True) if active else nn.Identity()
 
 
-def _plain(primary_conv: nn.Sequential, kernel: Tensor, bias: Tensor, active: bool) -> nn.Sequential:
+def _plain(primary_conv: nn.Sequential, cheap: nn.Conv2d, active: bool) -> nn.Sequential:
     """A trained ghost module at inference: two convolutions with biases."""
     primary, norm, activation = primary_conv
-    cheap = conv2d_of(kernel, bias, groups=len(kernel))
     return nn.Sequential(fuse_conv_bn_eval(primary, norm), activation, cheap, _activation(active))
 
 
@@ -77,8 +76,7 @@ class GhostModule(RepConv2d, Deployable):
         return self.activation(self.final_bn(self.conv2d(self.primary_conv(x))))
 
     def deployed(self) -> nn.Sequential:  # noqa: D102
-        scale, shift = batch_norm_as_affine(self.final_bn)
-        return _plain(self.primary_conv, self.kernel() * scale.view(-1, 1, 1, 1), shift, self.active)
+        return _plain(self.primary_conv, self.folded(self.final_bn), self.active)
 
 
 class RepGhostModule(Deployable):
@@ -103,7 +101,8 @@ class RepGhostModule(Deployable):
         fusion_scale, fusion_bias = batch_norm_as_affine(self.fusion_bn)
         kernels = {"cheap_operation.0": conv.weight, "fusion_scale": fusion_scale}
         kernel = self.block.merge(kernels, {"cheap_operation.1": scale})
-        return _plain(self.primary_conv, kernel, bias + fusion_bias, self.active)
+        cheap = conv2d_of(kernel, bias + fusion_bias, groups=len(kernel))
+        return _plain(self.primary_conv, cheap, self.active)
 
 
 class SqueezeExcite(nn.Module):
@@ -222,26 +221,41 @@ def _rounded(channels: float) -> int:
     return nearest if nearest >= 0.9 * channels else nearest + 4
 
 
-class RepOptGhostNet(Deployable):
-    """The network, (N, 3, H, W) -> (N, num_classes).
+class RepOptGhostNet(Network, Deployable):
+    """The network, (N, in_chans, H, W) -> (N, num_classes).
+
+    Its features are the last stages of their resolutions, before the 1x1 convolution that widens them for the head.
 
     Args:
         width: multiplier of all channels.
         ghost: makes a ghost module (see `Bottleneck`).
-        num_classes: outputs of the classifier.
+        num_classes: outputs of the classifier; 0 = none, and the network gives the head's hidden features.
+        in_chans: channels of an image.
+        global_pool: see `Network.reset_classifier`.
+        drop_rate: dropout before the classifier.
         use_checkpoint: recompute every bottleneck's activations in the backward pass instead of keeping them.
     """
 
+    first_conv, classifier_name, hidden_names = "conv_stem", "classifier", ("conv_head",)
+
     def __init__(
-        self, width: float, ghost: Callable[..., nn.Module], *, num_classes: int, use_checkpoint: bool
+        self,
+        width: float,
+        ghost: Callable[..., nn.Module],
+        *,
+        num_classes: int,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.2,
+        use_checkpoint: bool = False,
     ) -> None:
-        super().__init__()
-        self.use_checkpoint = use_checkpoint
+        super().__init__(in_chans=in_chans, use_checkpoint=use_checkpoint)
         channels = _rounded(16 * width)
-        self.conv_stem, self.bn1 = _conv_bn(3, channels, 3, stride=2)
+        self.conv_stem, self.bn1 = _conv_bn(in_chans, channels, 3, stride=2)
         self.blocks = nn.Sequential()
+        reduction, features = 2, {}
         number = -1  # of the first ghost module of a bottleneck, in a run that keeps width and resolution
-        for shapes in _BOTTLENECKS:
+        for index, shapes in enumerate(_BOTTLENECKS):
             stage = nn.Sequential()
             for shape in shapes:
                 mid, out = _rounded(shape.expansion * width), _rounded(shape.out * width)
@@ -257,36 +271,44 @@ class RepOptGhostNet(Deployable):
                     initial_scales=(math.sqrt(2 / (number + 1)), math.sqrt(2 / (number + 2))),
                 )
                 stage.append(bottleneck)
-                channels = out
+                channels, reduction = out, reduction * shape.stride
             self.blocks.append(stage)
-        last = _rounded(2 * 480 * width)
-        self.blocks.append(nn.Sequential(ConvBNReLU(channels, last)))
-        self.conv_head = nn.Conv2d(last, 1280, 1)
-        self.dropout = nn.Dropout(0.2)
-        self.classifier = nn.Linear(1280, num_classes)
+            features[reduction] = {"num_chs": channels, "reduction": reduction, "module": f"blocks.{index}"}
+        self.feature_info = list(features.values())
+        self.num_features = _rounded(2 * 480 * width)
+        self.blocks.append(nn.Sequential(ConvBNReLU(channels, self.num_features)))
+        self.conv_head = nn.Conv2d(self.num_features, 1280, 1)
+        self._add_head(1280, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        x = relu(self.bn1(self.conv_stem(x)))
-        for stage in self.blocks:
-            for block in stage:
-                x = run(block, x, checkpointed=self.use_checkpoint)
-        x = relu(self.conv_head(x.mean((2, 3), keepdim=True))).flatten(1)
-        return self.classifier(self.dropout(x))
+    def stages(self) -> dict[str, Iterable[nn.Module]]:  # noqa: D102
+        return {f"blocks.{index}": stage for index, stage in enumerate(self.blocks)}
+
+    def stem(self, x: Tensor) -> Tensor:  # noqa: D102
+        return relu(self.bn1(self.conv_stem(x)))
+
+    def hidden(self, x: Tensor) -> Tensor:  # noqa: D102
+        return relu(self.conv_head(x))
 
     def deployed(self) -> RepOptGhostNet:  # noqa: D102
         fold_batch_norm(self, "conv_stem", "bn1")
         return self
 
 
-def build_ghost(*, mode: str, num_classes: int, width: float, use_checkpoint: bool = False) -> RepOptGhostNet:
-    """A RepOpt-GhostNet in the mode hs, csla or target, or its baseline RepGhostNet (mode rep)."""
+def build_ghost(*, mode: str, width: float, **arguments: Any) -> RepOptGhostNet:
+    """A RepOpt-GhostNet in the mode hs, csla or target, or its baseline RepGhostNet (mode rep).
+
+    Args:
+        mode, width: see above.
+        arguments: of `RepOptGhostNet`.
+    """
     ghost = RepGhostModule if mode == "rep" else functools.partial(GhostModule, mode=mode)
-    return RepOptGhostNet(width, ghost, num_classes=num_classes, use_checkpoint=use_checkpoint)
+    return RepOptGhostNet(width, ghost, **arguments)
 
 
 register(
     {f"RepOpt-GhostNet-{width}x": {"width": width} for width in (0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5, 2.0)},
     build_ghost,
+    network=RepOptGhostNet,
     modes=(*MODES, "rep"),
     aliases={"ghost": "RepOpt-GhostNet-0.5x"},
 )

@@ -43,9 +43,9 @@ def _post_se(channels: int, se: bool) -> nn.Module:
 class PlainBlock(nn.Module):
     """3x3 convolution with a bias, ReLU, and what follows it: what a trained block is at inference."""
 
-    def __init__(self, kernel: Tensor, bias: Tensor, stride: int, post_se: nn.Module) -> None:
+    def __init__(self, conv: nn.Conv2d, post_se: nn.Module) -> None:
         super().__init__()
-        self.conv = conv2d_of(kernel, bias, stride)
+        self.conv = conv
         self.relu = nn.ReLU(inplace=True)
         self.post_se = post_se
 
@@ -75,8 +75,7 @@ class VGGBlock(RepConv2d, Deployable):
         return self.post_se(self.relu(self.bn(self.conv2d(x))))
 
     def deployed(self) -> PlainBlock:  # noqa: D102
-        scale, shift = batch_norm_as_affine(self.bn)
-        return PlainBlock(self.kernel() * scale.view(-1, 1, 1, 1), shift, self.stride, self.post_se)
+        return PlainBlock(self.folded(self.bn), self.post_se)
 
 
 class RepVGGBlock(Deployable):
@@ -113,4 +112,4 @@ class RepVGGBlock(Deployable):
             kernels["scale_identity"], shift_identity = batch_norm_as_affine(self.bn_identity)
             bias = bias + shift_identity
         kernel = self.block.merge(kernels, {"scale_conv": scale_conv, "scale_1x1": scale_1x1})
-        return PlainBlock(kernel, bias, self.stride, self.post_se)
+        return PlainBlock(conv2d_of(kernel, bias, self.stride), self.post_se)
