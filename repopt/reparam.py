@@ -47,6 +47,8 @@ def extract_scales(model: nn.Module) -> dict[str, Tensor]:
 def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
     """Those scales that belong to the model's blocks, all of them; entries of other modules are passed over.
 
+    So are those of stages that have been emptied, as a feature extractor's are after its last feature.
+
     Args:
         model: in any mode of declared blocks.
         scales: by name, (O,) each; or a whole hyper-search state dict, which has more.
@@ -70,7 +72,7 @@ def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
                 )
             found[key] = scales[key]
     for key in scales:
-        if key not in found and any(key.endswith(f".{ending}") for ending in endings):
+        if key not in found and any(key.endswith(f".{ending}") for ending in endings) and not _emptied(model, key):
             raise UserError(f"the scales do not fit the model: they hold {key!r}, and the model has no such block")
     return found
 
@@ -179,6 +181,17 @@ def build_optimizer(
 def key_of(path: str, name: str) -> str:
     """The state-dict key of a declared name in the block at `path`."""
     return f"{path}.{name}.weight" if path else f"{name}.weight"
+
+
+def _emptied(model: nn.Module, name: str) -> bool:
+    """Whether a dotted name leads into an empty `nn.Sequential`."""
+    module = model
+    for part in name.split("."):
+        children = dict(module.named_children())
+        if part not in children:
+            break
+        module = children[part]
+    return isinstance(module, nn.Sequential) and not len(module)
 
 
 def _of_block(path: str, module: RepConv2d, scales: Scales) -> dict[str, Tensor]:

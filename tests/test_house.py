@@ -67,7 +67,8 @@ def test_data_knows_little_of_the_package():
 
 
 def test_the_library_imports_no_heavy_package():
-    heavy = "{'matplotlib', 'sklearn', 'tensorboard', 'torchvision', 'timm', 'yacs'}"
+    """timm, and with it torchvision, is none of them: the models stand in its registry after the import."""
+    heavy = "{'matplotlib', 'sklearn', 'tensorboard', 'yacs'}"
     code = f"import repopt, sys; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -277,11 +277,9 @@ class RepOptGhostNet(Network, Deployable):
         self.feature_info = list(features.values())
         self.num_features = _rounded(2 * 480 * width)
         self.blocks.append(nn.Sequential(ConvBNReLU(channels, self.num_features)))
+        self.stage_names = [f"blocks.{index}" for index in range(len(self.blocks))]
         self.conv_head = nn.Conv2d(self.num_features, 1280, 1)
         self._add_head(1280, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
-
-    def stages(self) -> dict[str, Iterable[nn.Module]]:  # noqa: D102
-        return {f"blocks.{index}": stage for index, stage in enumerate(self.blocks)}
 
     def stem(self, x: Tensor) -> Tensor:  # noqa: D102
         return relu(self.bn1(self.conv_stem(x)))
@@ -297,9 +295,7 @@ class RepOptGhostNet(Network, Deployable):
 def build_ghost(*, mode: str, width: float, **arguments: Any) -> RepOptGhostNet:
     """A RepOpt-GhostNet in the mode hs, csla or target, or its baseline RepGhostNet (mode rep).
 
-    Args:
-        mode, width: see above.
-        arguments: of `RepOptGhostNet`.
+    Args: of `RepOptGhostNet`.
     """
     ghost = RepGhostModule if mode == "rep" else functools.partial(GhostModule, mode=mode)
     return RepOptGhostNet(width, ghost, **arguments)

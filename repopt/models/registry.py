@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from repopt.errors import UserError, unknown
+from repopt.models import timm_registry
+from repopt.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Family:
     """
 
     configs: Mapping[str, Mapping[str, Any]]
-    build: Callable[..., nn.Module]
+    build: Callable[..., Network]
     modes: tuple[str, ...]
     aliases: Mapping[str, str]
 
@@ -41,16 +42,24 @@ _families: dict[str, Family] = {}
 
 def register(
     configs: Mapping[str, Mapping[str, Any]],
-    build: Callable[..., nn.Module],
+    build: Callable[..., Network],
     *,
+    network: type[Network],
     modes: tuple[str, ...],
     aliases: Mapping[str, str] | None = None,
 ) -> None:
-    """Make the models of a family known by name."""
+    """Make the models of a family known by name, here and in timm's registry.
+
+    Args:
+        configs, build, modes, aliases: see `Family`.
+        network: the class of what `build` returns.
+    """
     family = Family(configs, build, modes, aliases or {})
     for name in (*family.configs, *family.aliases):
         assert name not in _families, f"{name} is registered twice"
         _families[name] = family
+    for name in family.configs:
+        timm_registry.register(name, network, functools.partial(create_model, name))
 
 
 def list_models() -> list[str]:
@@ -83,7 +92,7 @@ def parse_arch(arch: str) -> Arch:
     return archs[arch]
 
 
-def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: Any) -> nn.Module:
+def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: Any) -> Network:
     """A model with the framework's default initialization.
 
     Args:

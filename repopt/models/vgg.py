@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from repopt.layers import MODES, run
+from repopt.layers import MODES
+from repopt.models.network import Network
 from repopt.models.registry import register
 from repopt.models.vgg_blocks import RepVGGBlock, VGGBlock
 
 
-class RepOptVGG(nn.Module):
-    """The network, (N, 3, H, W) -> (N, num_classes): one stem block, four stages, global average pooling, linear.
+class RepOptVGG(Network):
+    """The network, (N, in_chans, H, W) -> (N, num_classes): one stem block, four stages, pooling, linear.
 
     Args:
         layers: blocks per stage.
         widths: multipliers of the stages' 64, 128, 256 and 512 channels.
         block: ``block(in_channels, out_channels, stride, initial_scale)`` makes one.
-        num_classes: outputs of the classifier.
+        num_classes: outputs of the classifier; 0 = none, and the network gives pooled features.
+        in_chans: channels of an image.
+        global_pool: see `Network.reset_classifier`.
+        drop_rate: dropout before the classifier.
         use_checkpoint: recompute every block's activations in the backward pass instead of keeping them.
     """
+
+    first_conv, classifier_name = "stage0.conv", "linear"
+    stage_names = ("stage0", "stage1", "stage2", "stage3", "stage4")
 
     def __init__(
         self,
@@ -31,14 +39,16 @@ class RepOptVGG(nn.Module):
         block: Callable[[int, int, int, float], nn.Module],
         *,
         num_classes: int,
-        use_checkpoint: bool,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        use_checkpoint: bool = False,
     ) -> None:
-        super().__init__()
-        self.use_checkpoint = use_checkpoint
+        super().__init__(in_chans=in_chans, use_checkpoint=use_checkpoint)
         channels = [int(base * width) for base, width in zip((64, 128, 256, 512), widths, strict=True)]
-        self.stage0 = block(3, min(64, channels[0]), 2, 1.0)
-        in_channels = min(64, channels[0])
-        stages = []
+        stem_channels = min(64, channels[0])
+        self.stage0 = block(in_chans, stem_channels, 2, 1.0)
+        stages, in_channels = [], stem_channels
         for depth, out_channels in zip(layers, channels, strict=True):
             # Table 9 of the paper: the scales start by depth, 1 in a stage's first block, then sqrt(2 / i).
             scales = [1.0] + [math.sqrt(2 / i) for i in range(1, depth)]
@@ -46,33 +56,20 @@ class RepOptVGG(nn.Module):
             stages[-1].extend(block(out_channels, out_channels, 1, scale) for scale in scales[1:])
             in_channels = out_channels
         self.stage1, self.stage2, self.stage3, self.stage4 = stages
-        self.gap = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(in_channels, num_classes)
-
-    def blocks(self) -> Iterator[nn.Module]:
-        """All blocks, in the order in which an image meets them."""
-        yield self.stage0
-        for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
-            yield from stage
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        for block in self.blocks():
-            x = run(block, x, checkpointed=self.use_checkpoint)
-        return self.linear(self.gap(x).flatten(1))
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2 ** (index + 1), "module": name}
+            for index, (name, width) in enumerate(zip(self.stage_names, (stem_channels, *channels), strict=True))
+        ]
+        self.num_features = in_channels
+        self._add_head(in_channels, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
 
 
 def build_vgg(
-    *,
-    mode: str,
-    num_classes: int,
-    layers: Sequence[int],
-    widths: Sequence[float],
-    se: bool = False,
-    use_checkpoint: bool = False,
+    *, mode: str, layers: Sequence[int], widths: Sequence[float], se: bool = False, **arguments: Any
 ) -> RepOptVGG:
-    """A RepOpt-VGG in the mode hs, csla or target, or its baseline RepVGG (mode repvgg)."""
+    """A RepOpt-VGG in the mode hs, csla or target, or its baseline RepVGG (mode repvgg); arguments of `RepOptVGG`."""
     block = functools.partial(RepVGGBlock, se=se) if mode == "repvgg" else functools.partial(VGGBlock, mode=mode, se=se)
-    return RepOptVGG(layers, widths, block, num_classes=num_classes, use_checkpoint=use_checkpoint)
+    return RepOptVGG(layers, widths, block, **arguments)
 
 
 _B, _L = (4, 6, 16, 1), (8, 14, 24, 1)
@@ -89,4 +86,4 @@ _CONFIGS = {
     "RepOpt-VGG-L2-se": {"layers": _L, "widths": (2.5, 2.5, 2.5, 5), "se": True},
 }
 
-register(_CONFIGS, build_vgg, modes=(*MODES, "repvgg"))
+register(_CONFIGS, build_vgg, network=RepOptVGG, modes=(*MODES, "repvgg"))

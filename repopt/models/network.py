@@ -1,0 +1,185 @@
+"""What all networks share: stages, whose outputs are features, and a head; under the names that timm's models have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from timm.layers import SelectAdaptivePool2d
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+
+from repopt.errors import UserError
+from repopt.layers import run
+
+POOLS = ("", "avg", "max", "avgmax")
+
+
+class Network(nn.Module):
+    """A classifier, (N, in_chans, H, W) -> (N, num_classes), or after `to_features` a list of feature maps.
+
+    A subclass adds its stages, then what its head has besides pooling, dropout and the classifier, then calls
+    `_add_head`. Stages stand in the order of the forward pass, by which others build feature extractors.
+
+    Attributes:
+        first_conv, classifier_name: state-dict names of the first convolution and of the classifier.
+        hidden_names: modules of the head between the pooling and the classifier.
+        stage_names: modules, in the order in which an image meets them.
+        feature_info: of every feature its channels ("num_chs"), how much smaller it is than the image ("reduction"),
+            and the stage whose output it is ("module").
+        num_features: channels of the last stage.
+        head_hidden_size: channels that the classifier takes.
+        out_indices: of the features that the network gives instead of classifying.
+    """
+
+    first_conv: ClassVar[str]
+    classifier_name: ClassVar[str]
+    hidden_names: ClassVar[tuple[str, ...]] = ()
+
+    stage_names: Sequence[str]
+    feature_info: list[dict[str, Any]] | FeatureInfo
+    num_features: int
+    head_hidden_size: int
+    num_classes: int
+
+    def __init__(self, *, in_chans: int, use_checkpoint: bool) -> None:
+        super().__init__()
+        self.in_chans, self.use_checkpoint = in_chans, use_checkpoint
+        self.out_indices: list[int] | None = None
+
+    def stem(self, x: Tensor) -> Tensor:
+        """What stands before the stages."""
+        return x
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What stands between the pooling and the classifier, (N, C, h, w) -> (N, C', h, w)."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:  # noqa: D102
+        if self.out_indices is not None:
+            return self.forward_intermediates(x, self.out_indices, intermediates_only=True)
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> (N, num_features, H/32, W/32)."""
+        return self._through(x, (), last=None)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(N, num_features, h, w) -> (N, num_classes), or what the classifier takes; maps where nothing pools."""
+        x = self.hidden(self.global_pool(x))
+        x = self.dropout(x.flatten(1) if self.global_pool.pool_type else x)
+        return x if pre_logits else self.get_classifier()(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The last stage's output and the features, or the features alone.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: of the features; a number means the last so many, None all. They come in the order of the stages.
+            norm: no effect, features are not normalised.
+            stop_early: leave out the stages after the last feature.
+            output_fmt: "NCHW".
+            intermediates_only: leave the last stage's output out.
+
+        Raises:
+            UserError: another format, or indices of features that there are not.
+        """
+        if output_fmt != "NCHW":
+            raise UserError(f"features come as NCHW, not {output_fmt}")
+        names = [self.feature_info[index]["module"] for index in self._positions(indices)]
+        x, features = self._through(x, names, last=names[-1] if stop_early else None)
+        return features if intermediates_only else (x, features)
+
+    def _through(self, x: Tensor, names: Iterable[str], *, last: str | None) -> tuple[Tensor, list[Tensor]]:
+        """Through the stages up to `last`, and the outputs of those named."""
+        features = []
+        x = self.stem(x)
+        for name in self.stage_names:
+            stage = self.get_submodule(name)
+            for block in stage if self.use_checkpoint and isinstance(stage, nn.Sequential) else (stage,):
+                x = run(block, x, checkpointed=self.use_checkpoint)
+            if name in names:
+                features.append(x)
+            if name == last:
+                break
+        return x, features
+
+    def to_features(self, out_indices: int | Sequence[int]) -> Network:
+        """This network, in place, as one that gives a list of features; what it keeps, keeps its names.
+
+        Args:
+            out_indices: as `indices` of `forward_intermediates`.
+
+        Raises:
+            UserError: indices of features that there are not.
+        """
+        self.out_indices = self.prune_intermediate_layers(out_indices)
+        self.feature_info = FeatureInfo(list(self.feature_info), self.out_indices)
+        return self
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last of these features, and the head; the features' indices from the front."""
+        taken = self._positions(indices)
+        last = self.stage_names.index(self.feature_info[taken[-1]]["module"])
+        for name in self.stage_names[last + 1 :]:
+            self.set_submodule(name, nn.Sequential())
+        if prune_head:
+            for name in self.hidden_names:
+                self.set_submodule(name, nn.Identity())
+            self.reset_classifier(0, "")
+        return taken
+
+    def _positions(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Of features, counted from the front and ascending."""
+        every = range(len(self.feature_info))
+        wanted = every if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        if not wanted or any(index not in range(-len(every), len(every)) for index in wanted):
+            raise UserError(f"there are {len(every)} features, numbered from 0: {indices} are not among them")
+        return sorted({every[index] for index in wanted})
+
+    def _add_head(self, channels: int, *, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        """Pooling, dropout, and the classifier, which takes so many channels."""
+        self.head_hidden_size, self.drop_rate = channels, drop_rate
+        self.dropout = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer; an identity where there are no classes."""
+        return self.get_submodule(self.classifier_name)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier.
+
+        Args:
+            num_classes: its outputs; 0 = no classifier.
+            global_pool: "avg", "max", "avgmax" (the mean of both), "" = feature maps stay; None = as before.
+
+        Raises:
+            UserError: another pooling, or classes without one.
+        """
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        if pool not in POOLS:
+            raise UserError(f"global_pool {pool!r} is none of {', '.join(map(repr, POOLS))}")
+        if num_classes and not pool:
+            raise UserError("a classifier takes pooled features: global_pool '' goes with num_classes 0")
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool)
+        self.num_classes = num_classes
+        like = next(self.parameters())
+        classifier = nn.Identity()
+        if num_classes:
+            classifier = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+        setattr(self, self.classifier_name, classifier.train(self.training))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether every block's activations are computed again in the backward pass instead of kept."""
+        self.use_checkpoint = enable
