@@ -7,6 +7,7 @@ optimizer = repopt.build_optimizer("sgd", model, scales, lr=0.1, momentum=0.9, w
 """
 
 from repopt.checkpoint import load_weights
+from repopt.convert import Declaration, convert_model, register_block
 from repopt.csla import Block, Branch, ConvBranch, GradMult, IdentityBranch, Target
 from repopt.deploy import deploy
 from repopt.errors import UserError
@@ -28,6 +29,7 @@ __all__ = [
     "Block",
     "Branch",
     "ConvBranch",
+    "Declaration",
     "GradMult",
     "IdentityBranch",
     "RepAdamW",
@@ -38,6 +40,7 @@ __all__ = [
     "UserError",
     "build_optimizer",
     "clip_grad_norm_",
+    "convert_model",
     "create_model",
     "declared_blocks",
     "deploy",
@@ -49,5 +52,6 @@ __all__ = [
     "load_scales",
     "load_weights",
     "param_groups",
+    "register_block",
     "save_scales",
 ]

@@ -17,7 +17,7 @@ FLOORS = [
     {"layers"},
     {"reparam"},
     {"models"},
-    {"checkpoint", "scales", "deploy"},
+    {"checkpoint", "scales", "deploy", "convert"},
     {"engine"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

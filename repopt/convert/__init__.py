@@ -1,0 +1,10 @@
+"""Networks of other libraries, built with structural re-parameterization: to search on, to check, to train.
+
+A block type is declared once, in the function that `register_block` decorates (`timm_blocks` for examples).
+"""
+
+from repopt.convert import timm_blocks  # noqa: F401  its import registers timm's blocks
+from repopt.convert.model import convert_model
+from repopt.convert.registry import Declaration, register_block
+
+__all__ = ["Declaration", "convert_model", "register_block"]
