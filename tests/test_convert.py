@@ -19,6 +19,7 @@ from torch import nn
 import data
 import repopt
 from repopt import Block, ConvBranch, Declaration, IdentityBranch, Target, UserError, engine
+from repopt.convert import registry
 from repopt.layers import MODES, batch_norm_as_affine
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "converting.md"
@@ -69,6 +70,11 @@ NETWORKS = {
 }
 FAMILIES = ["repvgg", "mobileone", "repghost"]
 BLOCK_TYPES = (RepVggBlock, MobileOneBlock, RepGhostModule)
+
+
+@pytest.fixture(autouse=True)
+def _registrations_for_one_test(monkeypatch):
+    monkeypatch.setattr(registry, "_declare", dict(registry._declare))
 
 
 def create(name):
@@ -324,7 +330,7 @@ class Small(nn.Module):
 
     def __init__(self, before=None, stride=1):
         super().__init__()
-        self.conv, self.stride, self.inner = nn.Conv2d(3, 3, 1, bias=False), stride, before or nn.Identity()
+        self.conv, self.inner = nn.Conv2d(3, 3, 1, stride, bias=False), before or nn.Identity()
 
     def forward(self, x):
         x = self.inner(x)
@@ -333,20 +339,11 @@ class Small(nn.Module):
 
 def declare_small(module, kernel="conv"):
     branches = (ConvBranch(kernel, "scale"), IdentityBranch("identity"))
-    return Declaration(Block(Target(kernel, (3, 3, 1, 1)), branches), before=module.inner)
+    return Declaration(Block(Target(kernel, (3, 3, 1, 1)), branches), module.conv.stride[0], before=module.inner)
 
 
-@pytest.fixture
-def registered():
-    """Takes declarations of `Small` for one test."""
-    from repopt.convert.registry import _declare
-
-    yield repopt.register_block(Small)
-    _declare.pop(Small, None)
-
-
-def test_a_block_in_a_block_and_a_block_at_two_places(registered):
-    registered(declare_small)
+def test_a_block_in_a_block_and_a_block_at_two_places():
+    repopt.register_block(Small)(declare_small)
     shared = Small(Small())
     converted = repopt.convert_model(nn.Sequential(shared, nn.ReLU(), shared), "hs")
     assert [path for path, _ in repopt.declared_blocks(converted)] == ["0", "0.before"]
@@ -354,9 +351,17 @@ def test_a_block_in_a_block_and_a_block_at_two_places(registered):
     assert converted(torch.randn(2, 3, 5, 5)).shape == (2, 3, 5, 5)
 
 
-def test_the_last_registration_counts(registered):
-    registered(lambda module: pytest.fail("superseded"))
-    registered(declare_small)
+def test_depth_without_a_container():
+    repopt.register_block(Small)(declare_small)
+    network = nn.ModuleDict({name: Small(stride=stride) for name, stride in zip("abcd", (1, 1, 2, 1), strict=True)})
+    searched = repopt.extract_scales(repopt.convert_model(network, "hs"))
+    found = [searched[f"{name}.scale.weight"][0].item() for name in "abcd"]
+    assert found == pytest.approx([1, math.sqrt(2), 1, math.sqrt(2)])
+
+
+def test_the_last_registration_counts():
+    repopt.register_block(Small)(lambda module: pytest.fail("superseded"))
+    repopt.register_block(Small)(declare_small)
     assert repopt.extract_scales(repopt.convert_model(Small(), "hs")).keys() == {"scale.weight", "identity.weight"}
 
 
@@ -422,7 +427,11 @@ REFUSED = {
     "stride": (other_stride, "its branches 'conv_1x1' and 'conv' differ in stride or groups"),
     "hooks": (hooked, "'stages.0.0' (RepVggBlock): its forward hooks would be lost"),
     "derived": (derived, "'stages.0.0' (Derived): its type derives from RepVggBlock"),
-    "none": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3)), "MobileOneBlock, RepGhostModule, RepVggBlock"),
+    "none": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 3)),
+        "(timm.models.byobnet.MobileOneBlock, timm.models.byobnet.RepVggBlock, timm.models.repghost.RepGhostModule",
+    ),
+    "converted already": (lambda: repopt.convert_model(vgg(), "hs"), "ByobNet has no block of a registered type"),
 }
 
 
@@ -438,12 +447,12 @@ def test_an_unknown_mode_is_refused():
         repopt.convert_model(vgg(), "targt")
 
 
-def test_refusals_of_a_declaration_name_the_module(registered):
-    registered(functools.partial(declare_small, kernel="bn"))
+def test_refusals_of_a_declaration_name_the_module():
+    repopt.register_block(Small)(functools.partial(declare_small, kernel="bn"))
     with pytest.raises(UserError, match=re.escape("cannot convert '0' (Small): 'bn' is no name")):
         repopt.convert_model(nn.Sequential(Small()), "hs")
 
-    @registered
+    @repopt.register_block(Small)
     def _(module):
         raise UserError("not this one")
 

@@ -92,7 +92,7 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
         return done[module]
 
     converted = convert(copy.deepcopy(model), "", Depth())
-    if not any(isinstance(module, ConvertedBlock) for module in done.values()):
+    if all(new is module for module, new in done.items()):
         raise UserError(
             f"{type(model).__name__} has no block of a registered type ({', '.join(registered_types())}): "
             "repopt.register_block registers one"

@@ -65,5 +65,5 @@ def declare_of(module: nn.Module) -> Declare | None:
 
 
 def registered_types() -> list[str]:
-    """Names of the types that are registered."""
-    return sorted(block_type.__name__ for block_type in _declare)
+    """Names of the types that are registered, with their modules: several types may share a name."""
+    return sorted(f"{block_type.__module__}.{block_type.__qualname__}" for block_type in _declare)

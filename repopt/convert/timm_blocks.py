@@ -55,9 +55,7 @@ def _rep_ghost(module: RepGhostModule) -> Declaration:
     conv, bn = module.cheap_operation
     branch = ConvBranch("cheap_operation.0", "cheap_operation.1", size=conv.kernel_size)
     identity = IdentityBranch("fusion_scale", decay_in_search=False)  # as in RepOpt-GhostNet
-    return _declaration(
-        "cheap_operation.0", [_Conv(branch, conv, bn)], identity, before=module.primary_conv, after=module.relu
-    )
+    return _declaration(branch.kernel, [_Conv(branch, conv, bn)], identity, module.primary_conv, module.relu)
 
 
 def _check_byob(module: RepVggBlock | MobileOneBlock) -> None:
@@ -75,16 +73,11 @@ def _parts(module: ConvNormAct) -> tuple[nn.Module, nn.Module]:
 
 def _byob(module: RepVggBlock | MobileOneBlock, convs: list[_Conv]) -> Declaration:
     identity = None if module.identity is None else IdentityBranch("scale_identity")
-    return _declaration("conv", convs, identity, after=nn.Sequential(module.attn, module.act))
+    return _declaration("conv", convs, identity, nn.Identity(), nn.Sequential(module.attn, module.act))
 
 
 def _declaration(
-    target: str,
-    convs: list[_Conv],
-    identity: IdentityBranch | None,
-    *,
-    after: nn.Module,
-    before: nn.Module | None = None,
+    target: str, convs: list[_Conv], identity: IdentityBranch | None, before: nn.Module, after: nn.Module
 ) -> Declaration:
     """A declaration whose target has the shape of the first convolution; the others must fit it."""
     first, bn = convs[0].conv, convs[0].bn
@@ -97,7 +90,7 @@ def _declaration(
         Block(Target(target, tuple(first.weight.shape), first.groups), tuple(branches)),
         stride=first.stride[0],
         dilation=first.dilation[0],
-        before=before or nn.Identity(),
+        before=before,
         bn=nn.BatchNorm2d(bn.num_features, bn.eps, bn.momentum),
         after=after,
     )
