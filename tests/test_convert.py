@@ -284,6 +284,15 @@ def test_equal_branches_start_as_one():
     torch.testing.assert_close(corner, torch.ones_like(corner), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "identity", "decayed"), [("repvgg", "scale_identity", 1), ("repghost", "fusion_scale", 0)]
+)
+def test_identities_decay_in_a_search_as_in_our_models(name, identity, decayed):
+    groups = repopt.param_groups(repopt.convert_model(create(name), "hs"), weight_decay=1e-4)
+    found = {bool(group["weight_decay"]) for group in groups for key, _ in group["params"] if identity in key}
+    assert found == {bool(decayed)}
+
+
 def fenced_code(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 

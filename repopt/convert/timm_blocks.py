@@ -37,7 +37,7 @@ def _rep_vgg(module: RepVggBlock) -> Declaration:
 @register_block(MobileOneBlock)
 def _mobile_one(module: MobileOneBlock) -> Declaration:
     _check_byob(module)
-    # n equal branches of the scale 1 / sqrt(n) start, and step, as one of the scale 1.
+    # n equal branches of the scale 1 / sqrt(n) start as one of the scale 1, and under SGD step as one.
     initial = 1 / math.sqrt(len(module.conv_kxk))
     convs = [
         _Conv(ConvBranch(f"conv_{i}", f"scale_conv_{i}", initial, size=conv.conv.kernel_size), *_parts(conv))
