@@ -79,6 +79,11 @@ def test_features_are_as_described(name):
     ]
 
 
+def test_features_are_the_last_of_their_resolution():
+    model = timm.create_model("repopt_ghostnet_050", features_only=True)
+    assert model.feature_info.module_name() == [f"blocks.{index}" for index in (0, 2, 4, 6, 8)]
+
+
 @pytest.mark.parametrize(("name", "mode"), MODES)
 def test_the_same_model_as_ours(name, mode):
     model = create(name, mode=mode, num_classes=10)
