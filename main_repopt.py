@@ -239,6 +239,7 @@ def training_state(
         nesterov=rule.MOMENTUM > 0,
         betas=rule.BETAS,
         eps=rule.EPS,
+        implementation=rule.IMPLEMENTATION,
     )
     schedule = engine.build_schedule(
         optimizer,

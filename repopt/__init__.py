@@ -13,7 +13,7 @@ from repopt.deploy import deploy
 from repopt.errors import UserError
 from repopt.layers import RepConv2d
 from repopt.models import create_model, list_models
-from repopt.optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_
+from repopt.optim import RepAdam, RepAdamW, RepLion, RepOptimizer, RepRMSprop, RepSGD, clip_grad_norm_
 from repopt.reparam import (
     build_optimizer,
     declared_blocks,
@@ -32,9 +32,12 @@ __all__ = [
     "Declaration",
     "GradMult",
     "IdentityBranch",
+    "RepAdam",
     "RepAdamW",
     "RepConv2d",
+    "RepLion",
     "RepOptimizer",
+    "RepRMSprop",
     "RepSGD",
     "Target",
     "UserError",

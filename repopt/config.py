@@ -72,10 +72,15 @@ KEYS: dict[str, Key] = {
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", "of the learning rate", choices=("cosine", "linear", "step")),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "of the step schedule", minimum=1),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "of the step schedule"),
-    "TRAIN.OPTIMIZER.NAME": Key("sgd", "update rule: sgd or adamw"),
-    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "of AdamW"),
-    "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), "of AdamW", length=2),
-    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "of SGD (Nesterov)"),
+    "TRAIN.OPTIMIZER.NAME": Key("sgd", "update rule: sgd, adamw, adam, rmsprop or lion"),
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "of AdamW, Adam and RMSprop"),
+    "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), "of AdamW, Adam and Lion", length=2),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "of SGD (Nesterov) and RMSprop"),
+    "TRAIN.OPTIMIZER.IMPLEMENTATION": Key(
+        "auto",
+        "of a RepOptimizer's step: compiled is as fast as torch's fused one, eager starts at once",
+        choices=("auto", "compiled", "eager"),
+    ),
     "TRAIN.EMA_ALPHA": Key(
         0.0, "weight of the newest weights in their moving average, per image and epoch of training; 0 = no average"
     ),

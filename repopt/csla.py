@@ -19,7 +19,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,39 +40,57 @@ class GradMult:
         diagonal: (O,), added where an identity branch meets the kernel (its centre, input channel = output channel);
             None without an identity branch.
         shape: (O, I, *k), of the kernel that it multiplies.
+        degree: of the update rule it is for; None for a branch's share alone.
+        first: which filter of the whole kernel is the first here, where this is a part (`rows`).
     """
 
     filter: Tensor
     diagonal: Tensor | None
     shape: Shape
+    degree: int | None = None
+    first: int = 0
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """``M * gradient`` as a new tensor of the gradient's shape (O, I, *k); M itself is never made."""
         product = gradient * self.filter
         if self.diagonal is not None:
-            there = _diagonal_of(gradient)
-            _diagonal_of(product).addcmul_(there, self.diagonal.view_as(there))
+            rows, columns = self.diagonal_at()
+            there = (rows, columns, *(size // 2 for size in self.shape[2:]))
+            product[there] += self.diagonal * gradient[there]
         return product
 
     def dense(self) -> Tensor:
         """M in full, (O, I, *k)."""
         return self(self.filter.new_ones(self.shape))
 
+    def diagonal_at(self) -> tuple[Tensor, Tensor]:
+        """Filters and input channels, (O,) each, whose centres an identity branch meets."""
+        rows = torch.arange(self.shape[0], device=self.filter.device)
+        return rows, (rows + self.first) % self.shape[1]
+
+    def rows(self, start: int, stop: int) -> GradMult:
+        """The multiplier of the filters from `start` up to `stop`: views, nothing is copied."""
+        diagonal = None if self.diagonal is None else self.diagonal[start:stop]
+        rows = self.filter[start:stop]
+        return replace(
+            self, filter=rows, diagonal=diagonal, shape=(len(rows), *self.shape[1:]), first=self.first + start
+        )
+
     def to(self, *args: torch.dtype | torch.device | str) -> GradMult:
         """The same multiplier in another dtype or on another device; arguments as `Tensor.to` takes them."""
         diagonal = None if self.diagonal is None else self.diagonal.to(*args)
-        return GradMult(self.filter.to(*args), diagonal, self.shape)
+        return replace(self, filter=self.filter.to(*args), diagonal=diagonal)
 
-    def numel(self) -> int:
-        """How many numbers are kept."""
-        return self.filter.numel() + (0 if self.diagonal is None else self.diagonal.numel())
+    def tensors(self) -> list[Tensor]:
+        """What is kept."""
+        return [self.filter] if self.diagonal is None else [self.filter, self.diagonal]
 
     def __add__(self, other: GradMult) -> GradMult:
         if self.diagonal is None or other.diagonal is None:
             diagonal = other.diagonal if self.diagonal is None else self.diagonal
         else:
             diagonal = self.diagonal + other.diagonal
-        return GradMult(self.filter + other.filter, diagonal, self.shape)
+        return replace(self, filter=self.filter + other.filter, diagonal=diagonal)
 
 
 @dataclass(frozen=True)
@@ -255,7 +273,7 @@ class Block:
         one = next(iter(scales.values())).new_ones(self.target.shape[0])
         constants = [one if b.scale is None else scales[b.scale].abs() ** (1 + degree) for b in self.branches]
         terms = [b.grad_mult(constant, self.target) for b, constant in zip(self.branches, constants, strict=True)]
-        return functools.reduce(GradMult.__add__, terms)
+        return replace(functools.reduce(GradMult.__add__, terms), degree=degree)
 
 
 def _pad_to(kernel: Tensor, shape: Shape) -> Tensor:
@@ -264,13 +282,6 @@ def _pad_to(kernel: Tensor, shape: Shape) -> Tensor:
     if not any(margins):
         return kernel
     return F.pad(kernel, [m for margin in reversed(margins) for m in (margin, margin)])
-
-
-def _diagonal_of(kernel: Tensor) -> Tensor:
-    """View (groups, I) of the entries of a kernel (O, I, *k) that an identity meets."""
-    per_group = kernel.shape[1]
-    centre = [size // 2 for size in kernel.shape[2:]]
-    return kernel.unflatten(0, (-1, per_group))[(..., *centre)].diagonal(dim1=1, dim2=2)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from repopt.csla import GradMult
 from repopt.errors import UserError, unknown
 from repopt.layers import Mode, RepConv2d
-from repopt.optim import RULES
+from repopt.optim import REFUSED, RULES, Implementation
 
 Scales = Mapping[str, Tensor]
 IdentityInit = Literal["searched", "one"]
@@ -113,16 +113,30 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Gr
         scales: from `load_scales` or `extract_scales`.
         degree: of the update rule: 1 for SGD, 0 for AdamW (``RepSGD.degree``).
 
+    Returns:
+        Multipliers by the names of `nn.Module.named_parameters`; kernels that are not trained have none. Blocks that
+        share a kernel share its multiplier.
+
     Raises:
-        UserError: the scales are not those of this model; the message names the block.
+        UserError: the scales are not those of this model, or those of two blocks with one kernel differ; the message
+            names the block.
     """
     blocks = list(declared_blocks(model, "target"))
-    scales = fit_scales(model, scales)
-    mults = {}
+    scales = {name: scale.double() for name, scale in fit_scales(model, scales).items()}  # rounded once, at the end
+    names = {param: name for name, param in model.named_parameters()}
+    mults: dict[str, GradMult] = {}
     for path, module in blocks:
         kernel = module.kernel()
+        if not kernel.requires_grad:
+            continue
         mult = module.block.grad_mult(_of_block(path, module, scales), degree)
-        mults[key_of(path, module.block.target.name)] = mult.to(kernel.device)
+        mult = mult.to(kernel.device, torch.promote_types(kernel.dtype, torch.float32))
+        shared = mults.setdefault(names[kernel], mult)
+        if any(not torch.equal(a, b) for a, b in zip(shared.tensors(), mult.tensors(), strict=True)):
+            raise UserError(
+                f"block {path!r} shares its kernel with {names[kernel]!r}, but has other scales: one kernel can follow "
+                "one set of branches only"
+            )
     return mults
 
 
@@ -146,22 +160,32 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def build_optimizer(
-    name: str, model: nn.Module, scales: Scales | None = None, *, lr: float, weight_decay: float = 0.0, **settings: Any
+    name: str,
+    model: nn.Module,
+    scales: Scales | None = None,
+    *,
+    lr: float | Tensor,
+    weight_decay: float = 0.0,
+    implementation: Implementation = "auto",
+    **settings: Any,
 ) -> torch.optim.Optimizer:
     """An optimizer over the model's parameter groups: a RepOptimizer where scales are given, else the plain rule.
 
     Args:
-        name: of the update rule, "sgd" or "adamw".
+        name: of the update rule, one of `RULES`: "sgd", "adamw" ...
         model: in target mode if scales are given, else any.
         scales: from `load_scales` or `extract_scales`.
         lr: learning rate.
         weight_decay: of the decayed group (`param_groups`).
+        implementation: of a RepOptimizer's step (`RepOptimizer`).
         settings: hyper-parameters of the rules (momentum, nesterov, betas, eps ...). Those of other rules are passed
             over, so that one set of settings serves every rule.
 
     Raises:
         UserError: an unknown rule or setting, a value that the rule refuses, or scales that are not this model's.
     """
+    if name in REFUSED:
+        raise UserError(f"optimizer {name!r} cannot be re-parameterized: {REFUSED[name]}")
     if name not in RULES:
         raise unknown("optimizer", name, RULES)
     rule, known = RULES[name], set().union(*(rule.hyperparameters for rule in RULES.values()))
@@ -171,7 +195,8 @@ def build_optimizer(
     arguments = {"lr": lr} | {key: value for key, value in settings.items() if key in rule.hyperparameters}
     groups = param_groups(model, weight_decay)
     if scales is not None:
-        return rule.rep(groups, grad_mults=grad_mults(model, scales, degree=rule.rep.degree), **arguments)
+        mults = grad_mults(model, scales, degree=rule.rep.degree)
+        return rule.rep(groups, grad_mults=mults, implementation=implementation, **arguments)
     try:
         return rule.plain(groups, **arguments)
     except ValueError as error:

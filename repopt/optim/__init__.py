@@ -1,31 +1,59 @@
-"""Update rules: a pure function and a thin `torch.optim.Optimizer` shell each. A new rule is one file and one row."""
+"""Update rules. A new rule is one file, which states its degree and direction, and one row in `RULES`."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from timm.optim import Lion
 
-from repopt.optim.adamw import RepAdamW
-from repopt.optim.base import RepOptimizer
+from repopt.optim.adam import RepAdam, RepAdamW
+from repopt.optim.base import Implementation, RepOptimizer
 from repopt.optim.clip import clip_grad_norm_
+from repopt.optim.lion import RepLion
+from repopt.optim.rmsprop import RepRMSprop
 from repopt.optim.sgd import RepSGD
 
 
-class Rule(NamedTuple):
-    """An update rule: the plain optimizer, and the RepOptimizer that follows it."""
+class OptimizerPair(NamedTuple):
+    """The plain optimizer of an update rule, and the RepOptimizer that follows it."""
 
-    plain: type[torch.optim.Optimizer]
+    plain: Callable[..., torch.optim.Optimizer]
     rep: type[RepOptimizer]
 
     @property
     def hyperparameters(self) -> set[str]:
         """Names of what the rule can be told."""
-        return set(inspect.signature(self.rep).parameters) - {"params", "grad_mults"}
+        return set(inspect.signature(self.rep).parameters) - {"params", "grad_mults", "implementation"}
 
 
 RULES = {
-    "sgd": Rule(torch.optim.SGD, RepSGD),
-    "adamw": Rule(torch.optim.AdamW, RepAdamW),
+    "sgd": OptimizerPair(torch.optim.SGD, RepSGD),
+    "adamw": OptimizerPair(torch.optim.AdamW, RepAdamW),
+    "adam": OptimizerPair(torch.optim.Adam, RepAdam),
+    "rmsprop": OptimizerPair(functools.partial(RepRMSprop, grad_mults={}), RepRMSprop),  # torch's couples the decay
+    "lion": OptimizerPair(Lion, RepLion),
 }
 
-__all__ = ["RULES", "RepAdamW", "RepOptimizer", "RepSGD", "Rule", "clip_grad_norm_"]
+_NORMS = "its steps depend on the norms of whole layers, and the branches of the CSLA network have other norms"
+REFUSED = {
+    "muon": "it orthogonalises the whole gradient, so that constants in it do not come out as constants",
+    "lars": _NORMS,
+    "lamb": _NORMS,
+    "adafactor": "its second moments are those of whole rows and columns, not of single entries",
+}
+
+__all__ = [
+    "REFUSED",
+    "RULES",
+    "Implementation",
+    "OptimizerPair",
+    "RepAdam",
+    "RepAdamW",
+    "RepLion",
+    "RepOptimizer",
+    "RepRMSprop",
+    "RepSGD",
+    "clip_grad_norm_",
+]

@@ -1,55 +1,140 @@
-"""What all RepOptimizers share: multipliers by parameter name, and the loop over the parameters."""
+"""What all RepOptimizers share: multipliers, state, and the choice of how a step is computed."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from repopt.csla import GradMult
-from repopt.errors import UserError
+from repopt.errors import UserError, unknown
+from repopt.logging import logger
+from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
+from repopt.optim.shards import local, local_mult
+from repopt.optim.update import Hyper, Rule, State, Task, check_degree, eager_update
 
 NamedParams = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+Implementation = Literal["auto", "compiled", "eager"]
+
+COMPILE_FROM = 2**22  # multiplied entries; with fewer, compiling takes longer than it saves in a short training
 
 
 class RepOptimizer(torch.optim.Optimizer):
     """An elementwise update rule whose gradients are re-parameterized by constants (Rule of Iteration).
 
-    A subclass is a rule: it states its degree of homogeneity and writes one parameter's update.
+    A subclass is a rule: it states its degree of homogeneity, the state it keeps, and its direction. What it states is
+    checked: a rule that is not elementwise, or of another degree, is refused.
 
     Args:
         params: named parameters, as ``model.named_parameters()`` or groups of them (`repopt.param_groups`) give them.
         defaults: the hyper-parameters of the groups that do not set their own.
-        grad_mults: by parameter name; the other parameters are updated plainly.
+        grad_mults: by parameter name, of the rule's degree; the other parameters are updated plainly. A group that is
+            added later brings its own under the key "grad_mults".
+        implementation: "compiled" is one function for the whole step, made by torch.compile; "eager" takes one
+            parameter after the other; "auto" is compiled from 4 M multiplied entries on. Where compiling fails, a
+            warning says so, and steps are eager. The first step of a parameter is eager.
 
     Raises:
-        UserError: negative hyper-parameters, parameters without names, or multipliers for names or shapes that are
-            not among the parameters.
+        UserError: negative hyper-parameters, parameters without names, multipliers for names or shapes that are not
+            among the parameters or of another degree, or a rule that breaks the law.
     """
 
     degree: ClassVar[int]
+    counts_steps: ClassVar[bool] = False
+    at_first: ClassVar[Hyper] = {}  # constants that differ in a parameter's first step
 
-    def __init__(self, params: NamedParams, defaults: dict[str, Any], grad_mults: Mapping[str, GradMult]) -> None:
+    def __init__(
+        self,
+        params: NamedParams,
+        defaults: dict[str, Any],
+        grad_mults: Mapping[str, GradMult],
+        implementation: Implementation,
+    ) -> None:
         for name, value in defaults.items():
             if any(not number >= 0 for number in (value if isinstance(value, tuple) else (value,))):
                 raise UserError(f"{name} of an optimizer is not negative: {value}")
+        if implementation not in get_args(Implementation):
+            raise unknown("implementation", implementation, get_args(Implementation))
+        self.implementation = implementation
+        self._rule = Rule(self.direction, self.degree)
+        self._constants = tuple(name for name in defaults if name != "lr")
+        self._mults: dict[Tensor, tuple[str, GradMult]] = {}
+        self._forget()
+        self._unclaimed = dict(grad_mults)
         super().__init__(params, defaults)
-        self.grad_mults = dict(grad_mults)
-        shapes = {name: p.shape for group in self.param_groups for name, p in _named(group)}
-        for name, mult in self.grad_mults.items():
-            if name not in shapes:
-                raise UserError(f"there is a Grad Mult for {name!r}, but no parameter of that name")
-            if shapes[name] != mult.shape:
-                raise UserError(f"the Grad Mult of {name!r} is for {tuple(mult.shape)}, not {tuple(shapes[name])}")
+        _all_claimed(self._unclaimed)
 
     @abstractmethod
-    def update(
-        self, param: Tensor, gradient: Tensor, mult: GradMult | None, state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        """Update one parameter in place; `gradient` stays as it is, `mult` None means the plain rule."""
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the tensors that the rule keeps, shaped like the parameter and zero at first."""
+
+    @staticmethod
+    @abstractmethod
+    def direction(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
+        """What is subtracted, times the learning rate. Updates `state` in place and leaves `gradient` alone."""
+
+    @staticmethod
+    def corrections(step: Any, group: dict[str, Any]) -> dict[str, Any]:
+        """What `direction` reads that depends on the number of the step, from 1 on: a number, or a tensor of one."""
+        return {}
+
+    @property
+    def grad_mults(self) -> dict[str, GradMult]:
+        """The multipliers by parameter name."""
+        return dict(self._mults.values())
+
+    def multiplier_bytes(self) -> int:
+        """Memory that the multipliers take, with the copies and layouts made of them, in bytes."""
+        tensors = [tensor for _, mult in self._mults.values() for tensor in mult.tensors()]
+        tensors += [tensor for _, mult in self._placed.values() for tensor in mult.tensors()]
+        tensors += self._compiled_update.tensors()
+        return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; "grad_mults" are the multipliers of the group's parameters."""
+        group = dict(param_group)
+        own = group.pop("grad_mults", None)
+        mults = self._unclaimed if own is None else dict(own)
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        try:
+            hyper = group | self.corrections(1.0, group)
+            check_degree(type(self).__name__, self._rule, self.state_names(group), hyper)
+            found = {}
+            if mults:
+                found = {param: (name, mults.pop(name)) for name, param in _named(group) if name in mults}
+            if own is not None:
+                _all_claimed(mults)
+            for param, (name, mult) in found.items():
+                self._check(name, param, mult)
+        except UserError:
+            self.param_groups.pop()
+            raise
+        self._mults |= found
+
+    def _check(self, name: str, param: Tensor, mult: GradMult) -> None:
+        if param.shape != mult.shape:
+            raise UserError(f"the Grad Mult of {name!r} is for {tuple(mult.shape)}, not {tuple(param.shape)}")
+        if mult.degree != self.degree:
+            raise UserError(
+                f"the Grad Mult of {name!r} is for update rules of degree {mult.degree}, and {type(self).__name__} has "
+                f"degree {self.degree}: repopt.grad_mults(model, scales, degree={self.degree})"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`; a state of the plain rule fits.
+
+        Raises:
+            UserError: the state names other parameters, or the same in another order.
+        """
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for own, other in zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False):
+                if own != other:
+                    raise UserError(f"the optimizer's state is of other parameters: it has {other!r} where {own!r} is")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -58,23 +143,112 @@ class RepOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        first, tasks = [], []
         for group in self.param_groups:
-            for name, param in _named(group):
+            constants = {name: group[name] for name in self._constants}
+            for param in group["params"]:
                 if param.grad is not None:
-                    self.update(param, param.grad, self._mult(name, param), self.state[param], group)
+                    self._task(param, group, constants, first, tasks)
+        eager_update(self._rule, first)
+        if self._compiles():
+            tasks = self._compiled(tasks)
+        eager_update(self._rule, tasks)
         return loss
 
-    def _mult(self, name: str, param: Tensor) -> GradMult | None:
-        mult = self.grad_mults.get(name)
-        if mult is not None and (mult.filter.device, mult.filter.dtype) != (param.device, param.dtype):
-            mult = self.grad_mults[name] = mult.to(param.device, param.dtype)
-        return mult
+    def _task(
+        self, param: Tensor, group: dict[str, Any], constants: Hyper, first: list[Task], others: list[Task]
+    ) -> None:
+        """Add what a step does to a parameter to one of two lists; make the state that it needs."""
+        if param.grad.is_sparse:
+            raise UserError("a RepOptimizer takes dense gradients, not sparse ones")
+        state = self.state[param]
+        names = self.state_names(group)
+        is_first = False
+        for name in names:
+            if state.get(name) is None:
+                is_first, state[name] = True, torch.zeros_like(param)
+            else:
+                state[name] = in_layout_of(param, state[name])
+        scalars = {"lr": group["lr"]}
+        if self.counts_steps:
+            capturable = group.get("capturable", False)
+            step = state["step"] if "step" in state else torch.zeros(())  # float32, as torch.optim keeps it
+            step = state["step"] = step.to(param.device if capturable else "cpu")
+            step += 1
+            scalars |= self.corrections(step if capturable else step.item(), group)
+        task = Task(
+            local(param),
+            local(param.grad),
+            self._placed_mult(param),
+            {name: local(state[name]) for name in names},
+            {**constants, **self.at_first} if is_first else constants,
+            scalars,
+        )
+        (first if is_first else others).append(task)
+
+    def _placed_mult(self, param: Tensor) -> GradMult | None:
+        """The multiplier where and in the precision in which the parameter is, of this process's part of it."""
+        if param not in self._mults:
+            return None
+        where = param.device, torch.promote_types(param.dtype, torch.float32)
+        known, placed = self._placed.get(param, (None, None))
+        if known != where:
+            name, mult = self._mults[param]
+            placed = local_mult(name, param, mult).to(*where)
+            self._placed[param] = where, placed
+        return placed
+
+    def _compiles(self) -> bool:
+        if self.implementation == "auto":
+            entries = sum(param.numel() for param in self._mults)
+            self.implementation = "compiled" if entries >= COMPILE_FROM else "eager"
+        return self.implementation == "compiled"
+
+    def _compiled(self, tasks: list[Task]) -> list[Task]:
+        """Do the tasks by the compiled implementation; what is left to do eagerly."""
+        try:
+            left = self._compiled_update(tasks)
+        except CompileError as error:
+            reason = str(error).strip().splitlines()[0]
+            logger.warning(f"{type(self).__name__}: torch.compile failed, so steps are eager and slower: {reason}")
+            self.implementation, left = "eager", tasks
+        if left and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"{type(self).__name__}: {len(left)} parameters, the first of shape {tuple(left[0].param.shape)}, are "
+                "neither contiguous nor channels_last: their steps are eager and slower"
+            )
+        return left
+
+    def _forget(self) -> None:
+        """Drop what is derived and made again when it is needed."""
+        self._placed: dict[Tensor, tuple[Any, GradMult]] = {}
+        self._compiled_update = CompiledUpdate(self._rule)
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"grad_mults": self.grad_mults}
+        return super().__getstate__() | {
+            "_mults": self._mults,
+            "_rule": self._rule,
+            "_constants": self._constants,
+            "_unclaimed": {},
+            "implementation": self.implementation,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state of the plain rule may lack some
+            for name in self._constants:
+                group.setdefault(name, self.defaults[name])
+        self._forget()
 
 
 def _named(group: dict[str, Any]) -> Iterable[tuple[str, Tensor]]:
     if "param_names" not in group:
         raise UserError("a RepOptimizer takes named parameters: model.named_parameters() or repopt.param_groups")
     return zip(group["param_names"], group["params"], strict=True)
+
+
+def _all_claimed(mults: Mapping[str, GradMult]) -> None:
+    if mults:
+        raise UserError(f"there is a Grad Mult for {next(iter(mults))!r}, but no parameter of that name")

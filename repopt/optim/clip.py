@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from repopt.csla import GradMult
+from repopt.errors import UserError
 
 
 @torch.no_grad()
@@ -24,9 +25,17 @@ def clip_grad_norm_(
         max_norm: bound of the 2-norm over all gradients.
         grad_mults: of degree 1 (`repopt.grad_mults`), whatever the optimizer's degree; by parameter name.
 
+    Raises:
+        UserError: multipliers of another degree.
+
     Returns:
         The norm before clipping, a scalar tensor; nothing waits for the device.
     """
+    if any(mult.degree != 1 for mult in grad_mults.values()):
+        raise UserError(
+            "clipping takes the multipliers of degree 1, whatever the optimizer's degree: "
+            "repopt.grad_mults(model, scales, degree=1)"
+        )
     gradients = {name: p.grad for name, p in named_parameters if p.grad is not None}
     if not gradients:
         return torch.zeros(())

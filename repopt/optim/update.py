@@ -1,0 +1,116 @@
+"""One parameter's step under Grad Mults, from what an update rule says: pure functions on tensors.
+
+    degree 1 (SGD):            gradient -> M -> weight decay -> direction -> learning rate
+    degree 0 (Adam, Lion ...): gradient -> direction -> M -> decoupled weight decay -> learning rate
+
+The multiplier comes before weight decay and momentum where the rule is linear, so that both act on the kernel as they
+act on the imagined branches; where the rule normalises the gradient, it comes after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from repopt.csla import GradMult
+from repopt.errors import UserError
+
+State = dict[str, Tensor]
+Hyper = Mapping[str, Any]
+
+
+class Rule(NamedTuple):
+    """An elementwise update rule.
+
+    Attributes:
+        direction: ``direction(gradient, state, hyper)``: what is subtracted, times the learning rate. It updates the
+            tensors of `state` in place and leaves the gradient alone.
+        degree: of homogeneity, ``direction(c g) = sign(c) |c|^d direction(g)``.
+    """
+
+    direction: Callable[[Tensor, State, Hyper], Tensor]
+    degree: int
+
+
+class Task(NamedTuple):
+    """What a step does to one parameter.
+
+    Attributes:
+        param, gradient: of one shape.
+        mult: the multiplier; None means the plain rule.
+        state: tensors of the same shape that the rule keeps, by name.
+        constants: hyper-parameters of the parameter's group, ``weight_decay`` among them.
+        scalars: what changes from step to step, ``lr`` among them: numbers, or tensors of no dimension.
+    """
+
+    param: Tensor
+    gradient: Tensor
+    mult: GradMult | None
+    state: State
+    constants: Hyper
+    scalars: Hyper
+
+
+def apply(
+    rule: Rule, param: Tensor, gradient: Tensor, mult: Callable[[Tensor], Tensor] | None, state: State, hyper: Hyper
+) -> None:
+    """Update a parameter and its state in place (arguments as of `Task`; `hyper` are its constants and scalars)."""
+    lr, decay = hyper["lr"], hyper["weight_decay"]
+    if rule.degree == 1:
+        if mult is not None:
+            gradient = mult(gradient)
+        if decay:
+            gradient = gradient + decay * param
+        param.sub_(lr * rule.direction(gradient, state, hyper))
+    else:
+        update = rule.direction(gradient, state, hyper)
+        if mult is not None:
+            update = mult(update)
+        if decay:
+            param.mul_(1 - lr * decay)
+        param.sub_(lr * update)
+
+
+PIECE = 2**18  # entries: the temporaries of a piece stay in the cache, and peak memory stays low
+
+
+def eager_update(rule: Rule, tasks: list[Task]) -> None:
+    """One task after the other, large parameters in pieces of some filters."""
+    for param, gradient, mult, state, constants, scalars in tasks:
+        hyper = {**constants, **scalars}
+        if param.numel() <= PIECE:
+            apply(rule, param, gradient, mult, state, hyper)
+            continue
+        count = max(1, PIECE // param[0].numel())
+        for start in range(0, len(param), count):
+            rows = slice(start, start + count)
+            part = None if mult is None else mult.rows(start, start + count)
+            apply(rule, param[rows], gradient[rows], part, {k: v[rows] for k, v in state.items()}, hyper)
+
+
+def check_degree(name: str, rule: Rule, state_names: tuple[str, ...], hyper: Hyper) -> None:
+    """Refuse a rule that is not what it says: elementwise, and homogeneous of its degree.
+
+    Its directions for some gradients are compared with those for the same multiplied entry by entry by constants of
+    both signs. The gradients are large, so that epsilon has no say.
+
+    Raises:
+        UserError: the law does not hold for this rule.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 3)
+    gradients = 1e8 * torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    constants = torch.randn(shape, generator=generator, dtype=torch.float64)
+    plain, scaled = ({key: torch.zeros(shape, dtype=torch.float64) for key in state_names} for _ in range(2))
+    for gradient in gradients:
+        expected = constants.sign() * constants.abs() ** rule.degree * rule.direction(gradient, plain, hyper)
+        found = rule.direction(constants * gradient, scaled, hyper)
+        if not torch.allclose(found, expected, rtol=1e-5, atol=0):
+            raise UserError(
+                f"{name} cannot be re-parameterized: it is not elementwise and homogeneous of degree {rule.degree}, as "
+                "it says, so a plain network would not follow the CSLA network (nor does it under Muon, LARS, LAMB or "
+                "Adafactor)"
+            )
