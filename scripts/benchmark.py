@@ -164,7 +164,9 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) and value >= 0.1 else f"{value:.4g}" if value else "0"
+    if isinstance(value, str):
+        return value
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" if value else "0"
 
 
 def environment(device: torch.device) -> dict[str, str]:

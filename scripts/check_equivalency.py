@@ -57,10 +57,18 @@ BLOCKS = {
     "1x1 + identity": Setup(Block(Target("conv", (5, 5, 1, 1)), (_conv(1), IDENTITY))),
     "two 3x3": Setup(Block(Target("conv", (4, 4, 3, 3)), (_conv(3), ConvBranch("other", "scale_other", size=3)))),
 }
-# eps breaks the degree of homogeneity; where it is far below every gradient, AdamW is exact to rounding.
+# Epsilon breaks the degree of homogeneity; where it is far below every gradient, the rules are exact to rounding.
+ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-30, "weight_decay": 0.01}
+RMSPROP = {"lr": 0.01, "alpha": 0.9, "eps": 1e-30, "weight_decay": 0.01}
 SETTINGS = {
-    "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    "adamw": {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-30, "weight_decay": 0.01},
+    "sgd": ("sgd", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    "sgd, dampened": ("sgd", {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}),
+    "adamw": ("adamw", ADAM),
+    "adamw, amsgrad": ("adamw", {**ADAM, "amsgrad": True}),
+    "adam, decoupled": ("adam", {**ADAM, "decoupled_weight_decay": True}),
+    "rmsprop": ("rmsprop", RMSPROP),
+    "rmsprop, centered": ("rmsprop", {**RMSPROP, "centered": True, "momentum": 0.9}),
+    "lion": ("lion", {"lr": 0.001, "betas": (0.9, 0.99), "weight_decay": 0.01}),
 }
 SIGNS = {"positive": 0.0, "mixed": 0.5}
 
@@ -107,7 +115,7 @@ def largest_difference(csla: nn.Module, target: nn.Module, rule: str, sign: floa
 
     Args:
         csla, target: the same network in these modes, float64.
-        rule: a name in `SETTINGS`.
+        rule: a row of `SETTINGS`.
         sign: probability that a scale is negative.
         images: (N, C, H, W), float64; image n has the class n.
         steps: of training.
@@ -125,9 +133,9 @@ def largest_difference(csla: nn.Module, target: nn.Module, rule: str, sign: floa
         repopt.initialize(model, scales)
     for module in _blocks(csla):
         module.conv2d = types.MethodType(branch_by_branch, module)
-    settings = SETTINGS[rule]
-    train(csla, repopt.build_optimizer(rule, csla, **settings), images, steps)
-    train(target, repopt.build_optimizer(rule, target, scales, **settings), images, steps)
+    name, settings = SETTINGS[rule]
+    train(csla, repopt.build_optimizer(name, csla, **settings), images, steps)
+    train(target, repopt.build_optimizer(name, target, scales, **settings), images, steps)
     pairs = zip(_blocks(csla), _blocks(target), strict=True)
     with torch.no_grad():
         return max(float((a.kernel() - b.kernel()).norm() / b.kernel().norm()) for a, b in pairs)
@@ -193,7 +201,7 @@ def main() -> int:
     differences = []
     for name, rule, signs, measure in cases(args.model, network_steps=args.steps):
         differences.append(measure())
-        print(f"{name:32} {rule:6} {signs:9} {differences[-1]:.1e}")
+        print(f"{name:34} {rule:18} {signs:9} {differences[-1]:.1e}")
     equal = all(difference <= BOUND for difference in differences)  # false for NaN too
     print(f"largest relative difference {max(differences):.1e}, bound {BOUND:.0e}: {'equal' if equal else 'NOT EQUAL'}")
     return 0 if equal else 1

@@ -6,11 +6,12 @@ import pickle
 import pytest
 import torch
 from check_equivalency import BLOCKS, OneBlock
+from timm.optim import Lion
 
 import repopt
 from repopt.csla import Block, ConvBranch, Target
 from repopt.errors import UserError
-from repopt.optim import RepAdamW, RepSGD
+from repopt.optim import RepAdam, RepAdamW, RepLion, RepOptimizer, RepRMSprop, RepSGD
 
 
 def network(seed=0):
@@ -46,6 +47,12 @@ SETTINGS = [
     (RepSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
     (RepAdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
     (RepAdamW, torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3}),
+    (RepAdamW, torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.9), "amsgrad": True}),
+    (RepAdam, torch.optim.Adam, {"lr": 0.01, "eps": 1e-3}),
+    (RepAdam, torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    (RepRMSprop, torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.8, "eps": 1e-3}),
+    (RepRMSprop, torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}),
+    (RepLion, Lion, {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1}),
 ]
 
 
@@ -100,7 +107,7 @@ def test_adamw_multiplies_the_update_and_not_the_decay():
     torch.testing.assert_close(c[0].weight - a[0].weight, -0.01 * 0.3 * start, rtol=1e-10, atol=1e-15)
 
 
-@pytest.mark.parametrize(("rep", "settings"), [(s[0], s[2]) for s in SETTINGS[2:5:2]])
+@pytest.mark.parametrize(("rep", "settings"), [(s[0], s[2]) for s in SETTINGS])
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
 )
@@ -145,13 +152,44 @@ def test_schedulers_and_closures_work():
     assert_same(a, b)
 
 
+def test_rmsprop_decays_as_adamw_does():
+    a, b = network(), network()
+    rep, plain = (
+        RepRMSprop(a.named_parameters(), lr=0.01, weight_decay=0.1, grad_mults={}),
+        torch.optim.RMSprop(b.parameters(), lr=0.01),
+    )
+    for _ in range(3):
+        steps(a, rep, 1)
+        steps(b, plain, 0)
+        x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        plain.zero_grad()
+        b(x).square().mean().backward()
+        with torch.no_grad():
+            for p in b.parameters():
+                p.mul_(1 - 0.01 * 0.1)
+        plain.step()
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}])
+def test_large_parameters_are_updated_in_pieces(settings, monkeypatch):
+    a, b = network(), network()
+    steps(a, RepSGD(a.named_parameters(), **settings, grad_mults=mults(a)))
+    monkeypatch.setattr("repopt.optim.update.PIECE", 40)  # entries: one filter has 27
+    steps(b, RepSGD(b.named_parameters(), **settings, grad_mults=mults(b)))
+    assert_same(a, b)
+
+
 def test_multipliers_follow_the_parameters_dtype():
-    model = network()
-    optimizer = RepSGD(model.named_parameters(), lr=0.1, grad_mults=mults(model))
-    model.float()
-    model(torch.ones(1, 3, 4, 4)).sum().backward()
-    optimizer.step()
-    assert optimizer.grad_mults["0.weight"].filter.dtype == torch.float32
+    a, b = network().float(), network()
+    optimizer = RepSGD(b.named_parameters(), lr=0.1, grad_mults=mults(b))
+    b.float()
+    x = torch.ones(1, 3, 4, 4)
+    for model, other in ((a, RepSGD(a.named_parameters(), lr=0.1, grad_mults=mults(a))), (b, optimizer)):
+        model(x).sum().backward()
+        other.step()
+    assert_same(a, b)
+    assert b[0].weight.dtype == torch.float32
 
 
 def test_mistakes_are_named():
@@ -168,6 +206,99 @@ def test_mistakes_are_named():
         RepAdamW(model.named_parameters(), betas=(0.9, 1.0), grad_mults={})
     with pytest.raises(UserError, match="Nesterov"):
         RepSGD(model.named_parameters(), lr=0.1, nesterov=True, grad_mults={})
+    with pytest.raises(UserError, match="degree 1, and RepAdamW has degree 0"):
+        RepAdamW(model.named_parameters(), grad_mults=mults(model, degree=1))
+    with pytest.raises(UserError, match="'compild'; did you mean 'compiled'"):
+        RepSGD(model.named_parameters(), grad_mults={}, implementation="compild")
+    with pytest.raises(UserError, match="decoupled_weight_decay=True"):
+        RepAdam(model.named_parameters(), weight_decay=0.1, grad_mults=mults(model, degree=0))
+    with pytest.raises(UserError, match="alpha"):
+        RepRMSprop(model.named_parameters(), alpha=1.0, grad_mults={})
+
+
+class _Rule(RepOptimizer):
+    """A user's own rule, in the fewest lines."""
+
+    degree = 1
+
+    def __init__(self, params, grad_mults):
+        super().__init__(params, {"lr": 0.1, "weight_decay": 0.01}, grad_mults, "eager")
+
+    def state_names(self, group):
+        return ()
+
+    @staticmethod
+    def direction(gradient, state, hyper):
+        return gradient
+
+
+def test_a_users_own_rule():
+    a, b = network(), network()
+    steps(a, _Rule(a.named_parameters(), mults(a)))
+    steps(b, RepSGD(b.named_parameters(), lr=0.1, weight_decay=0.01, grad_mults=mults(b)))
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize(
+    ("degree", "direction"),
+    [
+        (0, lambda g, state, hyper: g),  # of degree 1
+        (1, lambda g, state, hyper: g.sign()),  # of degree 0
+        (1, lambda g, state, hyper: g / g.norm()),  # as LARS
+        (0, lambda g, state, hyper: torch.linalg.qr(g).Q),  # as Muon
+        (0, lambda g, state, hyper: g / g.square().mean(0).sqrt()),  # as Adafactor
+        (1, lambda g, state, hyper: g.abs()),  # not odd
+    ],
+)
+def test_rules_that_break_the_law_are_refused(degree, direction, monkeypatch):
+    monkeypatch.setattr(_Rule, "degree", degree)
+    monkeypatch.setattr(_Rule, "direction", staticmethod(direction))
+    model = network()
+    with pytest.raises(UserError, match=f"_Rule cannot be re-parameterized.*degree {degree}"):
+        _Rule(model.named_parameters(), mults(model, degree))
+
+
+@pytest.mark.parametrize("name", ["muon", "lars", "lamb", "adafactor"])
+def test_known_rules_that_break_the_law_are_refused_by_name(name):
+    with pytest.raises(UserError, match="cannot be re-parameterized: it"):
+        repopt.build_optimizer(name, network(), lr=0.1)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "rmsprop"])
+def test_what_epsilon_means(rule):
+    """The CSLA network that is followed has the epsilon |s| e in a branch of the scale s (uniform scales here)."""
+    setup, constants = BLOCKS["3x3 + 1x1 + identity"], {"scale_3": -0.5, "scale_1": 3.0}
+    epsilon = {"kernel_3": 0.5, "kernel_1": 3.0, "identity": 1.0}
+    difference = {}
+    for exact in (True, False):
+        csla, target = (OneBlock(setup, mode).double() for mode in ("csla", "target"))
+        target.load_state_dict(csla.state_dict(), strict=False)
+        scales = {
+            name: torch.full_like(values, constants.get(name.split(".")[0], 1.0))
+            for name, values in repopt.extract_scales(csla).items()
+        }
+        for model in (csla, target):
+            torch.manual_seed(0)
+            repopt.initialize(model, scales)
+        settings = {"lr": 0.01, "eps": 0.01}
+        groups = [
+            {"params": [(name, param)], "eps": 0.01 * (epsilon.get(name.split(".")[0], 1.0) if exact else 1.0)}
+            for name, param in csla.named_parameters()
+        ]
+        plain = torch.optim.AdamW if rule == "adamw" else torch.optim.RMSprop
+        optimizers = (
+            plain(groups, weight_decay=0.0, **settings),
+            repopt.build_optimizer(rule, target, scales, momentum=0.0, **settings),
+        )
+        x = torch.randn(8, 6, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        for _ in range(10):
+            for model, optimizer in zip((csla, target), optimizers, strict=True):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(x), torch.arange(8) % 6).backward()
+                optimizer.step()
+        difference[exact] = float((csla.kernel() - target.kernel()).detach().norm() / target.kernel().detach().norm())
+    assert difference[True] < 1e-12
+    assert difference[False] > 1e-4
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
