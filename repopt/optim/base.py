@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,12 +14,20 @@ from repopt.errors import UserError, unknown
 from repopt.logging import logger
 from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
 from repopt.optim.shards import local, local_mult
-from repopt.optim.update import Hyper, Rule, State, Task, check_degree, eager_update
+from repopt.optim.update import Hyper, Place, Rule, State, Task, check_degree, eager_update
 
 NamedParams = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Implementation = Literal["auto", "compiled", "eager"]
 
 COMPILE_FROM = 2**22  # multiplied entries; with fewer, compiling takes longer than it saves in a short training
+
+
+class _Known(NamedTuple):
+    """A parameter's place, and by what is seen that it still is there: its address, and the tensors of its state."""
+
+    at: int
+    state: State
+    place: Place
 
 
 class RepOptimizer(torch.optim.Optimizer):
@@ -88,8 +96,9 @@ class RepOptimizer(torch.optim.Optimizer):
 
     def multiplier_bytes(self) -> int:
         """Memory that the multipliers take, with the copies and layouts made of them, in bytes."""
-        tensors = [tensor for _, mult in self._mults.values() for tensor in mult.tensors()]
-        tensors += [tensor for _, mult in self._placed.values() for tensor in mult.tensors()]
+        mults = [mult for _, mult in self._mults.values()]
+        mults += [known.place.mult for known in self._places.values() if known.place.mult is not None]
+        tensors = [tensor for mult in mults for tensor in mult.tensors()]
         tensors += self._compiled_update.tensors()
         return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
@@ -146,57 +155,52 @@ class RepOptimizer(torch.optim.Optimizer):
         first, tasks = [], []
         for group in self.param_groups:
             constants = {name: group[name] for name in self._constants}
+            names = self.state_names(group)
             for param in group["params"]:
                 if param.grad is not None:
-                    self._task(param, group, constants, first, tasks)
-        eager_update(self._rule, first)
-        if self._compiles():
+                    is_first, place = self._place(param, names)
+                    task = Task(place, local(param.grad), constants, self._scalars(param, group))
+                    (first if is_first else tasks).append(task)
+        eager_update(self._rule, [task._replace(constants={**task.constants, **self.at_first}) for task in first])
+        if tasks and self._compiles():
             tasks = self._compiled(tasks)
         eager_update(self._rule, tasks)
         return loss
 
-    def _task(
-        self, param: Tensor, group: dict[str, Any], constants: Hyper, first: list[Task], others: list[Task]
-    ) -> None:
-        """Add what a step does to a parameter to one of two lists; make the state that it needs."""
+    def _place(self, param: Tensor, names: tuple[str, ...]) -> tuple[bool, Place]:
+        """Where a parameter's update happens, and whether it is its first; the state that is missing is made."""
         if param.grad.is_sparse:
             raise UserError("a RepOptimizer takes dense gradients, not sparse ones")
-        state = self.state[param]
-        names = self.state_names(group)
-        is_first = False
+        state, here = self.state[param], local(param)
+        known = self._places.get(param)
+        if known is not None and known.at == here.data_ptr() and all(state.get(n) is t for n, t in known.state.items()):
+            return False, known.place
+        missing = [name for name in names if state.get(name) is None]
         for name in names:
-            if state.get(name) is None:
-                is_first, state[name] = True, torch.zeros_like(param)
-            else:
-                state[name] = in_layout_of(param, state[name])
-        scalars = {"lr": group["lr"]}
-        if self.counts_steps:
-            capturable = group.get("capturable", False)
-            step = state["step"] if "step" in state else torch.zeros(())  # float32, as torch.optim keeps it
-            step = state["step"] = step.to(param.device if capturable else "cpu")
-            step += 1
-            scalars |= self.corrections(step if capturable else step.item(), group)
-        task = Task(
-            local(param),
-            local(param.grad),
-            self._placed_mult(param),
-            {name: local(state[name]) for name in names},
-            {**constants, **self.at_first} if is_first else constants,
-            scalars,
-        )
-        (first if is_first else others).append(task)
-
-    def _placed_mult(self, param: Tensor) -> GradMult | None:
-        """The multiplier where and in the precision in which the parameter is, of this process's part of it."""
-        if param not in self._mults:
-            return None
-        where = param.device, torch.promote_types(param.dtype, torch.float32)
-        known, placed = self._placed.get(param, (None, None))
-        if known != where:
+            state[name] = torch.zeros_like(param) if name in missing else in_layout_of(param, state[name])
+        mult = None
+        if param in self._mults:
             name, mult = self._mults[param]
-            placed = local_mult(name, param, mult).to(*where)
-            self._placed[param] = where, placed
-        return placed
+            mult = local_mult(name, param, mult).to(here.device, torch.promote_types(param.dtype, torch.float32))
+        place = Place(here, mult, {name: local(state[name]) for name in names})
+        self._places[param] = _Known(here.data_ptr(), {name: state[name] for name in names}, place)
+        return bool(missing), place
+
+    def _scalars(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """What changes from step to step; counts the step."""
+        if not self.counts_steps:
+            return {"lr": group["lr"]}
+        capturable = group["capturable"]
+        state = self.state[param]
+        step = state.get("step")
+        device = param.device if capturable else torch.device("cpu")
+        if step is None or step.device != device:
+            before = 0.0 if step is None else step
+            step = state["step"] = torch.as_tensor(
+                before, dtype=torch.float32, device=device
+            )  # as torch.optim keeps it
+        step += 1
+        return {"lr": group["lr"], **self.corrections(step if capturable else step.item(), group)}
 
     def _compiles(self) -> bool:
         if self.implementation == "auto":
@@ -215,14 +219,14 @@ class RepOptimizer(torch.optim.Optimizer):
         if left and not self._warned:
             self._warned = True
             logger.warning(
-                f"{type(self).__name__}: {len(left)} parameters, the first of shape {tuple(left[0].param.shape)}, are "
-                "neither contiguous nor channels_last: their steps are eager and slower"
+                f"{type(self).__name__}: parameters are neither contiguous nor channels_last, and their steps eager and "
+                f"slower: {len(left)}, the first of the shape {tuple(left[0].place.param.shape)}"
             )
         return left
 
     def _forget(self) -> None:
         """Drop what is derived and made again when it is needed."""
-        self._placed: dict[Tensor, tuple[Any, GradMult]] = {}
+        self._places: dict[Tensor, _Known] = {}
         self._compiled_update = CompiledUpdate(self._rule)
         self._warned = False
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from repopt.csla import GradMult
-from repopt.optim.update import Hyper, Rule, Task, apply
+from repopt.optim.update import Hyper, Place, Rule, State, Task, apply
 
 LANES = 16  # input channels that share a row of the layout: with a 3x3 kernel, 144 numbers
 
@@ -81,52 +82,6 @@ def tiles_of(mult: GradMult, *, channels_last: bool) -> Tiles:
     return Tiles(shape, coefficients, patterns, diagonal, position)
 
 
-class CompiledUpdate:
-    """Does the tasks of a step in one compiled function, and keeps the layouts of their multipliers."""
-
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
-        self._tiles: dict[int, tuple[GradMult, bool, Tiles]] = {}
-
-    def __call__(self, tasks: list[Task]) -> list[Task]:
-        """Do the tasks, and return those that it cannot do because their parameters are neither contiguous nor
-        channels_last.
-
-        Raises:
-            CompileError: there is no compiler, say; nothing has been done.
-        """
-        groups: dict[int, tuple[Hyper, list[tuple[Any, ...]]]] = {}
-        left = []
-        for task, scalars in zip(tasks, _as_tensors(tasks), strict=True):
-            param = task.param
-            channels_last = not param.is_contiguous()
-            if channels_last and not param.movedim(1, -1).is_contiguous():
-                left.append(task)
-                continue
-            mult = None if task.mult is None else self._layout(task.mult, channels_last)
-            shape = (param.numel(),) if mult is None else mult.shape
-            state = {name: _laid_out(value, shape) for name, value in task.state.items()}
-            gradient = _laid_out(in_layout_of(param, task.gradient), shape)
-            _, entries = groups.setdefault(id(task.constants), (task.constants, []))
-            entries.append((_laid_out(param, shape), gradient, mult, state, scalars))
-        if groups:
-            _update(self.rule, list(groups.values()))
-        return left
-
-    def tensors(self) -> list[Tensor]:
-        """What the layouts keep."""
-        layouts = [tiles for _, _, tiles in self._tiles.values()]
-        kept = [[*t.coefficients, *t.patterns, t.diagonal, t.position] for t in layouts]
-        return [tensor for tensors in kept for tensor in tensors if tensor is not None]
-
-    def _layout(self, mult: GradMult, channels_last: bool) -> Tiles:
-        _, known, tiles = self._tiles.get(id(mult), (None, None, None))
-        if known is not channels_last:
-            tiles = tiles_of(mult, channels_last=channels_last)
-            self._tiles[id(mult)] = mult, channels_last, tiles
-        return tiles
-
-
 CompileError = torch._dynamo.exc.TorchDynamoException
 
 
@@ -137,42 +92,118 @@ def _update(rule: Rule, groups: list[tuple[Hyper, list[tuple[Any, ...]]]]) -> No
             apply(rule, param, gradient, mult, state, {**constants, **scalars})
 
 
-def _as_tensors(tasks: list[Task]) -> list[dict[str, Tensor]]:
-    """The scalars of every task as tensors of its own: numbers would be compiled in, and what several tasks read
-    would make Inductor fuse their loops, which then walk over too many places of the memory at once.
+class CompiledUpdate:
+    """Does the tasks of a step in one compiled function, and keeps what is the same in every step."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self._slots: dict[Place, _Slot | None] = {}
+        self._places: list[Place] = []
+        self._scalars = _Scalars([])
+
+    def __call__(self, tasks: list[Task]) -> list[Task]:
+        """Do the tasks, and return those that it cannot do because their parameters are neither contiguous nor
+        channels_last.
+
+        Raises:
+            CompileError: there is no compiler, say; nothing has been done.
+        """
+        places = [task.place for task in tasks]
+        if places != self._places:
+            self._places = places
+            self._slots = {place: self._slots.get(place) or _slot(place) for place in places}
+            self._scalars = _Scalars(tasks)
+        self._scalars.set(tasks)
+        groups: dict[int, tuple[Hyper, list[tuple[Any, ...]]]] = {}
+        left = []
+        for task, scalars in zip(tasks, self._scalars.of_task, strict=True):
+            slot = self._slots[task.place]
+            if slot is None:
+                left.append(task)
+                continue
+            gradient = _laid_out(in_layout_of(task.place.param, task.gradient), slot.shape)
+            _, entries = groups.setdefault(id(task.constants), (task.constants, []))
+            entries.append((slot.param, gradient, slot.mult, slot.state, scalars))
+        if groups:
+            _update(self.rule, list(groups.values()))
+        return left
+
+    def tensors(self) -> list[Tensor]:
+        """What the layouts of multipliers keep."""
+        layouts = [slot.mult for slot in self._slots.values() if slot is not None and slot.mult is not None]
+        kept = [[*t.coefficients, *t.patterns, t.diagonal, t.position] for t in layouts]
+        return [tensor for tensors in kept for tensor in tensors if tensor is not None]
+
+
+class _Slot(NamedTuple):
+    """A place as it is laid out: everything but the multiplier is a view."""
+
+    shape: tuple[int, ...]
+    param: Tensor
+    mult: Tiles | None
+    state: State
+
+
+def _slot(place: Place) -> _Slot | None:
+    param = place.param
+    channels_last = not param.is_contiguous()
+    if channels_last and not param.movedim(1, -1).is_contiguous():
+        return None
+    mult = None if place.mult is None else tiles_of(place.mult, channels_last=channels_last)
+    shape = (param.numel(),) if mult is None else mult.shape
+    state = {name: _laid_out(value, shape) for name, value in place.state.items()}
+    return _Slot(shape, _laid_out(param, shape), mult, state)
+
+
+class _Scalars:
+    """A tensor of its own for every scalar of every task.
+
+    Numbers would be compiled in; and what several tasks read would make Inductor fuse their loops, which then walk over
+    too many places of the memory at once.
     """
-    numbers: dict[tuple[torch.device, torch.dtype], list[float]] = {}
-    for task in tasks:
-        values = numbers.setdefault(_home(task.param), [])
-        values.extend(value for value in task.scalars.values() if not isinstance(value, Tensor))
-    tensors = {
-        (device, dtype): iter(torch.tensor(values, dtype=dtype).to(device, non_blocking=True).unbind())
-        for (device, dtype), values in numbers.items()
-    }
-    return [
-        {
-            name: value.to(*home, copy=True) if isinstance(value, Tensor) else next(tensors[home])
-            for name, value in task.scalars.items()
-        }
-        for task in tasks
-        for home in [_home(task.param)]
-    ]
 
+    def __init__(self, tasks: list[Task]) -> None:
+        self.of_task: list[dict[str, Tensor]] = []
+        homes = [(t.place.param.device, torch.promote_types(t.place.param.dtype, torch.float32)) for t in tasks]
+        self.batches: dict[Any, Tensor] = {}
+        places: dict[Any, Iterator[Tensor]] = {}
+        for device, dtype in set(homes):
+            shape = (homes.count((device, dtype)), len(tasks[0].scalars))
+            self.batches[device, dtype] = batch = torch.empty(shape, dtype=dtype, device=device)
+            places[device, dtype] = iter(batch.unbind())
+        self.homes = homes
+        self.of_task = [dict(zip(tasks[0].scalars, next(places[home]).unbind(), strict=True)) for home in homes]
 
-def _home(param: Tensor) -> tuple[torch.device, torch.dtype]:
-    return param.device, torch.promote_types(param.dtype, torch.float32)
+    def set(self, tasks: list[Task]) -> None:
+        """Copy the scalars of a step; numbers travel together."""
+        numbers: dict[Any, list[list[float]]] = {home: [] for home in self.batches}
+        tensors = []
+        for task, home, room in zip(tasks, self.homes, self.of_task, strict=True):
+            of_tensors = {name: value for name, value in task.scalars.items() if isinstance(value, Tensor)}
+            tensors += [(room[name], value) for name, value in of_tensors.items()]
+            numbers[home].append([0.0 if name in of_tensors else value for name, value in task.scalars.items()])
+        if len(tensors) < len(tasks) * len(tasks[0].scalars):
+            for home, values in numbers.items():
+                self.batches[home].copy_(torch.tensor(values, dtype=torch.float64), non_blocking=True)
+        for room, value in tensors:
+            room.copy_(value)
 
 
 def in_layout_of(param: Tensor, value: Tensor) -> Tensor:
-    """`value`, copied where its strides are not those of the parameter."""
-    strides = [
-        [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-        for tensor in (param, value)
-    ]
-    return value if strides[0] == strides[1] else torch.empty_like(param, dtype=value.dtype).copy_(value)
+    """`value`, copied where its strides are not those of the parameter (of a dimension of 1, they mean nothing)."""
+    if value.stride() == param.stride():
+        return value
+    places = zip(value.stride(), param.stride(), param.shape, strict=True)
+    if all(own == other for own, other, size in places if size > 1):
+        return value
+    return torch.empty_like(param, dtype=value.dtype).copy_(value)
+
+
+@functools.cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
 
 
 def _laid_out(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The memory of a dense tensor, in a shape of the same size."""
-    strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
-    return value.detach().as_strided(shape, strides)
+    return value.as_strided(shape, _strides(shape))

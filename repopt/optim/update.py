@@ -10,6 +10,7 @@ act on the imagined branches; where the rule normalises the gradient, it comes a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,21 +36,33 @@ class Rule(NamedTuple):
     degree: int
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A parameter and what belongs to it, where they are in memory; the same object from step to step.
+
+    Attributes:
+        param: what is updated.
+        mult: its multiplier; None means the plain rule.
+        state: tensors of the same shape that the rule keeps, by name.
+    """
+
+    param: Tensor
+    mult: GradMult | None
+    state: State
+
+
 class Task(NamedTuple):
     """What a step does to one parameter.
 
     Attributes:
-        param, gradient: of one shape.
-        mult: the multiplier; None means the plain rule.
-        state: tensors of the same shape that the rule keeps, by name.
+        place: the parameter.
+        gradient: of its shape.
         constants: hyper-parameters of the parameter's group, ``weight_decay`` among them.
         scalars: what changes from step to step, ``lr`` among them: numbers, or tensors of no dimension.
     """
 
-    param: Tensor
+    place: Place
     gradient: Tensor
-    mult: GradMult | None
-    state: State
     constants: Hyper
     scalars: Hyper
 
@@ -57,7 +70,7 @@ class Task(NamedTuple):
 def apply(
     rule: Rule, param: Tensor, gradient: Tensor, mult: Callable[[Tensor], Tensor] | None, state: State, hyper: Hyper
 ) -> None:
-    """Update a parameter and its state in place (arguments as of `Task`; `hyper` are its constants and scalars)."""
+    """Update a parameter and its state in place (see `Place` and `Task`; `hyper` holds constants and scalars)."""
     lr, decay = hyper["lr"], hyper["weight_decay"]
     if rule.degree == 1:
         if mult is not None:
@@ -79,8 +92,8 @@ PIECE = 2**18  # entries: the temporaries of a piece stay in the cache, and peak
 
 def eager_update(rule: Rule, tasks: list[Task]) -> None:
     """One task after the other, large parameters in pieces of some filters."""
-    for param, gradient, mult, state, constants, scalars in tasks:
-        hyper = {**constants, **scalars}
+    for place, gradient, constants, scalars in tasks:
+        param, mult, state, hyper = place.param, place.mult, place.state, {**constants, **scalars}
         if param.numel() <= PIECE:
             apply(rule, param, gradient, mult, state, hyper)
             continue
