@@ -219,8 +219,8 @@ class RepOptimizer(torch.optim.Optimizer):
         if left and not self._warned:
             self._warned = True
             logger.warning(
-                f"{type(self).__name__}: parameters are neither contiguous nor channels_last, and their steps eager and "
-                f"slower: {len(left)}, the first of the shape {tuple(left[0].place.param.shape)}"
+                f"{type(self).__name__}: parameters are neither contiguous nor channels_last, so their steps are "
+                f"eager and slower: {len(left)}, the first of the shape {tuple(left[0].place.param.shape)}"
             )
         return left
 
