@@ -12,6 +12,7 @@ from torch import Tensor
 from repopt.csla import GradMult
 from repopt.errors import UserError, unknown
 from repopt.logging import logger
+from repopt.optim.bundles import Bundles
 from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
 from repopt.optim.shards import local, local_mult
 from repopt.optim.update import Hyper, Place, Rule, State, Task, check_degree, eager_update
@@ -162,9 +163,11 @@ class RepOptimizer(torch.optim.Optimizer):
                     task = Task(place, local(param.grad), constants, self._scalars(param, group))
                     (first if is_first else tasks).append(task)
         eager_update(self._rule, [task._replace(constants={**task.constants, **self.at_first}) for task in first])
+        tasks = self._bundles.gather(tasks)
         if tasks and self._compiles():
             tasks = self._compiled(tasks)
         eager_update(self._rule, tasks)
+        self._bundles.scatter()
         return loss
 
     def _place(self, param: Tensor, names: tuple[str, ...]) -> tuple[bool, Place]:
@@ -227,6 +230,7 @@ class RepOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop what is derived and made again when it is needed."""
         self._places: dict[Tensor, _Known] = {}
+        self._bundles = Bundles()
         self._compiled_update = CompiledUpdate(self._rule)
         self._warned = False
 
