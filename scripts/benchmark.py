@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import platform
+import random
 import shlex
 import statistics
 import sys
@@ -66,9 +67,10 @@ def optimizer_benchmark(arch: str, device: torch.device, rounds: int) -> list[di
         for _ in range(3):
             contender.step()
     times: list[list[float]] = [[] for _ in contenders]
+    order = random.Random(0)
     for _ in tqdm(range(rounds), desc="measuring", unit="round", disable=None):
-        for contender, own in zip(contenders, times, strict=True):
-            own.append(_timed(contender.step, device))
+        for place in order.sample(range(len(contenders)), len(contenders)):  # what ran before has its effect, too
+            times[place].append(_timed(contenders[place].step, device))
     fused = {
         c.rule: statistics.median(own)
         for c, own in zip(contenders, times, strict=True)

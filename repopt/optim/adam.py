@@ -55,7 +55,7 @@ class RepAdamW(RepOptimizer):
     @staticmethod
     def corrections(step: Any, group: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
         beta1, beta2 = group["betas"]
-        return {"correction1": 1 - beta1**step, "correction2": (1 - beta2**step) ** 0.5}
+        return {"unbias_mean": 1 / (1 - beta1**step), "unbias_deviation": (1 - beta2**step) ** -0.5}
 
     @staticmethod
     def direction(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:  # noqa: D102
@@ -65,7 +65,7 @@ class RepAdamW(RepOptimizer):
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         if hyper["amsgrad"]:
             square = state["max_exp_avg_sq"].copy_(torch.maximum(state["max_exp_avg_sq"], square))
-        return mean / (hyper["correction1"] * (square.sqrt() / hyper["correction2"] + hyper["eps"]))
+        return hyper["unbias_mean"] * mean / (square.sqrt() * hyper["unbias_deviation"] + hyper["eps"])
 
 
 class RepAdam(RepAdamW):

@@ -5,6 +5,8 @@ Most parameters of a network are vectors (batch norms, biases). One by one they 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,51 +19,54 @@ class Bundles:
     """Gathers the small parameters without multipliers before an update, and scatters them afterwards."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[Place, ...], Place] = {}
+        self._bundles: dict[tuple[Place, ...], _Bundle] = {}
 
     def gather(self, tasks: list[Task]) -> list[Task]:
         """The tasks, where those of small plain parameters with equal hyper-parameters have become one."""
         alike: dict[object, list[Task]] = {}
-        others = []
+        gathered = []
         for task in tasks:
             param = task.place.param
             numbers = tuple(task.scalars.values())
             if task.place.mult is None and param.numel() <= SMALL and not any(isinstance(n, Tensor) for n in numbers):
                 alike.setdefault((id(task.constants), numbers, param.device, param.dtype), []).append(task)
             else:
-                others.append(task)
-        known, self._places = self._places, {}
+                gathered.append(task)
+        known, self._bundles = self._bundles, {}
         for small in alike.values():
             members = tuple(task.place for task in small)
-            place = known.get(members) or Place(
-                _flat([member.param for member in members]),
-                None,
-                {name: _flat([member.state[name] for member in members]) for name in members[0].state},
-            )
-            self._places[members] = place
-            if members in known:
-                _gather([member.param for member in members], place.param)
-                for name, flat in place.state.items():
-                    _gather([member.state[name] for member in members], flat)
-            others.append(small[0]._replace(place=place, gradient=_flat([task.gradient for task in small])))
-        return others
+            bundle = self._bundles[members] = known.get(members) or _bundle(members)
+            torch._foreach_copy_(bundle.parts, bundle.tensors)
+            gradient = torch.cat([task.gradient.reshape(-1) for task in small])
+            gathered.append(small[0]._replace(place=bundle.place, gradient=gradient))
+        return gathered
 
     def scatter(self) -> None:
         """Give the parameters that were gathered, and their states, what became of them."""
-        for members, place in self._places.items():
-            _scatter(place.param, [member.param for member in members])
-            for name, flat in place.state.items():
-                _scatter(flat, [member.state[name] for member in members])
+        for bundle in self._bundles.values():
+            torch._foreach_copy_(bundle.tensors, bundle.parts)
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+class _Bundle(NamedTuple):
+    """Parameters and states of some places, and the parts of one large place that stand for them."""
+
+    tensors: list[Tensor]
+    parts: list[Tensor]
+    place: Place
 
 
-def _gather(tensors: list[Tensor], flat: Tensor) -> None:
-    torch.cat([tensor.reshape(-1) for tensor in tensors], out=flat)
+def _bundle(members: tuple[Place, ...]) -> _Bundle:
+    params = [member.param.detach() for member in members]
+    sizes = [param.numel() for param in params]
+    bundle = _Bundle([], [], Place(params[0].new_empty(sum(sizes)), None, {}))
 
+    def add(tensors: list[Tensor], flat: Tensor) -> None:
+        parts = flat.split(sizes)
+        bundle.tensors.extend(tensors)
+        bundle.parts.extend(part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True))
 
-def _scatter(flat: Tensor, tensors: list[Tensor]) -> None:
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+    add(params, bundle.place.param)
+    for name in members[0].state:
+        bundle.place.state[name] = torch.empty_like(bundle.place.param)
+        add([member.state[name] for member in members], bundle.place.state[name])
+    return bundle

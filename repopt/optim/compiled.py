@@ -8,8 +8,9 @@ contiguous and meets one small pattern again and again, instead of computing whe
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,11 +86,20 @@ def tiles_of(mult: GradMult, *, channels_last: bool) -> Tiles:
 CompileError = torch._dynamo.exc.TorchDynamoException
 
 
-@functools.partial(torch.compile, fullgraph=True, dynamic=False, options=OPTIONS)
-def _update(rule: Rule, groups: list[tuple[Hyper, list[tuple[Any, ...]]]]) -> None:
+def _by_program(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of a compiled step are kept: all but one would look at every tensor again, in every step."""
+    return [guard.name == "program" for guard in guards]
+
+
+@functools.partial(torch.compile, fullgraph=True, dynamic=False, options={**OPTIONS, "guard_filter_fn": _by_program})
+def _update(program: int, rule: Rule, groups: list[tuple[Hyper, list[tuple[Any, ...]]]]) -> None:
+    assert program > 0  # reads it, so that it is guarded
     for constants, entries in groups:
         for param, gradient, mult, state, scalars in entries:
             apply(rule, param, gradient, mult, state, {**constants, **scalars})
+
+
+_programs = itertools.count(1)
 
 
 class CompiledUpdate:
@@ -99,6 +109,7 @@ class CompiledUpdate:
         self.rule = rule
         self._slots: dict[Place, _Slot | None] = {}
         self._places: list[Place] = []
+        self._constants: list[Hyper] = []
         self._scalars = _Scalars([])
 
     def __call__(self, tasks: list[Task]) -> list[Task]:
@@ -109,8 +120,10 @@ class CompiledUpdate:
             CompileError: there is no compiler, say; nothing has been done.
         """
         places = [task.place for task in tasks]
-        if places != self._places:
-            self._places = places
+        constants = [task.constants for task in tasks]
+        if places != self._places or constants != self._constants:
+            self.program = next(_programs)
+            self._places, self._constants = places, constants
             self._slots = {place: self._slots.get(place) or _slot(place) for place in places}
             self._scalars = _Scalars(tasks)
         self._scalars.set(tasks)
@@ -125,7 +138,7 @@ class CompiledUpdate:
             _, entries = groups.setdefault(id(task.constants), (task.constants, []))
             entries.append((slot.param, gradient, slot.mult, slot.state, scalars))
         if groups:
-            _update(self.rule, list(groups.values()))
+            _update(self.program, self.rule, list(groups.values()))
         return left
 
     def tensors(self) -> list[Tensor]:
