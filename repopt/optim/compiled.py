@@ -57,6 +57,16 @@ class Tiles(NamedTuple):
             mult = mult + torch.where(here == self.position, self.diagonal, 0.0)
         return gradient * mult
 
+    def in_its_loops(self, gradient: Tensor) -> Tensor:
+        """The gradient times 1, read in the loops in which it would be multiplied.
+
+        Where M enters late, Inductor would update the state in a loop of its own before: the memory is passed over once
+        more. What depends on the coefficients has their loops.
+        """
+        for factor in (self.coefficients[0], *self.patterns[:1]):
+            gradient = gradient * (0 * factor + 1)
+        return gradient
+
 
 def tiles_of(mult: GradMult, *, channels_last: bool) -> Tiles:
     """The layout of a multiplier (O, I, *k)."""
@@ -96,6 +106,8 @@ def _update(program: int, rule: Rule, groups: list[tuple[Hyper, list[tuple[Any, 
     assert program > 0  # reads it, so that it is guarded
     for constants, entries in groups:
         for param, gradient, mult, state, scalars in entries:
+            if mult is not None and rule.degree != 1:
+                gradient = mult.in_its_loops(gradient)
             apply(rule, param, gradient, mult, state, {**constants, **scalars})
 
 
