@@ -1,0 +1,135 @@
+"""The documents' examples run, in the order in which they stand, and do what the text says."""
+
+import ast
+import contextlib
+import copy
+import functools
+import io
+import re
+from pathlib import Path
+
+import check_equivalency
+import pytest
+import test_families
+import test_optim
+import torch
+from check_equivalency import BOUND, SIGNS, largest_difference
+from test_convert import fenced_code
+
+from repopt.layers import MODES
+from repopt.models import list_archs, registry, timm_registry
+from repopt.optim import RULES
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def run(name):
+    """What the python examples of a document leave behind."""
+    namespace = {"__name__": name}
+    for code in fenced_code(DOCS / f"{name}.md"):
+        exec(compile(code, f"{name}.md", "exec"), namespace)
+    return namespace
+
+
+def test_every_document_is_tested():
+    tested = {
+        "converting",
+        "law",
+        "adding_a_model",
+        "adding_an_update_rule",
+        "training_loop",
+    }  # the first in test_convert
+    assert {path.stem for path in DOCS.glob("*.md")} == tested
+
+
+def test_links_lead_somewhere():
+    for path in DOCS.glob("*.md"):
+        for link in re.findall(r"\]\(([\w./]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+        for test in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", path.read_text()):
+            file, function = test
+            assert not function or f"def {function}(" in (DOCS.parent / file).read_text(), f"{path.name}: {test}"
+
+
+def test_law(capsys):
+    run("law")
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"^# ([01] \[.*\])  ", (DOCS / "law.md").read_text(), re.MULTILINE)
+    assert printed == promised
+
+
+class TestAddingAModel:
+    @pytest.fixture(scope="class", autouse=True)
+    def documented(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(registry, "_families", dict(registry._families))
+            patch.setattr(timm_registry, "register_model", lambda entrypoint: entrypoint)
+            yield run("adding_a_model")
+
+    def test_it_trains_and_deploys(self, documented):
+        assert documented["losses"][-1] < 0.5 * documented["losses"][0]
+        assert {"stage0.0.scale_5x5.weight", "stage0.1.identity.weight"} <= documented["scales"].keys()
+        model, x = documented["model"].eval(), documented["images"]
+        torch.testing.assert_close(documented["deployed"].eval()(x), model(x), rtol=1e-4, atol=1e-4)
+        assert {"Wide-tiny-hs", "Wide-tiny-target"} <= list_archs().keys()
+        assert "wide_tiny" in timm_registry.default_cfgs
+
+    @pytest.mark.parametrize("signs", SIGNS)
+    @pytest.mark.parametrize("rule", check_equivalency.SETTINGS)
+    def test_the_check_takes_it(self, rule, signs):
+        csla, target = (check_equivalency.create("Wide-tiny", mode).double() for mode in ("csla", "target"))
+        images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+        assert largest_difference(csla, target, rule, SIGNS[signs], images, steps=5) < BOUND
+
+    def test_the_tests_of_families_take_it(self, monkeypatch):
+        monkeypatch.setitem(test_families.SIZES, "Wide-tiny", 16)
+        for mode in MODES:
+            test_families.test_deployed_network_is_the_same_function("Wide-tiny", mode)
+            test_families.test_activation_checkpointing_changes_nothing("Wide-tiny", mode)
+        test_families.test_csla_and_target_start_as_the_same_function("Wide-tiny", "searched")
+
+
+class TestAddingAnUpdateRule:
+    @pytest.fixture(scope="class", autouse=True)
+    def documented(self):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in RULES.keys() | {"adagrad"}:
+                patch.setitem(RULES, name, RULES.get(name))
+            row = re.search(r'"adagrad": (\(.*\)),\n', (DOCS / "adding_an_update_rule.md").read_text())
+            patch.setitem(check_equivalency.SETTINGS, "adagrad", ast.literal_eval(row[1]))
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                namespace = run("adding_an_update_rule")
+            yield namespace | {"printed": printed.getvalue().splitlines()}
+
+    def test_what_is_refused(self, documented):
+        promised = re.search(r"```text\n(.*)\n```", (DOCS / "adding_an_update_rule.md").read_text())[1]
+        assert documented["printed"][0] == promised
+
+    def test_it_follows_the_csla_network(self, documented):
+        assert documented["moved"] > 0.1
+        assert documented["apart"] < BOUND * documented["moved"]
+
+    @pytest.mark.parametrize("signs", SIGNS)
+    @pytest.mark.parametrize("block", check_equivalency.BLOCKS)
+    def test_the_rows_are_enough(self, block, signs):
+        setup = check_equivalency.BLOCKS[block]
+        csla, target = (check_equivalency.OneBlock(setup, mode).double() for mode in ("csla", "target"))
+        channels = setup.block.target.shape[1] * setup.block.target.groups
+        images = torch.randn(8, channels, 7, 7, dtype=torch.float64)
+        assert largest_difference(csla, target, "adagrad", SIGNS[signs], images, steps=20) < BOUND
+
+    @pytest.mark.parametrize("settings", [{"lr": 0.1}, {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-3}])
+    @pytest.mark.parametrize("implementation", ["eager", "compiled"])
+    def test_it_is_torchs_own_and_takes_its_state(self, documented, settings, implementation):
+        a, b = (test_optim.network() for _ in range(2))
+        rep = functools.partial(documented["RepAdagrad"], grad_mults={}, implementation=implementation, **settings)
+        first = rep(a.named_parameters())
+        plain = torch.optim.Adagrad(b.named_parameters(), **settings)
+        test_optim.steps(a, first, 3)
+        test_optim.steps(b, plain, 3)
+        test_optim.assert_same(a, b)
+        second = rep(a.named_parameters())
+        second.load_state_dict(copy.deepcopy(plain.state_dict()))
+        test_optim.steps(a, second, 3)
+        test_optim.steps(b, plain, 3)
+        test_optim.assert_same(a, b)
