@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from repopt.csla import GradMult
 from repopt.errors import UserError, unknown
@@ -17,13 +19,20 @@ Scales = Mapping[str, Tensor]
 IdentityInit = Literal["searched", "one"]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` or DistributedDataParallel is around it: names are those within."""
+    while isinstance(model, (OptimizedModule, DistributedDataParallel)):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
+
+
 def declared_blocks(model: nn.Module, *modes: Mode) -> Iterator[tuple[str, RepConv2d]]:
     """Every declared block of a model, with the path of its module.
 
     Raises:
         UserError: modes are asked for, and there is no block, or one in another mode.
     """
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, RepConv2d)]
+    found = [(path, module) for path, module in unwrapped(model).named_modules() if isinstance(module, RepConv2d)]
     if modes and not found:
         raise UserError(f"{type(model).__name__} has no declared blocks: this needs one in {' or '.join(modes)} mode")
     for path, module in found:
@@ -123,7 +132,7 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Gr
     """
     blocks = list(declared_blocks(model, "target"))
     scales = {name: scale.double() for name, scale in fit_scales(model, scales).items()}  # rounded once, at the end
-    names = {param: name for name, param in model.named_parameters()}
+    names = {param: name for name, param in unwrapped(model).named_parameters()}
     mults: dict[str, GradMult] = {}
     for path, module in blocks:
         kernel = module.kernel()
@@ -153,7 +162,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         if module.mode == "csla" or (module.mode == "hs" and branch.scale is None and branch.decay_in_search)
     }
     decayed, rest = [], []
-    for name, param in model.named_parameters():
+    for name, param in unwrapped(model).named_parameters():
         if param.requires_grad:
             (decayed if param.dim() > 1 or name in kernels else rest).append((name, param))
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -161,7 +161,8 @@ class RepOptimizer(torch.optim.Optimizer):
                 if param.grad is not None:
                     is_first, place = self._place(param, names)
                     task = Task(place, local(param.grad), constants, self._scalars(param, group))
-                    (first if is_first else tasks).append(task)
+                    if place.param.numel():  # a process may have nothing of a small parameter
+                        (first if is_first else tasks).append(task)
         eager_update(self._rule, [task._replace(constants={**task.constants, **self.at_first}) for task in first])
         tasks = self._bundles.gather(tasks)
         if tasks and self._compiles():
@@ -203,7 +204,7 @@ class RepOptimizer(torch.optim.Optimizer):
                 before, dtype=torch.float32, device=device
             )  # as torch.optim keeps it
         step += 1
-        return {"lr": group["lr"], **self.corrections(step if capturable else step.item(), group)}
+        return {"lr": group["lr"], **self.corrections(step.double() if capturable else step.item(), group)}
 
     def _compiles(self) -> bool:
         if self.implementation == "auto":
@@ -218,7 +219,8 @@ class RepOptimizer(torch.optim.Optimizer):
         except CompileError as error:
             reason = str(error).strip().splitlines()[0]
             logger.warning(f"{type(self).__name__}: torch.compile failed, so steps are eager and slower: {reason}")
-            self.implementation, left = "eager", tasks
+            self.implementation = "eager"
+            return tasks
         if left and not self._warned:
             self._warned = True
             logger.warning(

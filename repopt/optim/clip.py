@@ -9,6 +9,7 @@ from torch import Tensor
 
 from repopt.csla import GradMult
 from repopt.errors import UserError
+from repopt.optim.shards import local, local_mult, sum_over_shards
 
 
 @torch.no_grad()
@@ -36,14 +37,20 @@ def clip_grad_norm_(
             "clipping takes the multipliers of degree 1, whatever the optimizer's degree: "
             "repopt.grad_mults(model, scales, degree=1)"
         )
-    gradients = {name: p.grad for name, p in named_parameters if p.grad is not None}
-    if not gradients:
+    trained = [(name, param) for name, param in named_parameters if param.grad is not None]
+    if not trained:
         return torch.zeros(())
     squares = []
-    for name, gradient in gradients.items():
+    for name, param in trained:
+        gradient = local(param.grad)
         mult = grad_mults.get(name)
-        weighted = gradient if mult is None else mult.to(gradient.device, gradient.dtype)(gradient)
-        squares.append(torch.sum(weighted * gradient))
-    norm = torch.stack(squares).sum().sqrt()
-    torch._foreach_mul_(list(gradients.values()), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        if mult is None:
+            weighted = gradient
+        else:
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            weighted = local_mult(name, param, mult).to(gradient.device, dtype)(gradient)
+        squares.append(sum_over_shards(torch.sum(weighted * gradient), param))
+    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(param.grad) for _, param in trained], factor)
     return norm

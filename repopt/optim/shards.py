@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor
 
 from repopt.csla import GradMult
@@ -23,22 +24,26 @@ def local_mult(name: str, param: Tensor, mult: GradMult) -> GradMult:
     """
     if not _is_sharded(param):
         return mult
-    start, stop = 0, param.shape[0]
-    splits = 0
-    for dimension, placement in enumerate(param.placements):
-        if placement.is_replicate():
-            continue
-        splits += 1
-        if type(placement).__name__ != "Shard" or placement.dim != 0 or splits > 1:
-            raise UserError(
-                f"{name!r} is spread over processes as {placement}: a RepOptimizer needs whole filters, split once "
-                "along dimension 0 (torch's fully_shard does that)"
-            )
-        mesh = param.device_mesh
-        count = -(-param.shape[0] // mesh.size(dimension))
-        start = min(mesh.get_local_rank(dimension) * count, param.shape[0])
-        stop = min(start + count, param.shape[0])
-    return mult.rows(start, stop)
+    split = [(place, placement) for place, placement in enumerate(param.placements) if not placement.is_replicate()]
+    if any(not placement.is_shard(0) for _, placement in split) or len(split) > 1:
+        raise UserError(
+            f"{name!r} is spread over processes as {param.placements}: a RepOptimizer needs whole filters, split once "
+            "along dimension 0 (torch's fully_shard does that)"
+        )
+    start, count = 0, param.shape[0]
+    for place, _ in split:
+        count = -(-param.shape[0] // param.device_mesh.size(place))
+        start = param.device_mesh.get_local_rank(place) * count
+    return mult.rows(start, start + count)
+
+
+def sum_over_shards(value: Tensor, param: Tensor) -> Tensor:
+    """The sum of what every process has of a parameter."""
+    if _is_sharded(param):
+        for place, placement in enumerate(param.placements):
+            if not placement.is_replicate():
+                torch.distributed.all_reduce(value, group=param.device_mesh.get_group(place))
+    return value
 
 
 def _is_sharded(tensor: Tensor) -> bool:

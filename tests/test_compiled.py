@@ -1,0 +1,144 @@
+"""The compiled step is the eager step, to rounding."""
+
+import logging
+
+import check_equivalency
+import pytest
+import torch
+from check_equivalency import BLOCKS, SETTINGS
+
+import repopt
+from repopt.layers import RepConv2d
+from repopt.optim import RULES, RepSGD
+from repopt.optim.compiled import CompileError, tiles_of
+
+WIDE = check_equivalency.Setup(  # 16 input channels: the tiled layout
+    repopt.Block(repopt.Target("conv", (32, 32, 3, 3)), BLOCKS["3x3 + 1x1 + identity"].block.branches)
+)
+NETWORK = [*BLOCKS.values(), WIDE]
+
+
+def network(channels_last):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList(RepConv2d(setup.block, "target") for setup in NETWORK)
+    model.append(torch.nn.BatchNorm2d(7)).append(torch.nn.Linear(3, 2))
+    model = model.double()
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def scales_of(model):
+    torch.manual_seed(1)
+    names = [f"{path}.{b.searched}.weight" for path, m in repopt.declared_blocks(model) for b in m.block.branches]
+    sizes = [m.block.target.shape[0] for _, m in repopt.declared_blocks(model) for _ in m.block.branches]
+    return {name: torch.randn(size, dtype=torch.float64) for name, size in zip(names, sizes, strict=True)}
+
+
+def trained(rule, implementation, channels_last, steps=3, strided=False):
+    model = network(channels_last)
+    name, settings = SETTINGS[rule]
+    settings = settings | {"implementation": implementation}
+    optimizer = repopt.build_optimizer(name, model, scales_of(model), **settings)
+    generator = torch.Generator().manual_seed(2)
+    gradients = []
+    for step in range(steps):
+        for param in model.parameters():
+            gradient = torch.randn(param.shape, generator=generator, dtype=param.dtype)
+            param.grad = gradient if strided else torch.empty_like(param).copy_(gradient)
+            gradients.append((param, param.grad.clone()))
+        optimizer.param_groups[0]["lr"] *= 0.9
+        optimizer.step()
+        assert all(torch.equal(param.grad, gradient) for param, gradient in gradients[-len(gradients) // (step + 1) :])
+    assert optimizer.implementation == implementation
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("rule", SETTINGS)
+def test_compiled_is_eager(rule):
+    for a, b in zip(trained(rule, "compiled", False), trained(rule, "eager", False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_channels_last(strided):
+    compiled = trained("sgd", "compiled", True, strided=strided)
+    for a, b in zip(compiled, trained("sgd", "eager", False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("degree", [0, 1])
+def test_the_layout_is_the_multiplier(degree, channels_last):
+    model = network(channels_last)
+    kernels = dict(model.named_parameters())
+    for name, mult in repopt.grad_mults(model, scales_of(model), degree=degree).items():
+        last = channels_last and not kernels[name].is_contiguous()
+        tiles = tiles_of(mult, channels_last=last)
+        dense = mult.dense().movedim(1, -1) if last else mult.dense()
+        laid_out = tiles(torch.ones(tiles.shape, dtype=torch.float64))
+        torch.testing.assert_close(laid_out.reshape(-1), dense.reshape(-1), rtol=1e-15, atol=1e-15)
+
+
+def test_multipliers_stay_small():
+    model = network(False)
+    for rule in RULES.values():
+        optimizer = rule.rep(
+            repopt.param_groups(model, 0.0),
+            grad_mults=repopt.grad_mults(model, scales_of(model), degree=rule.rep.degree),
+        )
+        before = optimizer.multiplier_bytes()
+        assert before > 0
+        assert before == sum(tensor.nbytes for mult in optimizer.grad_mults.values() for tensor in mult.tensors())
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("repopt"), "propagate", True)
+    with caplog.at_level("WARNING", logger="repopt"):
+        yield caplog
+
+
+def test_where_compiling_fails_it_says_so_and_steps_eagerly(monkeypatch, warnings):
+    def broken(*_):
+        raise CompileError("no C++ compiler\nwas found")
+
+    monkeypatch.setattr("repopt.optim.compiled._update", broken)
+    model = network(False)
+    optimizer = repopt.build_optimizer("sgd", model, scales_of(model), lr=0.1, momentum=0.9, implementation="compiled")
+    for _ in range(3):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert optimizer.implementation == "eager"
+    assert [record.message for record in warnings.records] == [
+        "RepSGD: torch.compile failed, so steps are eager and slower: no C++ compiler"
+    ]
+
+
+def test_other_layouts_are_eager_and_it_says_so(warnings):
+    weights = []
+    for implementation in ("compiled", "eager"):
+        generator = torch.Generator().manual_seed(0)
+        odd = torch.nn.Parameter(torch.randn(2, 3, 4, generator=generator, dtype=torch.float64).permute(2, 0, 1))
+        even = torch.nn.Parameter(torch.randn(2, 3, generator=generator, dtype=torch.float64))
+        optimizer = RepSGD(
+            [("odd", odd), ("even", even)], lr=0.1, momentum=0.9, grad_mults={}, implementation=implementation
+        )
+        optimizer._bundles.gather = lambda tasks: tasks  # both are small, and would be done as one
+        for _ in range(3):
+            odd.grad, even.grad = torch.ones_like(odd), torch.ones_like(even)
+            optimizer.step()
+        weights += [odd.detach(), even.detach()]
+    assert torch.equal(weights[0], weights[2])
+    torch.testing.assert_close(weights[1], weights[3], rtol=1e-14, atol=0)
+    (record,) = warnings.records
+    assert "neither contiguous nor channels_last" in record.message
+    assert "1, the first of the shape (4, 2, 3)" in record.message
+
+
+def test_auto_compiles_large_networks_only(monkeypatch):
+    model = network(False)
+    optimizer = repopt.build_optimizer("sgd", model, scales_of(model), lr=0.1)
+    assert not optimizer._compiles()
+    monkeypatch.setattr("repopt.optim.base.COMPILE_FROM", 1000)
+    optimizer = repopt.build_optimizer("sgd", model, scales_of(model), lr=0.1)
+    assert optimizer._compiles()
