@@ -133,3 +133,13 @@ class TestAddingAnUpdateRule:
         test_optim.steps(a, second, 3)
         test_optim.steps(b, plain, 3)
         test_optim.assert_same(a, b)
+
+
+class TestTrainingLoop:
+    @pytest.fixture(scope="class", autouse=True)
+    def documented(self):
+        return run("training_loop")
+
+    def test_it_learns(self, documented):
+        assert documented["found"] > 0.9
+        assert documented["accuracy"] > 0.9
