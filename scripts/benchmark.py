@@ -2,9 +2,9 @@
 
     python scripts/benchmark.py optimizer [--arch RepOpt-VGG-B1] [--device cuda] [--rounds 30]
 
-`optimizer`: a step of RepSGD and RepAdamW, of torch's SGD and AdamW, and of the naive loop that multiplies every gradient
-by a dense tensor, on the parameters of one network. All take turns, round after round, so that what else the machine does
-meets them alike. The table is printed; it is also written to benchmarks/ as JSON.
+`optimizer`: a step of RepSGD and RepAdamW, of torch's SGD and AdamW, and of the naive loop that multiplies every
+gradient by a dense tensor, on the parameters of one network. All take turns, in random order, round after round, so
+that what else the machine does meets them alike. The table is printed; it is also written to benchmarks/ as JSON.
 """
 
 from __future__ import annotations

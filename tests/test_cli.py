@@ -392,7 +392,7 @@ MISTAKES = {
         r"block 'stage0' expects .* \(48,\), found \(16,\)",
     ),
     "no scale file": (["--arch", TARGET, "--scales-path", "{tmp}/a.pth", "--opts", *DIGITS], "no file '{tmp}/a.pth'"),
-    "optimizer": (["--arch", HS, "--opts", *DIGITS, "TRAIN.OPTIMIZER.NAME", "adam"], "did you mean 'adamw'"),
+    "optimizer": (["--arch", HS, "--opts", *DIGITS, "TRAIN.OPTIMIZER.NAME", "adamx"], "did you mean 'adam'"),
     "eval of nothing": (["--arch", HS, "--eval", "--opts", *DIGITS], "--resume FILE"),
     "no checkpoint": (["--arch", HS, "--eval", "--resume", "{tmp}/a.pth", "--opts", *DIGITS], "no file '{tmp}/a.pth'"),
     "foreign checkpoint": (

@@ -114,6 +114,29 @@ def test_where_compiling_fails_it_says_so_and_steps_eagerly(monkeypatch, warning
     ]
 
 
+def test_gradients_come_and_go_and_hyperparameters_change(warnings):
+    """Each is another compiled function; a schedule of the momentum would be one a step, and is left to eager."""
+    found = []
+    for implementation in ("compiled", "eager"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2).double()
+        optimizer = RepSGD(model.named_parameters(), lr=0.1, momentum=0.9, grad_mults={}, implementation=implementation)
+        for step in range(12):
+            for param in model.parameters():
+                param.grad = torch.full_like(param, step)
+            if step == 3:
+                model.bias.grad = None
+            if step >= 5:
+                optimizer.param_groups[0]["momentum"] = 0.9 - 0.01 * step
+            optimizer.step()
+            if step == 8 and implementation == "compiled":
+                assert optimizer.implementation == "compiled"
+        found.append(torch.cat([param.detach().reshape(-1) for param in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-13, atol=0)
+    (record,) = warnings.records
+    assert "hyper-parameters other than the learning rate change again and again" in record.message
+
+
 def test_other_layouts_are_eager_and_it_says_so(warnings):
     weights = []
     for implementation in ("compiled", "eager"):

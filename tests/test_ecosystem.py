@@ -295,9 +295,9 @@ for params in (net().parameters(), net().named_parameters()):
     try:
         ZeroRedundancyOptimizer(params, repopt.RepSGD, lr=0.1, grad_mults=repopt.grad_mults(net(), scales(), degree=1))
     except (repopt.UserError, TypeError) as error:
-        print("refused:", error)
+        if dist.get_rank() == 0:
+            print("refused:", error)
 dist.destroy_process_group()
-print("done")
 """
 
 
@@ -309,6 +309,5 @@ def test_many_processes(tmp_path):
         [*command, tmp_path / "worker.py"], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done") == 2
-    assert done.stdout.count("refused: a RepOptimizer takes named parameters") == 2
-    assert done.stdout.count("refused: ") == 4
+    assert done.stdout.count("refused: a RepOptimizer takes named parameters") == 1, done.stdout
+    assert done.stdout.count("refused: ") == 2, done.stdout

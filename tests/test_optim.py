@@ -248,11 +248,13 @@ def test_a_users_own_rule():
         (0, lambda g, state, hyper: torch.linalg.qr(g).Q),  # as Muon
         (0, lambda g, state, hyper: g / g.square().mean(0).sqrt()),  # as Adafactor
         (1, lambda g, state, hyper: g.abs()),  # not odd
+        (1, lambda g, state, hyper: g.sign() * state["m"].copy_(torch.maximum(state["m"], g.abs()))),  # not linear
     ],
 )
 def test_rules_that_break_the_law_are_refused(degree, direction, monkeypatch):
     monkeypatch.setattr(_Rule, "degree", degree)
     monkeypatch.setattr(_Rule, "direction", staticmethod(direction))
+    monkeypatch.setattr(_Rule, "state_names", lambda self, group: ("m",))
     model = network()
     with pytest.raises(UserError, match=f"_Rule cannot be re-parameterized.*degree {degree}"):
         _Rule(model.named_parameters(), mults(model, degree))
@@ -299,6 +301,16 @@ def test_what_epsilon_means(rule):
         difference[exact] = float((csla.kernel() - target.kernel()).detach().norm() / target.kernel().detach().norm())
     assert difference[True] < 1e-12
     assert difference[False] > 1e-4
+
+
+def test_clipping_knows_its_multipliers():
+    model = network()
+    model(torch.ones(1, 3, 4, 4, dtype=torch.float64)).sum().backward()
+    with pytest.raises(UserError, match="degree 1, whatever"):
+        repopt.clip_grad_norm_(model.named_parameters(), 1.0, mults(model, degree=0))
+    with pytest.raises(UserError, match=r"Grad Mult for '0.weight', but no parameter"):
+        named = [(f"module.{name}", param) for name, param in model.named_parameters()]
+        repopt.clip_grad_norm_(named, 1.0, mults(model))
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])

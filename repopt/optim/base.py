@@ -44,7 +44,8 @@ class RepOptimizer(torch.optim.Optimizer):
             added later brings its own under the key "grad_mults".
         implementation: "compiled" is one function for the whole step, made by torch.compile; "eager" takes one
             parameter after the other; "auto" is compiled from 4 M multiplied entries on. Where compiling fails, a
-            warning says so, and steps are eager. The first step of a parameter is eager.
+            warning says so, and steps are eager. A parameter's first step, in which
+            its state is made, is eager.
 
     Raises:
         UserError: negative hyper-parameters, parameters without names, multipliers for names or shapes that are not
@@ -63,7 +64,8 @@ class RepOptimizer(torch.optim.Optimizer):
         implementation: Implementation,
     ) -> None:
         for name, value in defaults.items():
-            if any(not number >= 0 for number in (value if isinstance(value, tuple) else (value,))):
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, (int, float, Tensor)) and not number >= 0 for number in numbers):
                 raise UserError(f"{name} of an optimizer is not negative: {value}")
         if implementation not in get_args(Implementation):
             raise unknown("implementation", implementation, get_args(Implementation))
@@ -194,7 +196,7 @@ class RepOptimizer(torch.optim.Optimizer):
         """What changes from step to step; counts the step."""
         if not self.counts_steps:
             return {"lr": group["lr"]}
-        capturable = group["capturable"]
+        capturable = group.get("capturable", False)
         state = self.state[param]
         step = state.get("step")
         device = param.device if capturable else torch.device("cpu")

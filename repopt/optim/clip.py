@@ -27,7 +27,7 @@ def clip_grad_norm_(
         grad_mults: of degree 1 (`repopt.grad_mults`), whatever the optimizer's degree; by parameter name.
 
     Raises:
-        UserError: multipliers of another degree.
+        UserError: multipliers of another degree, or of a parameter that is not among those named.
 
     Returns:
         The norm before clipping, a scalar tensor; nothing waits for the device.
@@ -37,6 +37,9 @@ def clip_grad_norm_(
             "clipping takes the multipliers of degree 1, whatever the optimizer's degree: "
             "repopt.grad_mults(model, scales, degree=1)"
         )
+    named_parameters = list(named_parameters)
+    for name in grad_mults.keys() - {name for name, _ in named_parameters}:
+        raise UserError(f"there is a Grad Mult for {name!r}, but no parameter of that name")
     trained = [(name, param) for name, param in named_parameters if param.grad is not None]
     if not trained:
         return torch.zeros(())

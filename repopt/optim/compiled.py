@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from repopt.csla import GradMult
 from repopt.optim.update import Hyper, Place, Rule, State, Task, apply
 
+MOST_CHANGES = 4  # of hyper-parameters that are compiled in, before compiling is given up
 LANES = 16  # input channels that share a row of the layout: with a 3x3 kernel, 144 numbers
 
 # Inductor would keep intermediate results that are read often; here none is worth a pass over the memory.
@@ -122,6 +124,7 @@ class CompiledUpdate:
         self._slots: dict[Place, _Slot | None] = {}
         self._places: list[Place] = []
         self._constants: list[Hyper] = []
+        self._program = self._changes = 0
         self._scalars = _Scalars([])
 
     def __call__(self, tasks: list[Task]) -> list[Task]:
@@ -133,8 +136,12 @@ class CompiledUpdate:
         """
         places = [task.place for task in tasks]
         constants = [task.constants for task in tasks]
-        if places != self._places or constants != self._constants:
-            self.program = next(_programs)
+        is_new = places != self._places or constants != self._constants
+        if is_new:
+            self._changes += places == self._places
+            if self._changes > MOST_CHANGES:
+                raise CompileError("hyper-parameters other than the learning rate change again and again")
+            self._program = next(_programs)
             self._places, self._constants = places, constants
             self._slots = {place: self._slots.get(place) or _slot(place) for place in places}
             self._scalars = _Scalars(tasks)
@@ -150,7 +157,8 @@ class CompiledUpdate:
             _, entries = groups.setdefault(id(task.constants), (task.constants, []))
             entries.append((slot.param, gradient, slot.mult, slot.state, scalars))
         if groups:
-            _update(self.program, self.rule, list(groups.values()))
+            with torch._dynamo.config.patch(recompile_limit=1000) if is_new else nullcontext():  # 8 else, in all
+                _update(self._program, self.rule, list(groups.values()))
         return left
 
     def tensors(self) -> list[Tensor]:
@@ -231,4 +239,4 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _laid_out(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The memory of a dense tensor, in a shape of the same size."""
-    return value.as_strided(shape, _strides(shape))
+    return value.detach().as_strided(shape, _strides(shape))

@@ -105,25 +105,35 @@ def eager_update(rule: Rule, tasks: list[Task]) -> None:
 
 
 def check_degree(name: str, rule: Rule, state_names: tuple[str, ...], hyper: Hyper) -> None:
-    """Refuse a rule that is not what it says: elementwise, and homogeneous of its degree.
+    """Refuse a rule that is not what it says: elementwise, and homogeneous of its degree (of degree 1: linear).
 
     Its directions for some gradients are compared with those for the same multiplied entry by entry by constants of
-    both signs. The gradients are large, so that epsilon has no say.
+    both signs; and, of degree 1, where weight decay is added to the gradient, those for a sum with the sum of those.
+    The gradients are large, so that epsilon has no say.
 
     Raises:
         UserError: the law does not hold for this rule.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (4, 3)
-    gradients = 1e8 * torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    steps, shape = 3, (4, 3)
+    gradients, others = 1e8 * torch.randn(2, steps, *shape, generator=generator, dtype=torch.float64)
     constants = torch.randn(shape, generator=generator, dtype=torch.float64)
-    plain, scaled = ({key: torch.zeros(shape, dtype=torch.float64) for key in state_names} for _ in range(2))
-    for gradient in gradients:
-        expected = constants.sign() * constants.abs() ** rule.degree * rule.direction(gradient, plain, hyper)
-        found = rule.direction(constants * gradient, scaled, hyper)
-        if not torch.allclose(found, expected, rtol=1e-5, atol=0):
-            raise UserError(
-                f"{name} cannot be re-parameterized: it is not elementwise and homogeneous of degree {rule.degree}, as "
-                "it says, so a plain network would not follow the CSLA network (nor does it under Muon, LARS, LAMB or "
-                "Adafactor)"
-            )
+
+    def directions(gradients: Tensor) -> Tensor:
+        state = {key: torch.zeros(shape, dtype=torch.float64) for key in state_names}
+        return torch.stack([rule.direction(gradient, state, hyper).clone() for gradient in gradients])
+
+    plain = directions(gradients)
+    holds = _equal(directions(constants * gradients), constants.sign() * constants.abs() ** rule.degree * plain)
+    if rule.degree == 1:
+        holds = holds and _equal(directions(gradients + others), plain + directions(others))
+    if not holds:
+        raise UserError(
+            f"{name} cannot be re-parameterized: it is not elementwise and homogeneous of degree {rule.degree}, as "
+            "it says, so a plain network would not follow the CSLA network (nor does it under Muon, LARS, LAMB or "
+            "Adafactor)"
+        )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
