@@ -36,6 +36,7 @@ SETTINGS = {
     "sgd": {"lr": 1e-7, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5},
     "adamw": {"lr": 1e-7, "weight_decay": 0.05},
 }
+IMPLEMENTATIONS = ("eager", "compiled")
 NAMES = {"sgd": "SGD", "adamw": "AdamW"}
 
 
@@ -104,7 +105,7 @@ def _contenders(rule: str, model: torch.nn.Module, scales: dict[str, Tensor]) ->
     found.append(
         Contender(rule, f"naive Rep{name}, dense multiplier", naive, _naive(model, naive, dense), lambda: kept)
     )
-    for how in ("eager", "compiled"):
+    for how in IMPLEMENTATIONS:
         rep = repopt.build_optimizer(rule, model, scales, implementation=how, **settings)
         found.append(Contender(rule, f"Rep{name}, {how}", rep, rep.step, rep.multiplier_bytes))
     return found

@@ -5,9 +5,11 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import re
 from pathlib import Path
 
+import benchmark
 import check_equivalency
 import pytest
 import test_families
@@ -38,6 +40,7 @@ def test_every_document_is_tested():
         "adding_a_model",
         "adding_an_update_rule",
         "training_loop",
+        "performance",
     }  # the first in test_convert
     assert {path.stem for path in DOCS.glob("*.md")} == tested
 
@@ -49,6 +52,13 @@ def test_links_lead_somewhere():
         for test in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", path.read_text()):
             file, function = test
             assert not function or f"def {function}(" in (DOCS.parent / file).read_text(), f"{path.name}: {test}"
+
+
+def test_performance_is_what_was_measured():
+    measured = json.loads((DOCS.parent / "benchmarks" / "optimizer-cpu.json").read_text())
+    text = (DOCS / "performance.md").read_text()
+    assert benchmark.as_table(measured["rows"]) in text
+    assert f"`{measured['command']}`, {measured['machine']}" in text
 
 
 def test_law(capsys):

@@ -262,6 +262,18 @@ def test_parameters_changed_after_construction():
     assert_same(a, b)
 
 
+def test_momentum_that_is_switched_on_later():
+    a, b = net(), net()
+    mults = repopt.grad_mults(a, scales(), degree=1)
+    for model, how in ((a, "eager"), (b, "compiled")):
+        optimizer = RepSGD(model.named_parameters(), lr=0.1, grad_mults=mults, implementation=how)
+        train(model, optimizer, batches(2))
+        optimizer.param_groups[0]["momentum"] = 0.9
+        train(model, optimizer, batches(3, seed=4))
+        assert all("momentum_buffer" in state for state in optimizer.state.values())
+    assert_same(a, b)
+
+
 WORKER = """
 import sys
 sys.path[:0] = [".", "tests", "scripts"]

@@ -24,9 +24,9 @@ COMPILE_FROM = 2**22  # multiplied entries; with fewer, compiling takes longer t
 
 
 class _Known(NamedTuple):
-    """A parameter's place, and by what is seen that it still is there: its address, and the tensors of its state."""
+    """A parameter's place, and by what is seen that it still is there: its memory, and the tensors of its state."""
 
-    at: int
+    at: tuple[Any, ...]
     state: State
     place: Place
 
@@ -44,8 +44,7 @@ class RepOptimizer(torch.optim.Optimizer):
             added later brings its own under the key "grad_mults".
         implementation: "compiled" is one function for the whole step, made by torch.compile; "eager" takes one
             parameter after the other; "auto" is compiled from 4 M multiplied entries on. Where compiling fails, a
-            warning says so, and steps are eager. A parameter's first step, in which
-            its state is made, is eager.
+            warning says so, and steps are eager. A parameter's first step, in which its state is made, is eager.
 
     Raises:
         UserError: negative hyper-parameters, parameters without names, multipliers for names or shapes that are not
@@ -178,8 +177,9 @@ class RepOptimizer(torch.optim.Optimizer):
         if param.grad.is_sparse:
             raise UserError("a RepOptimizer takes dense gradients, not sparse ones")
         state, here = self.state[param], local(param)
+        at = here.data_ptr(), here.stride(), here.dtype, names
         known = self._places.get(param)
-        if known is not None and known.at == here.data_ptr() and all(state.get(n) is t for n, t in known.state.items()):
+        if known is not None and known.at == at and all(state.get(n) is t for n, t in known.state.items()):
             return False, known.place
         missing = [name for name in names if state.get(name) is None]
         for name in names:
@@ -189,7 +189,7 @@ class RepOptimizer(torch.optim.Optimizer):
             name, mult = self._mults[param]
             mult = local_mult(name, param, mult).to(here.device, torch.promote_types(param.dtype, torch.float32))
         place = Place(here, mult, {name: local(state[name]) for name in names})
-        self._places[param] = _Known(here.data_ptr(), {name: state[name] for name in names}, place)
+        self._places[param] = _Known(at, {name: state[name] for name in names}, place)
         return bool(missing), place
 
     def _scalars(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -200,11 +200,9 @@ class RepOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         step = state.get("step")
         device = param.device if capturable else torch.device("cpu")
-        if step is None or step.device != device:
-            before = 0.0 if step is None else step
-            step = state["step"] = torch.as_tensor(
-                before, dtype=torch.float32, device=device
-            )  # as torch.optim keeps it
+        if not isinstance(step, Tensor) or step.device != device:
+            step = torch.as_tensor(step or 0.0, dtype=torch.float32, device=device)  # as torch.optim keeps it
+            state["step"] = step
         step += 1
         return {"lr": group["lr"], **self.corrections(step.double() if capturable else step.item(), group)}
 

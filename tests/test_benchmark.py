@@ -1,0 +1,45 @@
+"""The benchmark measures what it says; what it measures is no test's business."""
+
+import json
+import re
+
+import benchmark
+import pytest
+import torch
+
+
+def test_it_prints_and_keeps_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark._root, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "IMPLEMENTATIONS", ("eager",))
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "optimizer", "--arch", "RepOpt-VGG-nano", "--rounds", "2"])
+    assert benchmark.main() == 0
+    kept = json.loads((tmp_path / "benchmarks" / "optimizer-cpu.json").read_text())
+    assert benchmark.as_table(kept["rows"]) in capsys.readouterr().out
+    rows = {row["optimizer"]: row for row in kept["rows"]}
+    assert rows["torch SGD, fused"]["time / fused"] == rows["torch AdamW, fused"]["time / fused"] == 1
+    assert rows["RepSGD, eager"]["state / parameters"] == 1
+    assert rows["RepSGD, eager"]["multipliers / parameters"] < 0.02
+    assert rows["naive RepSGD, dense multiplier"]["multipliers / parameters"] > 0.5
+    assert re.search("RepAdamW, eager", " ".join(rows))
+
+
+def test_peak_memory_counts_temporaries():
+    x = torch.zeros(1000)
+    assert benchmark._peak_extra(lambda: (x + 1).sum(), torch.device("cpu")) == pytest.approx(4000, abs=64)
+    assert benchmark._peak_extra(lambda: x.add_(1), torch.device("cpu")) == 0
+
+
+def test_the_naive_loop_leaves_gradients_alone():
+    model = torch.nn.Linear(3, 2)
+    model.weight.grad = torch.ones(2, 3)
+    gradient, before = model.weight.grad, model.weight.detach().clone()
+    step = benchmark._naive(model, torch.optim.SGD([model.weight], lr=0.5), {"weight": torch.full((2, 3), 4.0)})
+    step()
+    assert model.weight.grad is gradient
+    torch.testing.assert_close(model.weight.detach(), before - 2)
+
+
+def test_mistakes_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "optimizer", "--arch", "RepOpt-VGG-nona"])
+    assert benchmark.main() == 2
+    assert "did you mean 'RepOpt-VGG-nano'" in capsys.readouterr().err
