@@ -26,7 +26,7 @@ def test_it_prints_and_keeps_a_table(tmp_path, monkeypatch, capsys):
 def test_peak_memory_counts_temporaries():
     x = torch.zeros(1000)
     assert benchmark._peak_extra(lambda: (x + 1).sum(), torch.device("cpu")) == pytest.approx(4000, abs=64)
-    assert benchmark._peak_extra(lambda: x.add_(1), torch.device("cpu")) == 0
+    assert benchmark._peak_extra(lambda: x.add_(1), torch.device("cpu")) < 64
 
 
 def test_the_naive_loop_leaves_gradients_alone():
