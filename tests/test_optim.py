@@ -303,6 +303,29 @@ def test_what_epsilon_means(rule):
     assert difference[False] > 1e-4
 
 
+def test_clipping_halves():
+    model = torch.nn.Linear(4, 4).half()
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 300.0)
+    norm = repopt.clip_grad_norm_(model.named_parameters(), 1.0, {})
+    torch.testing.assert_close(norm, torch.tensor(300.0 * 20**0.5))
+    torch.testing.assert_close(model.bias.grad.float(), torch.full((4,), 20**-0.5), rtol=1e-3, atol=0)
+
+
+def test_a_plain_state_that_is_not_followed_is_refused():
+    model = network()
+    plain = torch.optim.SGD(model.named_parameters(), maximize=True)
+    with pytest.raises(UserError, match="minimizes"):
+        RepSGD(model.named_parameters(), grad_mults={}).load_state_dict(plain.state_dict())
+    plain = torch.optim.Adam(model.named_parameters(), weight_decay=0.5)
+    adam = RepAdam(model.named_parameters(), grad_mults={})
+    with pytest.raises(UserError, match="decoupled_weight_decay"):
+        adam.load_state_dict(plain.state_dict())
+    copy.deepcopy(adam).add_param_group({"params": [("more", torch.nn.Parameter(torch.ones(2)))]})
+    with pytest.raises(UserError, match="complex"):
+        RepSGD([("c", torch.nn.Parameter(torch.ones(2, dtype=torch.complex64)))], grad_mults={})
+
+
 def test_clipping_knows_its_multipliers():
     model = network()
     model(torch.ones(1, 3, 4, 4, dtype=torch.float64)).sum().backward()

@@ -19,8 +19,12 @@ from repopt.optim.base import Implementation, NamedParams, RepOptimizer
 from repopt.optim.update import Hyper, State
 
 
-class RepAdamW(RepOptimizer):
-    """`torch.optim.AdamW` with Grad Mults; arguments and state as there. See `RepOptimizer` for the others."""
+class RepAdam(RepOptimizer):
+    """`torch.optim.Adam` with Grad Mults; arguments and state as there. See `RepOptimizer` for the others.
+
+    Raises:
+        UserError: weight decay that is not decoupled.
+    """
 
     degree: ClassVar[int] = 0
     counts_steps: ClassVar[bool] = True
@@ -31,10 +35,11 @@ class RepAdamW(RepOptimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 0.0,
         amsgrad: bool = False,
         *,
         capturable: bool = False,
+        decoupled_weight_decay: bool = False,
         grad_mults: Mapping[str, GradMult],
         implementation: Implementation = "auto",
     ) -> None:
@@ -46,8 +51,18 @@ class RepAdamW(RepOptimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "capturable": capturable,
+            "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults, grad_mults, implementation)
+
+    def check_group(self, group: dict[str, Any]) -> None:  # noqa: D102
+        super().check_group(group)
+        decoupled = group.get("decoupled_weight_decay", self.defaults["decoupled_weight_decay"])
+        if group["weight_decay"] and not decoupled:
+            raise UserError(
+                "weight decay that is added to the gradient breaks the law under Adam, whose update would normalise it "
+                "together with the gradient: set decoupled_weight_decay=True, or use AdamW"
+            )
 
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: D102
         return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
@@ -68,12 +83,8 @@ class RepAdamW(RepOptimizer):
         return hyper["unbias_mean"] * mean / (square.sqrt() * hyper["unbias_deviation"] + hyper["eps"])
 
 
-class RepAdam(RepAdamW):
-    """`torch.optim.Adam` with Grad Mults: RepAdamW, where decay is asked for by ``decoupled_weight_decay=True``.
-
-    Raises:
-        UserError: weight decay that is not decoupled.
-    """
+class RepAdamW(RepAdam):
+    """`torch.optim.AdamW` with Grad Mults: RepAdam, whose weight decay is decoupled."""
 
     def __init__(
         self,
@@ -81,15 +92,13 @@ class RepAdam(RepAdamW):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
         capturable: bool = False,
-        decoupled_weight_decay: bool = False,
         grad_mults: Mapping[str, GradMult],
         implementation: Implementation = "auto",
     ) -> None:
-        self.decoupled_weight_decay = decoupled_weight_decay
         super().__init__(
             params,
             lr,
@@ -98,17 +107,10 @@ class RepAdam(RepAdamW):
             weight_decay,
             amsgrad,
             capturable=capturable,
+            decoupled_weight_decay=True,
             grad_mults=grad_mults,
             implementation=implementation,
         )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:  # noqa: D102
-        if param_group.get("weight_decay", self.defaults["weight_decay"]) and not self.decoupled_weight_decay:
-            raise UserError(
-                "weight decay that is added to the gradient breaks the law under Adam, whose update would normalise it "
-                "together with the gradient: set decoupled_weight_decay=True, or use AdamW"
-            )
-        super().add_param_group(param_group)
 
 
 def check_betas(betas: tuple[float, float]) -> None:

@@ -14,7 +14,7 @@ from repopt.errors import UserError, unknown
 from repopt.logging import logger
 from repopt.optim.bundles import Bundles
 from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
-from repopt.optim.shards import local, local_mult
+from repopt.optim.shards import local, local_gradient, local_mult
 from repopt.optim.update import Hyper, Place, Rule, State, Task, check_degree, eager_update
 
 NamedParams = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -24,10 +24,9 @@ COMPILE_FROM = 2**22  # multiplied entries; with fewer, compiling takes longer t
 
 
 class _Known(NamedTuple):
-    """A parameter's place, and by what is seen that it still is there: its memory, and the tensors of its state."""
+    """A parameter's place, and by what is seen that it still is there: its memory, and that of its state."""
 
     at: tuple[Any, ...]
-    state: State
     place: Place
 
 
@@ -112,6 +111,9 @@ class RepOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
+            self.check_group(group)
+            if any(param.is_complex() for param in group["params"]):
+                raise UserError("a RepOptimizer takes real parameters, not complex ones")
             hyper = group | self.corrections(1.0, group)
             check_degree(type(self).__name__, self._rule, self.state_names(group), hyper)
             found = {}
@@ -126,6 +128,11 @@ class RepOptimizer(torch.optim.Optimizer):
             raise
         self._mults |= found
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuse hyper-parameters of a group, given or loaded, that break the law or are not followed here."""
+        if group.get("maximize"):
+            raise UserError("a RepOptimizer minimizes: maximize=True is not followed")
+
     def _check(self, name: str, param: Tensor, mult: GradMult) -> None:
         if param.shape != mult.shape:
             raise UserError(f"the Grad Mult of {name!r} is for {tuple(mult.shape)}, not {tuple(param.shape)}")
@@ -139,9 +146,11 @@ class RepOptimizer(torch.optim.Optimizer):
         """As `torch.optim.Optimizer.load_state_dict`; a state of the plain rule fits.
 
         Raises:
-            UserError: the state names other parameters, or the same in another order.
+            UserError: the state names other parameters, or the same in another order; or it is of a rule that is not
+            followed here (it maximizes, or adds the decay to a gradient that is normalised).
         """
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            self.check_group(saved)
             for own, other in zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False):
                 if own != other:
                     raise UserError(f"the optimizer's state is of other parameters: it has {other!r} where {own!r} is")
@@ -161,7 +170,7 @@ class RepOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     is_first, place = self._place(param, names)
-                    task = Task(place, local(param.grad), constants, self._scalars(param, group))
+                    task = Task(place, local_gradient(param), constants, self._scalars(param, group))
                     if place.param.numel():  # a process may have nothing of a small parameter
                         (first if is_first else tasks).append(task)
         eager_update(self._rule, [task._replace(constants={**task.constants, **self.at_first}) for task in first])
@@ -177,9 +186,8 @@ class RepOptimizer(torch.optim.Optimizer):
         if param.grad.is_sparse:
             raise UserError("a RepOptimizer takes dense gradients, not sparse ones")
         state, here = self.state[param], local(param)
-        at = here.data_ptr(), here.stride(), here.dtype, names
         known = self._places.get(param)
-        if known is not None and known.at == at and all(state.get(n) is t for n, t in known.state.items()):
+        if known is not None and known.at == _memory(here, names, state):
             return False, known.place
         missing = [name for name in names if state.get(name) is None]
         for name in names:
@@ -189,7 +197,7 @@ class RepOptimizer(torch.optim.Optimizer):
             name, mult = self._mults[param]
             mult = local_mult(name, param, mult).to(here.device, torch.promote_types(param.dtype, torch.float32))
         place = Place(here, mult, {name: local(state[name]) for name in names})
-        self._places[param] = _Known(at, {name: state[name] for name in names}, place)
+        self._places[param] = _Known(_memory(here, names, state), place)
         return bool(missing), place
 
     def _scalars(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -217,8 +225,7 @@ class RepOptimizer(torch.optim.Optimizer):
         try:
             left = self._compiled_update(tasks)
         except CompileError as error:
-            reason = str(error).strip().splitlines()[0]
-            logger.warning(f"{type(self).__name__}: torch.compile failed, so steps are eager and slower: {reason}")
+            logger.warning(f"{type(self).__name__}: not compiled any more, so steps are eager and slower: {error}")
             self.implementation = "eager"
             return tasks
         if left and not self._warned:
@@ -251,6 +258,12 @@ class RepOptimizer(torch.optim.Optimizer):
             for name in self._constants:
                 group.setdefault(name, self.defaults[name])
         self._forget()
+
+
+def _memory(param: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> tuple[Any, ...]:
+    """Where and how a parameter and its state lie in memory."""
+    tensors = [param, *(local(state[name]) for name in names if state.get(name) is not None)]
+    return names, *((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
 def _named(group: dict[str, Any]) -> Iterable[tuple[str, Tensor]]:

@@ -13,13 +13,15 @@ from torch import Tensor
 from repopt.optim.update import Place, Task
 
 SMALL = 2**16  # entries
+MOST = 32  # bundles that are kept
 
 
 class Bundles:
     """Gathers the small parameters without multipliers before an update, and scatters them afterwards."""
 
     def __init__(self) -> None:
-        self._bundles: dict[tuple[Place, ...], _Bundle] = {}
+        self._known: dict[tuple[Place, ...], _Bundle] = {}
+        self._gathered: list[_Bundle] = []
 
     def gather(self, tasks: list[Task]) -> list[Task]:
         """The tasks, where those of small plain parameters with equal hyper-parameters have become one."""
@@ -29,13 +31,17 @@ class Bundles:
             param = task.place.param
             numbers = tuple(task.scalars.values())
             if task.place.mult is None and param.numel() <= SMALL and not any(isinstance(n, Tensor) for n in numbers):
-                alike.setdefault((id(task.constants), numbers, param.device, param.dtype), []).append(task)
+                dtypes = (param.dtype, task.gradient.dtype, *(value.dtype for value in task.place.state.values()))
+                alike.setdefault((id(task.constants), numbers, param.device, dtypes), []).append(task)
             else:
                 gathered.append(task)
-        known, self._bundles = self._bundles, {}
+        self._gathered = []
+        if len(self._known) > MOST:
+            self._known = {}
         for small in alike.values():
             members = tuple(task.place for task in small)
-            bundle = self._bundles[members] = known.get(members) or _bundle(members)
+            bundle = self._known[members] = self._known.get(members) or _bundle(members)
+            self._gathered.append(bundle)
             torch._foreach_copy_(bundle.parts, bundle.tensors)
             gradient = torch.cat([task.gradient.reshape(-1) for task in small])
             gathered.append(small[0]._replace(place=bundle.place, gradient=gradient))
@@ -43,7 +49,7 @@ class Bundles:
 
     def scatter(self) -> None:
         """Give the parameters that were gathered, and their states, what became of them."""
-        for bundle in self._bundles.values():
+        for bundle in self._gathered:
             torch._foreach_copy_(bundle.tensors, bundle.parts)
 
 
@@ -67,6 +73,6 @@ def _bundle(members: tuple[Place, ...]) -> _Bundle:
 
     add(params, bundle.place.param)
     for name in members[0].state:
-        bundle.place.state[name] = torch.empty_like(bundle.place.param)
+        bundle.place.state[name] = members[0].state[name].new_empty(sum(sizes))
         add([member.state[name] for member in members], bundle.place.state[name])
     return bundle

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from repopt.csla import GradMult
 from repopt.errors import UserError
-from repopt.optim.shards import local, local_mult, sum_over_shards
+from repopt.optim.shards import local, local_gradient, local_mult, sum_over_shards
 
 
 @torch.no_grad()
@@ -45,15 +45,14 @@ def clip_grad_norm_(
         return torch.zeros(())
     squares = []
     for name, param in trained:
-        gradient = local(param.grad)
-        mult = grad_mults.get(name)
-        if mult is None:
-            weighted = gradient
-        else:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            weighted = local_mult(name, param, mult).to(gradient.device, dtype)(gradient)
+        gradient = local_gradient(param)
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # squares of halves overflow
+        mult, weighted = grad_mults.get(name), gradient
+        if mult is not None:
+            weighted = local_mult(name, param, mult).to(gradient.device, gradient.dtype)(gradient)
         squares.append(sum_over_shards(torch.sum(weighted * gradient), param))
     norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local(param.grad) for _, param in trained], factor)
+    for _, param in trained:
+        local(param.grad).mul_(factor.to(param.device))
     return norm

@@ -20,7 +20,7 @@ from torch import Tensor
 from repopt.csla import GradMult
 from repopt.optim.update import Hyper, Place, Rule, State, Task, apply
 
-MOST_CHANGES = 4  # of hyper-parameters that are compiled in, before compiling is given up
+MOST_PROGRAMS = 8  # that one optimizer compiles before it gives that up
 LANES = 16  # input channels that share a row of the layout: with a 3x3 kernel, 144 numbers
 
 # Inductor would keep intermediate results that are read often; here none is worth a pass over the memory.
@@ -82,7 +82,7 @@ def tiles_of(mult: GradMult, *, channels_last: bool) -> Tiles:
         lanes = LANES if in_channels % LANES == 0 else in_channels
         shape = (out_channels, in_channels // lanes, lanes * area)
         kinds, kind_of = filters.unique(dim=1, return_inverse=True)  # of places: a 3x3 with a 1x1 has two
-        base = int(kind_of.mode().values)
+        base = int(kinds.sum(0).argmin())  # what others add to it is not negative, so that nothing cancels
         others = [kind for kind in range(kinds.shape[1]) if kind != base]
         coefficients = [kinds[:, base], *(kinds[:, kind] - kinds[:, base] for kind in others)]
         coefficients = [coefficient.reshape(-1, 1, 1) for coefficient in coefficients]
@@ -95,7 +95,8 @@ def tiles_of(mult: GradMult, *, channels_last: bool) -> Tiles:
     return Tiles(shape, coefficients, patterns, diagonal, position)
 
 
-CompileError = torch._dynamo.exc.TorchDynamoException
+class CompileError(Exception):
+    """The step could not be compiled."""
 
 
 def _by_program(guards: Sequence[Any]) -> list[bool]:
@@ -122,10 +123,7 @@ class CompiledUpdate:
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
         self._slots: dict[Place, _Slot | None] = {}
-        self._places: list[Place] = []
-        self._constants: list[Hyper] = []
-        self._program = self._changes = 0
-        self._scalars = _Scalars([])
+        self._known: dict[Any, tuple[int, _Scalars]] = {}
 
     def __call__(self, tasks: list[Task]) -> list[Task]:
         """Do the tasks, and return those that it cannot do because their parameters are neither contiguous nor
@@ -134,32 +132,46 @@ class CompiledUpdate:
         Raises:
             CompileError: there is no compiler, say; nothing has been done.
         """
-        places = [task.place for task in tasks]
-        constants = [task.constants for task in tasks]
-        is_new = places != self._places or constants != self._constants
+        groups: dict[int, tuple[Hyper, list[Task]]] = {}
+        for task in tasks:
+            groups.setdefault(id(task.constants), (task.constants, []))[1].append(task)
+        tasks = [task for _, members in groups.values() for task in members]
+        key = tuple(
+            (*constants.items(), *((task.place, task.gradient.dtype) for task in members))
+            for constants, members in groups.values()
+        )
+        is_new = key not in self._known
         if is_new:
-            self._changes += places == self._places
-            if self._changes > MOST_CHANGES:
-                raise CompileError("hyper-parameters other than the learning rate change again and again")
-            self._program = next(_programs)
-            self._places, self._constants = places, constants
-            self._slots = {place: self._slots.get(place) or _slot(place) for place in places}
-            self._scalars = _Scalars(tasks)
-        self._scalars.set(tasks)
-        groups: dict[int, tuple[Hyper, list[tuple[Any, ...]]]] = {}
-        left = []
-        for task, scalars in zip(tasks, self._scalars.of_task, strict=True):
-            slot = self._slots[task.place]
-            if slot is None:
-                left.append(task)
-                continue
-            gradient = _laid_out(in_layout_of(task.place.param, task.gradient), slot.shape)
-            _, entries = groups.setdefault(id(task.constants), (task.constants, []))
-            entries.append((slot.param, gradient, slot.mult, slot.state, scalars))
-        if groups:
-            with torch._dynamo.config.patch(recompile_limit=1000) if is_new else nullcontext():  # 8 else, in all
-                _update(self._program, self.rule, list(groups.values()))
+            if len(self._known) == MOST_PROGRAMS:
+                raise CompileError("which parameters have gradients, or hyper-parameters, change again and again")
+            self._slots |= {task.place: _slot(task.place) for task in tasks if task.place not in self._slots}
+            self._known[key] = next(_programs), _Scalars(tasks)
+        program, room = self._known[key]
+        room.set(tasks)
+        scalars_of = dict(zip((task.place for task in tasks), room.of_task, strict=True))
+        ready, left = [], []
+        for constants, members in groups.values():
+            entries = []
+            for task in members:
+                slot = self._slots[task.place]
+                if slot is None:
+                    left.append(task)
+                    continue
+                gradient = _laid_out(in_layout_of(task.place.param, task.gradient), slot.shape)
+                entries.append((slot.param, gradient, slot.mult, slot.state, scalars_of[task.place]))
+            if entries:
+                ready.append((constants, entries))
+        if ready:
+            self._run(program, ready, is_new)
         return left
+
+    def _run(self, program: int, ready: list[tuple[Hyper, list[tuple[Any, ...]]]], is_new: bool) -> None:
+        limits = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}  # few, and of the whole process, else
+        try:
+            with torch._dynamo.config.patch(limits) if is_new else nullcontext():
+                _update(program, self.rule, ready)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            raise CompileError(str(error).strip().splitlines()[0]) from error
 
     def tensors(self) -> list[Tensor]:
         """What the layouts of multipliers keep."""
@@ -180,7 +192,7 @@ class _Slot(NamedTuple):
 def _slot(place: Place) -> _Slot | None:
     param = place.param
     channels_last = not param.is_contiguous()
-    if channels_last and not param.movedim(1, -1).is_contiguous():
+    if channels_last and (param.dim() < 3 or not param.movedim(1, -1).is_contiguous()):
         return None
     mult = None if place.mult is None else tiles_of(place.mult, channels_last=channels_last)
     shape = (param.numel(),) if mult is None else mult.shape
@@ -219,7 +231,7 @@ class _Scalars:
             for home, values in numbers.items():
                 self.batches[home].copy_(torch.tensor(values, dtype=torch.float64), non_blocking=True)
         for room, value in tensors:
-            room.copy_(value)
+            room.copy_(value.reshape(()))
 
 
 def in_layout_of(param: Tensor, value: Tensor) -> Tensor:

@@ -16,6 +16,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
+def local_gradient(param: Tensor) -> Tensor:
+    """What of a parameter's gradient belongs to `local` of the parameter, summed over processes where that is left."""
+    gradient = param.grad
+    if _is_sharded(gradient) and gradient.placements != param.placements:
+        gradient = gradient.redistribute(placements=param.placements)
+    return local(gradient)
+
+
 def local_mult(name: str, param: Tensor, mult: GradMult) -> GradMult:
     """The multiplier for what of a parameter lies in this process.
 

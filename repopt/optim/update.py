@@ -114,13 +114,13 @@ def check_degree(name: str, rule: Rule, state_names: tuple[str, ...], hyper: Hyp
     Raises:
         UserError: the law does not hold for this rule.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, on_cpu = torch.Generator("cpu").manual_seed(0), {"dtype": torch.float64, "device": "cpu"}
     steps, shape = 3, (4, 3)
-    gradients, others = 1e8 * torch.randn(2, steps, *shape, generator=generator, dtype=torch.float64)
-    constants = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gradients, others = 1e8 * torch.randn(2, steps, *shape, generator=generator, **on_cpu)
+    constants = torch.randn(shape, generator=generator, **on_cpu)
 
     def directions(gradients: Tensor) -> Tensor:
-        state = {key: torch.zeros(shape, dtype=torch.float64) for key in state_names}
+        state = {key: torch.zeros(shape, **on_cpu) for key in state_names}
         return torch.stack([rule.direction(gradient, state, hyper).clone() for gradient in gradients])
 
     plain = directions(gradients)
