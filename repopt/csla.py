@@ -81,6 +81,10 @@ class GradMult:
         diagonal = None if self.diagonal is None else self.diagonal.to(*args)
         return replace(self, filter=self.filter.to(*args), diagonal=diagonal)
 
+    def beside(self, tensor: Tensor) -> GradMult:
+        """The same multiplier where a tensor is, and in its precision, but at least in float32."""
+        return self.to(tensor.device, torch.promote_types(tensor.dtype, torch.float32))
+
     def tensors(self) -> list[Tensor]:
         """What is kept."""
         return [self.filter] if self.diagonal is None else [self.filter, self.diagonal]

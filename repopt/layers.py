@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,11 @@ from repopt.csla import Block
 
 Mode = Literal["hs", "csla", "target"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+def initial_scale(index: int) -> float:
+    """At which a hyper-search starts the scales of a stage's block, counted from 0 (table 9 of the paper)."""
+    return math.sqrt(2 / index) if index else 1.0
 
 
 class Values(nn.Module):

@@ -81,7 +81,11 @@ def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
                 )
             found[key] = scales[key]
     for key in scales:
-        if key not in found and any(key.endswith(f".{ending}") for ending in endings) and not _emptied(model, key):
+        if (
+            key not in found
+            and any(key.endswith(f".{ending}") for ending in endings)
+            and not _emptied(unwrapped(model), key)
+        ):
             raise UserError(f"the scales do not fit the model: they hold {key!r}, and the model has no such block")
     return found
 
@@ -138,8 +142,7 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Gr
         kernel = module.kernel()
         if not kernel.requires_grad:
             continue
-        mult = module.block.grad_mult(_of_block(path, module, scales), degree)
-        mult = mult.to(kernel.device, torch.promote_types(kernel.dtype, torch.float32))
+        mult = module.block.grad_mult(_of_block(path, module, scales), degree).beside(kernel)
         shared = mults.setdefault(names[kernel], mult)
         if any(not torch.equal(a, b) for a, b in zip(shared.tensors(), mult.tensors(), strict=True)):
             raise UserError(

@@ -205,11 +205,11 @@ def main() -> int:
     except UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
-    result = {**environment(device), "rows": rows}
+    header = environment(device)
     folder = _root.ROOT / "benchmarks"
     folder.mkdir(exist_ok=True)
-    (folder / f"{arguments.what}-{device.type}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(f"{key}: {value}" for key, value in environment(device).items()), end="\n\n")
+    (folder / f"{arguments.what}-{device.type}.json").write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+    print("\n".join(f"{key}: {value}" for key, value in header.items()), end="\n\n")
     print(as_table(rows))
     return 0
 

@@ -166,26 +166,25 @@ def cases(model: str, steps: int = 50, network_steps: int = 3) -> Iterator[tuple
         steps, network_steps: of training a single block, and `model`.
     """
     generator = torch.Generator().manual_seed(0)
+    small, large = (8, 7), (4, 64)  # images, and pixels of a side
+    networks = [
+        (
+            name,
+            setup.block.target.shape[1] * setup.block.target.groups,
+            small,
+            functools.partial(OneBlock, setup),
+            steps,
+        )
+        for name, setup in BLOCKS.items()
+    ]
+    networks.append((model, 3, large, functools.partial(create, model), network_steps))
     for rule in SETTINGS:
         for signs, probability in SIGNS.items():
-            for name, setup in BLOCKS.items():
-                channels = setup.block.target.shape[1] * setup.block.target.groups
-                images = torch.randn(8, channels, 7, 7, generator=generator, dtype=torch.float64)
-                models = [OneBlock(setup, mode).double() for mode in ("csla", "target")]
-                yield (
-                    name,
-                    rule,
-                    signs,
-                    functools.partial(largest_difference, *models, rule, probability, images, steps),
-                )
-            images = torch.randn(4, 3, 64, 64, generator=generator, dtype=torch.float64)
-            models = [create(model, mode).double() for mode in ("csla", "target")]
-            yield (
-                model,
-                rule,
-                signs,
-                functools.partial(largest_difference, *models, rule, probability, images, network_steps),
-            )
+            for name, channels, (count, size), build, trained in networks:
+                images = torch.randn(count, channels, size, size, generator=generator, dtype=torch.float64)
+                models = [build(mode).double() for mode in ("csla", "target")]
+                measure = functools.partial(largest_difference, *models, rule, probability, images, trained)
+                yield name, rule, signs, measure
 
 
 def _blocks(model: nn.Module) -> list[RepConv2d]:

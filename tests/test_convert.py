@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from check_equivalency import BOUND, SETTINGS, SIGNS, largest_difference
+from test_engine import run_epoch
 from timm.models.byobnet import ByoBlockCfg, MobileOneBlock, RepVggBlock
 from timm.models.repghost import RepGhostModule
 from timm.utils import reparameterize_model
@@ -18,7 +19,7 @@ from torch import nn
 
 import data
 import repopt
-from repopt import Block, ConvBranch, Declaration, IdentityBranch, Target, UserError, engine
+from repopt import Block, ConvBranch, Declaration, IdentityBranch, Target, UserError
 from repopt.convert import registry
 from repopt.layers import MODES, batch_norm_as_affine
 
@@ -469,17 +470,6 @@ def test_refusals_of_a_declaration_name_the_module():
         repopt.convert_model(Small(), "hs")
 
 
-def epoch(model, optimizer, loader):
-    return engine.train_one_epoch(
-        model,
-        loader,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        batches=len(loader),
-        precision=engine.Precision(torch.device("cpu")),
-    )
-
-
 def test_from_a_search_to_a_deployed_network(tmp_path):
     network = vgg(num_classes=10)
     loader = data.train_loader(
@@ -497,7 +487,7 @@ def test_from_a_search_to_a_deployed_network(tmp_path):
     start = repopt.extract_scales(searched)
     optimizer = repopt.build_optimizer("sgd", searched, **settings)
     for _ in range(2):
-        epoch(searched, optimizer, loader)
+        run_epoch(searched, loader, optimizer)
     repopt.save_scales(repopt.extract_scales(searched), tmp_path / "scales.pth")
     scales = repopt.load_scales(tmp_path / "scales.pth")
     assert scales.keys() == start.keys()
@@ -509,7 +499,7 @@ def test_from_a_search_to_a_deployed_network(tmp_path):
     losses = []
     for number in range(5):
         loader.set_epoch(number)
-        losses.append(epoch(model, optimizer, loader))
+        losses.append(run_epoch(model, loader, optimizer))
     assert all(map(math.isfinite, losses))
     assert losses[-1] < 0.8 * losses[0]
 

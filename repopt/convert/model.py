@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from repopt.convert.registry import Declaration, declare_of, registered_types
 from repopt.csla import Block
 from repopt.errors import UserError, unknown
-from repopt.layers import MODES, Deployable, Mode, RepConv2d
+from repopt.layers import MODES, Deployable, Mode, RepConv2d, initial_scale
 
 
 class ConvertedBlock(RepConv2d, Deployable):
@@ -38,9 +37,9 @@ class ConvertedBlock(RepConv2d, Deployable):
 
 
 class Depth:
-    """Counts the blocks of a stage, for the scales at which a hyper-search starts (table 9 of the paper).
+    """Counts the blocks of a stage, for the scales at which a hyper-search starts (`repopt.layers.initial_scale`).
 
-    The first block has 1 and block i after it sqrt(2 / i). A block that changes width or resolution is a first block.
+    A block that changes width or resolution is a first block.
     """
 
     def __init__(self) -> None:
@@ -52,7 +51,7 @@ class Depth:
         if declaration.stride != 1 or out_channels != per_group * declaration.block.target.groups:
             self.number = 0
         self.number += 1
-        return math.sqrt(2 / (self.number - 1)) if self.number > 1 else 1.0
+        return initial_scale(self.number - 1)
 
 
 def _scaled(block: Block, factor: float) -> Block:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from repopt.layers import MODES
+from repopt.layers import MODES, initial_scale
 from repopt.models.network import Network
 from repopt.models.registry import register
 from repopt.models.vgg_blocks import RepVGGBlock, VGGBlock
@@ -50,8 +49,7 @@ class RepOptVGG(Network):
         self.stage0 = block(in_chans, stem_channels, 2, 1.0)
         stages, in_channels = [], stem_channels
         for depth, out_channels in zip(layers, channels, strict=True):
-            # Table 9 of the paper: the scales start by depth, 1 in a stage's first block, then sqrt(2 / i).
-            scales = [1.0] + [math.sqrt(2 / i) for i in range(1, depth)]
+            scales = [initial_scale(index) for index in range(depth)]
             stages.append(nn.Sequential(block(in_channels, out_channels, 2, scales[0])))
             stages[-1].extend(block(out_channels, out_channels, 1, scale) for scale in scales[1:])
             in_channels = out_channels

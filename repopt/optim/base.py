@@ -74,7 +74,7 @@ class RepOptimizer(torch.optim.Optimizer):
         self._forget()
         self._unclaimed = dict(grad_mults)
         super().__init__(params, defaults)
-        _all_claimed(self._unclaimed)
+        refuse_unclaimed(self._unclaimed)
 
     @abstractmethod
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class RepOptimizer(torch.optim.Optimizer):
             if mults:
                 found = {param: (name, mults.pop(name)) for name, param in _named(group) if name in mults}
             if own is not None:
-                _all_claimed(mults)
+                refuse_unclaimed(mults)
             for param, (name, mult) in found.items():
                 self._check(name, param, mult)
         except UserError:
@@ -195,7 +195,7 @@ class RepOptimizer(torch.optim.Optimizer):
         mult = None
         if param in self._mults:
             name, mult = self._mults[param]
-            mult = local_mult(name, param, mult).to(here.device, torch.promote_types(param.dtype, torch.float32))
+            mult = local_mult(name, param, mult).beside(here)
         place = Place(here, mult, {name: local(state[name]) for name in names})
         self._places[param] = _Known(_memory(here, names, state), place)
         return bool(missing), place
@@ -272,6 +272,7 @@ def _named(group: dict[str, Any]) -> Iterable[tuple[str, Tensor]]:
     return zip(group["param_names"], group["params"], strict=True)
 
 
-def _all_claimed(mults: Mapping[str, GradMult]) -> None:
+def refuse_unclaimed(mults: Mapping[str, GradMult]) -> None:
+    """UserError where multipliers are left over that no parameter has taken."""
     if mults:
         raise UserError(f"there is a Grad Mult for {next(iter(mults))!r}, but no parameter of that name")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from repopt.csla import GradMult
 from repopt.errors import UserError
+from repopt.optim.base import refuse_unclaimed
 from repopt.optim.shards import local, local_gradient, local_mult, sum_over_shards
 
 
@@ -38,8 +39,8 @@ def clip_grad_norm_(
             "repopt.grad_mults(model, scales, degree=1)"
         )
     named_parameters = list(named_parameters)
-    for name in grad_mults.keys() - {name for name, _ in named_parameters}:
-        raise UserError(f"there is a Grad Mult for {name!r}, but no parameter of that name")
+    names = {name for name, _ in named_parameters}
+    refuse_unclaimed({name: mult for name, mult in grad_mults.items() if name not in names})
     trained = [(name, param) for name, param in named_parameters if param.grad is not None]
     if not trained:
         return torch.zeros(())
@@ -49,7 +50,7 @@ def clip_grad_norm_(
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # squares of halves overflow
         mult, weighted = grad_mults.get(name), gradient
         if mult is not None:
-            weighted = local_mult(name, param, mult).to(gradient.device, gradient.dtype)(gradient)
+            weighted = local_mult(name, param, mult).beside(gradient)(gradient)
         squares.append(sum_over_shards(torch.sum(weighted * gradient), param))
     norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -208,15 +208,15 @@ class _Scalars:
     """
 
     def __init__(self, tasks: list[Task]) -> None:
-        self.of_task: list[dict[str, Tensor]] = []
-        homes = [(t.place.param.device, torch.promote_types(t.place.param.dtype, torch.float32)) for t in tasks]
+        self.homes = homes = [
+            (t.place.param.device, torch.promote_types(t.place.param.dtype, torch.float32)) for t in tasks
+        ]
         self.batches: dict[Any, Tensor] = {}
         places: dict[Any, Iterator[Tensor]] = {}
         for device, dtype in set(homes):
             shape = (homes.count((device, dtype)), len(tasks[0].scalars))
             self.batches[device, dtype] = batch = torch.empty(shape, dtype=dtype, device=device)
             places[device, dtype] = iter(batch.unbind())
-        self.homes = homes
         self.of_task = [dict(zip(tasks[0].scalars, next(places[home]).unbind(), strict=True)) for home in homes]
 
     def set(self, tasks: list[Task]) -> None:
