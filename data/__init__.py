@@ -6,7 +6,7 @@ registry    the table of data sets: a new one is a row there
 digits, cifar, fake             sets that live on the device as one tensor
 encoded, folder, zipped         images in files
 transforms, raug15              one decoded image -> uint8 tensor
-samplers, seeding               which images in what order; randomness from (seed, epoch, image)
+samplers                        which images in what order; randomness is that of repopt.seeding
 loader, resident, decoded       batches on the device
 on_device                       normalise, erase, mix: whole batches
 """

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data import seeding
 from data.encoded import EncodedImages
 from data.loader import Loader
 from data.on_device import Erase, Mix, Normalize
 from data.samplers import Sampler
 from data.transforms import Transform
+from repopt import seeding
 from repopt.errors import UserError
 
 Sample = tuple[Tensor, int, int]  # uint8 [3, H, W], label, index

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from data import seeding
+from repopt import seeding
 from repopt.errors import UserError
 
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data import raug15, seeding
+from data import raug15
 from data.transforms import check_interpolation, check_preset, eval_transform, train_transform
 from data.types import Augmentation
+from repopt import seeding
 from repopt.errors import UserError
 
 
