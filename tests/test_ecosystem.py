@@ -142,6 +142,31 @@ def test_a_step_that_grad_scaler_skips_changes_nothing():
     assert scaler.get_scale() == 2.0**9
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adamw", "rmsprop", "lion"])
+@pytest.mark.parametrize("implementation", ["eager", "compiled"])
+@pytest.mark.parametrize("on_host", [True, False])  # as on a CPU, and as on a GPU
+def test_steps_that_are_left_out(monkeypatch, rule, implementation, on_host):
+    """Those in between are as if there had been no others; the scaled gradients are those of the loss."""
+    monkeypatch.setattr("repopt.optim.base._on_host", lambda answer: on_host)
+    a, b = net(), net()
+    settings = {**SGD, "lr": 0.01, "implementation": implementation}
+    plain, told = (repopt.build_optimizer(rule, model, scales(), **settings) for model in (a, b))
+    for x, bad in zip(batches(7), (False, True, False, False, True, True, False), strict=True):
+        told.zero_grad()
+        (loss_of(b, x) * 2**6).backward()
+        told.found_inf, told.grad_scale = torch.tensor(float(bad)), torch.tensor(2.0**6)
+        if bad:
+            b.first.conv.weight.grad[0, 0, 0, 0] = torch.nan
+        told.step()
+        if not bad:
+            train(a, plain, [x])
+    assert_same(a, b)
+    for state, other in zip(plain.state.values(), told.state.values(), strict=True):
+        assert state.keys() == other.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-12, atol=1e-14, check_dtype=False)
+
+
 @pytest.mark.parametrize("rule", [RepAdamW, RepRMSprop])
 @pytest.mark.parametrize("implementation", ["eager", "compiled"])
 def test_capturable_steps_and_rates_are_tensors(rule, implementation):

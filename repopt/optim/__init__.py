@@ -28,10 +28,10 @@ class OptimizerPair(NamedTuple):
         return set(inspect.signature(self.rep).parameters) - {"params", "grad_mults", "implementation"}
 
 
-RULES = {
-    "sgd": OptimizerPair(torch.optim.SGD, RepSGD),
-    "adamw": OptimizerPair(torch.optim.AdamW, RepAdamW),
-    "adam": OptimizerPair(torch.optim.Adam, RepAdam),
+RULES = {  # fused: fast, and a step can be left out without asking the device
+    "sgd": OptimizerPair(functools.partial(torch.optim.SGD, fused=True), RepSGD),
+    "adamw": OptimizerPair(functools.partial(torch.optim.AdamW, fused=True), RepAdamW),
+    "adam": OptimizerPair(functools.partial(torch.optim.Adam, fused=True), RepAdam),
     "rmsprop": OptimizerPair(functools.partial(RepRMSprop, grad_mults={}), RepRMSprop),  # torch's couples the decay
     "lion": OptimizerPair(Lion, RepLion),
 }

@@ -15,7 +15,7 @@ from repopt.logging import logger
 from repopt.optim.bundles import Bundles
 from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
 from repopt.optim.shards import local, local_gradient, local_mult
-from repopt.optim.update import Hyper, Place, Rule, State, Task, check_degree, eager_update
+from repopt.optim.update import FROM_SCALER, Hyper, Place, Rule, State, Task, check_degree, eager_update
 
 NamedParams = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Implementation = Literal["auto", "compiled", "eager"]
@@ -49,6 +49,8 @@ class RepOptimizer(torch.optim.Optimizer):
         UserError: negative hyper-parameters, parameters without names, multipliers for names or shapes that are not
             among the parameters or of another degree, or a rule that breaks the law.
     """
+
+    _step_supports_amp_scaling: ClassVar[bool] = True  # by which GradScaler knows it
 
     degree: ClassVar[int]
     counts_steps: ClassVar[bool] = False
@@ -158,11 +160,19 @@ class RepOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step, as `torch.optim.Optimizer.step`."""
+        """One step, as `torch.optim.Optimizer.step`.
+
+        A `torch.amp.GradScaler` (and this package's engine) says by the attributes ``found_inf`` and ``grad_scale``, as
+        to torch's fused optimizers, whether it is left out; on a GPU nothing waits for the answer.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        said = {name: value for name in FROM_SCALER if (value := getattr(self, name, None)) is not None}
+        if "found_inf" in said and _on_host(said["found_inf"]):
+            if said.pop("found_inf"):
+                return loss
         first, tasks = [], []
         for group in self.param_groups:
             constants = {name: group[name] for name in self._constants}
@@ -170,7 +180,7 @@ class RepOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     is_first, place = self._place(param, names)
-                    task = Task(place, local_gradient(param), constants, self._scalars(param, group))
+                    task = Task(place, local_gradient(param), constants, self._scalars(param, group, said))
                     if place.param.numel():  # a process may have nothing of a small parameter
                         (first if is_first else tasks).append(task)
         eager_update(self._rule, [task._replace(constants={**task.constants, **self.at_first}) for task in first])
@@ -200,19 +210,19 @@ class RepOptimizer(torch.optim.Optimizer):
         self._places[param] = _Known(_memory(here, names, state), place)
         return bool(missing), place
 
-    def _scalars(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _scalars(self, param: Tensor, group: dict[str, Any], said: dict[str, Tensor]) -> dict[str, Any]:
         """What changes from step to step; counts the step."""
         if not self.counts_steps:
-            return {"lr": group["lr"]}
-        capturable = group.get("capturable", False)
+            return {"lr": group["lr"], **said}
+        capturable = group.get("capturable", False) or "found_inf" in said  # only the device knows whether it counts
         state = self.state[param]
         step = state.get("step")
         device = param.device if capturable else torch.device("cpu")
         if not isinstance(step, Tensor) or step.device != device:
             step = torch.as_tensor(step or 0.0, dtype=torch.float32, device=device)  # as torch.optim keeps it
             state["step"] = step
-        step += 1
-        return {"lr": group["lr"], **self.corrections(step.double() if capturable else step.item(), group)}
+        step += 1 - said["found_inf"] if "found_inf" in said else 1
+        return {"lr": group["lr"], **said, **self.corrections(step.double() if capturable else step.item(), group)}
 
     def _compiles(self) -> bool:
         if self.implementation == "auto":
@@ -264,6 +274,10 @@ def _memory(param: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> tup
     """Where and how a parameter and its state lie in memory."""
     tensors = [param, *(local(state[name]) for name in names if state.get(name) is not None)]
     return names, *((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in tensors)
+
+
+def _on_host(answer: Tensor) -> bool:
+    return answer.device.type == "cpu"
 
 
 def _named(group: dict[str, Any]) -> Iterable[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repopt.optim.update import Place, Task
+from repopt.optim.update import FROM_SCALER, Place, Task
 
 SMALL = 2**16  # entries
 MOST = 32  # bundles that are kept
@@ -29,7 +29,7 @@ class Bundles:
         gathered = []
         for task in tasks:
             param = task.place.param
-            numbers = tuple(task.scalars.values())
+            numbers = tuple(value for name, value in task.scalars.items() if name not in FROM_SCALER)
             if task.place.mult is None and param.numel() <= SMALL and not any(isinstance(n, Tensor) for n in numbers):
                 dtypes = (param.dtype, task.gradient.dtype, *(value.dtype for value in task.place.state.values()))
                 alike.setdefault((id(task.constants), numbers, param.device, dtypes), []).append(task)

@@ -136,9 +136,12 @@ class CompiledUpdate:
         for task in tasks:
             groups.setdefault(id(task.constants), (task.constants, []))[1].append(task)
         tasks = [task for _, members in groups.values() for task in members]
-        key = tuple(
-            (*constants.items(), *((task.place, task.gradient.dtype) for task in members))
-            for constants, members in groups.values()
+        key = (
+            tuple(tasks[0].scalars),
+            *(
+                (*constants.items(), *((task.place, task.gradient.dtype) for task in members))
+                for constants, members in groups.values()
+            ),
         )
         is_new = key not in self._known
         if is_new:

@@ -22,6 +22,8 @@ from repopt.errors import UserError
 State = dict[str, Tensor]
 Hyper = Mapping[str, Any]
 
+FROM_SCALER = ("found_inf", "grad_scale")  # above 0: leave the step out; and what gradients are multiples of
+
 
 class Rule(NamedTuple):
     """An elementwise update rule.
@@ -58,7 +60,8 @@ class Task(NamedTuple):
         place: the parameter.
         gradient: of its shape.
         constants: hyper-parameters of the parameter's group, ``weight_decay`` among them.
-        scalars: what changes from step to step, ``lr`` among them: numbers, or tensors of no dimension.
+        scalars: what changes from step to step, ``lr`` among them: numbers, or tensors of no dimension. Those of
+            `FROM_SCALER` are there where a GradScaler gives them.
     """
 
     place: Place
@@ -71,7 +74,10 @@ def apply(
     rule: Rule, param: Tensor, gradient: Tensor, mult: Callable[[Tensor], Tensor] | None, state: State, hyper: Hyper
 ) -> None:
     """Update a parameter and its state in place (see `Place` and `Task`; `hyper` holds constants and scalars)."""
-    lr, decay = hyper["lr"], hyper["weight_decay"]
+    lr, decay, skips = hyper["lr"], hyper["weight_decay"], hyper.get("found_inf")
+    before = [] if skips is None else [tensor.clone() for tensor in (param, *state.values())]
+    if hyper.get("grad_scale") is not None:
+        gradient = gradient / hyper["grad_scale"]
     if rule.degree == 1:
         if mult is not None:
             gradient = mult(gradient)
@@ -85,6 +91,9 @@ def apply(
         if decay:
             param.mul_(1 - lr * decay)
         param.sub_(lr * update)
+    if skips is not None:
+        for tensor, old in zip((param, *state.values()), before, strict=True):
+            tensor.copy_(torch.where(skips > 0, old, tensor))
 
 
 PIECE = 2**18  # entries: the temporaries of a piece stay in the cache, and peak memory stays low
