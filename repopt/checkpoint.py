@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repopt.errors import UserError
-
-# Old checkpoints pickle their yacs configuration; what reads it here is a plain dict that keeps the entries.
-_STAND_INS = [(OrderedDict, "yacs.config.CfgNode")]
+from repopt import torchfile
+from repopt.errors import UserError, shown
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -27,19 +23,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Before the marker torch advises to load the file unsafely; what it found stands behind.
-        reason = _first_line(str(error).split("WeightsUnpickler error:")[-1]).split(". ")[0]
-        raise UserError(f"{str(path)!r} is refused, it is no file of tensors and plain data: {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = _first_line(error) or "it ends too early"
-        raise UserError(f"{str(path)!r} cannot be read as a torch file: {reason}") from None
-    if not isinstance(content, Mapping):
+    content = torchfile.load(path)
+    if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint or a state dict")
-    return dict(content)
+    return content
 
 
 def write(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -62,27 +49,33 @@ def state_dict_of(content: Mapping[str, Any], key: str = "model") -> dict[str, T
     """
     state = next((content[k] for k in (key, "state_dict") if k in content), content)
     if not isinstance(state, Mapping) or not state or not all(map(_is_weight, state, state.values())):
-        raise UserError(
-            f"the file holds no state dict of tensors (its entries: {', '.join(map(str, list(content)[:8]))})"
-        )
-    return {name.removeprefix("module."): value for name, value in state.items()}
+        raise UserError(f"the file holds no state dict of tensors (its entries: {shown(list(content))})")
+    weights = {name.removeprefix("module."): value for name, value in state.items()}
+    if len(weights) < len(state):
+        raise UserError("the file holds weights of the same name with and without the prefix 'module.'")
+    return weights
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy a state dict of the published names into a model; every name and shape has to fit.
+    """Copy a state dict of the published names into a model; every name and shape has to fit, floats of any width.
 
     Raises:
-        UserError: what is missing, what is unknown, and which shapes differ, the first of each.
+        UserError: what is missing, what is unknown, and which shapes and types differ, the first of each.
     """
     own = model.state_dict()
     problems = []
     if missing := [name for name in own if name not in state]:
         problems.append(f"{len(missing)} missing such as {missing[0]!r}")
     if unknown := [name for name in state if name not in own]:
-        problems.append(f"{len(unknown)} unknown such as {unknown[0]!r}")
+        problems.append(f"{len(unknown)} unknown such as {shown(unknown[0])}")
     if other := [name for name in own if name in state and own[name].shape != state[name].shape]:
         found, expected = tuple(state[other[0]].shape), tuple(own[other[0]].shape)
-        problems.append(f"{len(other)} of another shape such as {other[0]!r}, {found} in the file, {expected} expected")
+        problems.append(
+            f"{len(other)} of another shape such as {other[0]!r}, {shown(found)} in the file, {expected} expected"
+        )
+    if other := [name for name in own if name in state and _kind(own[name]) != _kind(state[name])]:
+        found, expected = state[other[0]].dtype, own[other[0]].dtype
+        problems.append(f"{len(other)} of another type such as {other[0]!r}, {found} in the file, {expected} expected")
     if problems:
         raise UserError(f"the weights are not those of this model: {'; '.join(problems)}")
     model.load_state_dict(state)
@@ -90,6 +83,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _is_weight(name: object, value: object) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _kind(value: Tensor) -> str:
+    """What converts into each other without a loss of meaning."""
+    return "float" if value.is_floating_point() else "complex" if value.is_complex() else "integer"
 
 
 def _first_line(message: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -24,4 +25,33 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     hint = f"; did you mean {nearest!r}?" if nearest else ""
     if len(allowed) <= 12:
         hint += f" (allowed: {', '.join(allowed)})"
-    return UserError(f"unknown {kind} {name!r}{hint}")
+    return UserError(f"unknown {kind} {shown(name)}{hint}")
+
+
+def shown(value: object) -> str:
+    """What a file or a command line says, as a message quotes it: its repr, on one line and cut."""
+    return _cut(_SHORT.repr(value))
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, on one line and cut; its type where it says nothing."""
+    return _cut(str(error)) or type(error).__name__
+
+
+def _cut(text: str, length: int = 160) -> str:
+    text = " ".join(text[: 4 * length].split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 120
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out long ones.
+        return str(x) if x.bit_length() <= 256 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Short()

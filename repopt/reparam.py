@@ -11,12 +11,15 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from repopt.csla import GradMult
-from repopt.errors import UserError, unknown
+from repopt.errors import UserError, shown, unknown
 from repopt.layers import Mode, RepConv2d
 from repopt.optim import REFUSED, RULES, Implementation
 
 Scales = Mapping[str, Tensor]
 IdentityInit = Literal["searched", "one"]
+
+# Of scales; they are kept as they are, and the rules compute with them in float64 or the model's own type.
+_SCALE_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -63,7 +66,8 @@ def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
         scales: by name, (O,) each; or a whole hyper-search state dict, which has more.
 
     Raises:
-        UserError: a block without its scales, scales of another shape, or scales of a block that the model lacks.
+        UserError: a block without its scales, scales of another shape or type or not finite, or scales of a block that
+            the model lacks.
     """
     found: dict[str, Tensor] = {}
     endings: set[str] = set()
@@ -74,20 +78,40 @@ def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
             endings.add(key_of("", branch.searched))
             if key not in scales:
                 raise UserError(f"the scales do not fit the model: block {path!r} needs {key!r}, which is not there")
-            if scales[key].shape != expected:
+            shape = tuple(scales[key].shape) if isinstance(scales[key], Tensor) else expected
+            if shape != expected:
                 raise UserError(
                     f"the scales do not fit the model: block {path!r} expects {key!r} of the shape {expected}, "
-                    f"found {tuple(scales[key].shape)}"
+                    f"found {shown(shape)}"
                 )
+            if problem := flaw_of(scales[key]):
+                raise UserError(f"the scales do not fit the model: {key!r} of block {path!r} {problem}")
             found[key] = scales[key]
     for key in scales:
+        if not isinstance(key, str):
+            raise UserError(f"the scales do not fit the model: {shown(key)} is no name of a block's scales")
         if (
             key not in found
             and any(key.endswith(f".{ending}") for ending in endings)
             and not _emptied(unwrapped(model), key)
         ):
-            raise UserError(f"the scales do not fit the model: they hold {key!r}, and the model has no such block")
+            raise UserError(f"the scales do not fit the model: they hold {shown(key)}, and the model has no such block")
     return found
+
+
+def flaw_of(scale: object) -> str | None:
+    """Why something cannot be the scales of one branch ("is no tensor"), or None."""
+    if not isinstance(scale, Tensor):
+        return f"is of the type {type(scale).__name__}, not a tensor"
+    if scale.layout is not torch.strided or scale.is_meta:
+        return f"has the layout {scale.layout} on {scale.device.type}, not one of numbers in memory"
+    if scale.dtype not in _SCALE_TYPES:
+        return f"has the type {scale.dtype}, not one of {', '.join(map(str, _SCALE_TYPES))}"
+    if scale.dim() != 1 or not len(scale):
+        return f"has the shape {shown(tuple(scale.shape))}, not (O,), one number per output channel"
+    if not torch.isfinite(scale).all():
+        return "has values that are not finite"
+    return None
 
 
 @torch.no_grad()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from repopt import checkpoint
-from repopt.errors import UserError
+from repopt.errors import UserError, shown
+from repopt.reparam import flaw_of
 
 
 def load_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -18,20 +18,22 @@ def load_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     From a hyper-search all 1-D floating tensors of its state dict are returned; a model picks its own among them.
 
     Returns:
-        Tensors of the shape (O,), on the CPU.
+        Tensors of the shape (O,), on the CPU, of the type that the file has: float32, float64, float16 or bfloat16.
 
     Raises:
-        UserError: no such file, or none of these; a scale that is not finite.
+        UserError: no such file, or none of these; a scale that is of another type or shape, or not finite.
     """
     content = checkpoint.read(path)
-    state = checkpoint.state_dict_of(content, "scales" if content.get("scales") else "model")
-    scales = {name: value for name, value in state.items() if value.dim() == 1 and value.is_floating_point()}
-    if not scales:
+    kept = content.get("scales")
+    state = checkpoint.state_dict_of(content, "scales" if isinstance(kept, Mapping) and kept else "model")
+    if any(value.dim() > 2 for value in state.values()):  # kernels: a whole state dict
+        state = {name: value for name, value in state.items() if value.dim() == 1 and value.is_floating_point()}
+    if not state:
         raise UserError(f"{os.fspath(path)!r} holds no searched scales")
-    for name, value in scales.items():
-        if not torch.isfinite(value).all():
-            raise UserError(f"{os.fspath(path)!r} holds values that are not finite in {name!r}")
-    return scales
+    for name, value in state.items():
+        if problem := flaw_of(value):
+            raise UserError(f"{os.fspath(path)!r} cannot give scales: {shown(name)} {problem}")
+    return state
 
 
 def save_scales(scales: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

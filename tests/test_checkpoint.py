@@ -134,8 +134,8 @@ def test_scale_files(tmp_path):
             assert torch.equal(loaded[key], value)
     scales["stage0.scale_conv.weight"][3] = float("nan")
     repopt.save_scales(scales, tmp_path / "scales.pth")
-    with pytest.raises(UserError, match=r"not finite in 'stage0\.scale_conv\.weight'"):
+    with pytest.raises(UserError, match=r"'stage0\.scale_conv\.weight' has values that are not finite"):
         repopt.load_scales(tmp_path / "scales.pth")
-    torch.save({"model": {"w": torch.ones(2, 2)}}, tmp_path / "none.pth")
+    torch.save({"model": {"w": torch.ones(2, 2, 1, 1)}}, tmp_path / "none.pth")
     with pytest.raises(UserError, match="holds no searched scales"):
         repopt.load_scales(tmp_path / "none.pth")
