@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,11 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
-from repopt.errors import UserError, unknown
+from repopt.errors import UserError, one_line, shown, unknown
+
+_MAX_RECIPE_BYTES = 2**16
+_MAX_LITERAL = 1000  # characters; Python's parser has no bound of its own
+_MAX_BASES = 20  # recipes above one another
 
 
 class Key(NamedTuple):
@@ -214,53 +219,109 @@ def _coerce(name: str, value: Any) -> Any:
     key = KEYS[name]
     kind = key.type or type(key.default)
     if isinstance(value, str) and kind is not str:
-        # What is no literal stays text, and the check below says what is expected.
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = ast.literal_eval(value)
+        value = _literal(value)
     elif value == "None" and key.default is None:
         value = None
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.maxsize:
         value = float(value)
     if kind in (tuple, list) and isinstance(value, (tuple, list)):
         value = kind(value)
     if type(value) is not kind and not (value is None and key.default is None):
-        raise UserError(f"{name} takes a value of type {kind.__name__}, not {value!r}")
+        raise UserError(f"{name} takes a value of type {kind.__name__}, not {shown(value)}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name} takes text without NUL characters, not {shown(value)}")
     if kind in (int, float) and value is not None and not key.minimum <= value <= key.maximum:
         limit = f"from {key.minimum} on" if key.maximum == sys.maxsize else f"from {key.minimum} to {key.maximum}"
-        raise UserError(f"{name} is a number {limit}, not {value}")
-    if (
-        key.length
-        and value is not None
-        and (len(value) != key.length or not all(isinstance(item, (int, float)) for item in value))
-    ):
-        raise UserError(f"{name} takes {key.length} numbers, not {value}")
+        raise UserError(f"{name} is a number {limit}, not {shown(value)}")
+    if key.length and value is not None and (len(value) != key.length or not all(map(_is_number, value))):
+        raise UserError(f"{name} takes {key.length} numbers, not {shown(value)}")
     if key.choices and value not in key.choices:
         raise unknown(f"value of {name}", str(value), map(str, key.choices))
     return value
 
 
-def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a YAML recipe, those of its BASE recipes first."""
+def _literal(text: str) -> Any:
+    """`text` as a Python literal; what is none stays text, and whoever wants another type says so."""
+    if len(text) <= _MAX_LITERAL:
+        unreadable = contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+        with unreadable, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in strings
+            return ast.literal_eval(text)
+    return text
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.maxsize  # NaN is not
+
+
+def _read_recipe(path: Path) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a YAML recipe, those of its BASE recipes first.
+
+    Raises:
+        UserError: a recipe that is not there, is no plain YAML, has unknown keys or builds upon itself.
+    """
+    yield from _recipe_and_bases(path, above=(), done=set())
+
+
+def _recipe_and_bases(path: Path, above: tuple[Path, ...], done: set[Path]) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
-        raise UserError(f"there is no recipe {str(path)!r}")
+        raise UserError(f"there is no recipe {shown(str(path))}")
+    path = path.resolve()
+    if path in done:  # two recipes may build upon the same one
+        return
     if path in above:
-        raise UserError(f"recipe {str(path)!r} builds upon itself")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # not YAML, not UTF-8, no such date
-        raise UserError(f"recipe {str(path)!r} is no plain YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"recipe {str(path)!r} holds no keys")
+        raise UserError(f"recipe {shown(str(path))} builds upon itself")
+    if len(above) > _MAX_BASES:
+        raise UserError(f"recipe {shown(str(path))} stands below {len(above)} others, and {_MAX_BASES} are allowed")
+    content = _load_yaml(path)
     bases = content.pop("BASE", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"BASE of recipe {str(path)!r} lists recipes, not {bases!r}")
-    for base in filter(None, bases):
-        yield from _read_recipe((path.parent / base).resolve(), (*above, path.resolve()))
+        raise UserError(f"BASE of recipe {shown(str(path))} lists recipes, not {shown(bases)}")
+    for base in map(path.parent.joinpath, filter(None, bases)):
+        yield from _recipe_and_bases(base, (*above, path), done)
+    given = set()
     for name, value in _flatten(content):
         if name not in KEYS:
-            raise UserError(f"{unknown('config key', name, KEYS)} in {str(path)!r}")
+            raise UserError(f"{unknown('config key', name, KEYS)} in {shown(str(path))}")
+        if name in given:
+            raise UserError(f"{name} stands twice in {shown(str(path))}")
+        given.add(name)
         yield name, value
+    done.add(path)
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _MAX_RECIPE_BYTES:
+        raise UserError(f"recipe {shown(str(path))} has {size} bytes, and {_MAX_RECIPE_BYTES} are allowed")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_PlainLoader)
+    except RecursionError:
+        raise UserError(f"recipe {shown(str(path))} is no plain YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # no YAML, no UTF-8, no such date or number
+        raise UserError(f"recipe {shown(str(path))} is no plain YAML: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {shown(str(path))} holds no keys")
+    return content
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without references, whose expansion has no bound, and with text as keys, each once."""
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "recipes have no aliases", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[str, Any]:
+        names = [key.value if isinstance(key, yaml.ScalarNode) else None for key, _ in node.value]
+        for name, (key, _) in zip(names, node.value, strict=True):
+            if key.tag != "tag:yaml.org,2002:str" or names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{shown(name)} is no key, or twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
