@@ -19,13 +19,19 @@ import numpy as np
 import torch
 
 from data.types import Info
-from repopt.errors import UserError, unknown
+from repopt import archive
+from repopt.errors import UserError, one_line, shown, unknown
 from repopt.logging import logger
 
 CACHE_MODES = ("no", "full", "part")
 
 _SPLIT_ZIPS = ("train.zip", "val.zip")
-_CLASS_INDEX = re.compile("[0-9]{1,9}")
+_CLASS_INDEX = re.compile("[0-9]{1,6}")
+# More is an attack on the memory: of an encoded image, of a map file, of its lines, of unpacked to packed images.
+_MAX_IMAGE_BYTES = 2**28
+_MAX_MAP_BYTES = 2**30
+_MAX_LINES = 2**25
+_MAX_RATIO = 100
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field that follow it
 
 
@@ -99,24 +105,31 @@ class _Entries:
     """
 
     def __init__(self, path: Path, split: str, map_: Map) -> None:
-        with _open_zip(path) as archive:
-            infos = {info.filename: info for info in archive.infolist()}
+        with archive.open_zip(path) as zip_file:
+            infos = {info.filename: info for info in zip_file.infolist()}
         found = []
         for line, name in enumerate(map_.names, 1):
             info = infos.get(name) or infos.get(f"{split}/{name}")
             where = f"{map_.file}, line {line}"
             if info is None or info.is_dir():
-                raise UserError(f"{where}: no image {name!r} in {str(path)!r}")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-                raise UserError(f"{where}: {name!r} is encrypted or compressed otherwise than by deflate")
+                raise UserError(f"{where}: no image {shown(name)} in {str(path)!r}")
+            if reason := archive.flaw(info):
+                raise UserError(f"{where}: {shown(name)} {reason}")
+            if info.file_size > _MAX_IMAGE_BYTES:
+                raise UserError(f"{where}: {shown(name)} is no image, it has {info.file_size} bytes")
             found.append(info)
         self._path = path
-        self._names = np.array([info.filename.encode() for info in found])
+        names = [info.filename.encode() for info in found]
+        # In one piece: an array of names would be as wide as the longest one.
+        self._names = b"".join(names)
+        self._name_ends = np.cumsum([len(name) for name in names])
         self._at = np.array([info.header_offset for info in found])
         self._packed = np.array([info.compress_size for info in found])
         self._deflated = np.array([info.compress_type == zipfile.ZIP_DEFLATED for info in found])
         self._crc = np.array([info.CRC for info in found])
         self.sizes = np.array([info.file_size for info in found])
+        if self.sizes.sum() > _MAX_RATIO * max(1, self._packed.sum()):
+            raise UserError(f"{str(path)!r} is refused: its images unpack to {self.sizes.sum() / 1e9:.1f} GB")
         self._file: io.FileIO | None = None
 
     def __getstate__(self) -> dict:
@@ -142,7 +155,8 @@ class _Entries:
         return data
 
     def name(self, index: int) -> str:
-        return f"{self._path}@/{self._names[index].decode()}"
+        start, end = self._name_ends[index - 1] if index else 0, self._name_ends[index]
+        return f"{self._path}@/{self._names[start:end].decode()}"
 
 
 class _Cache:
@@ -152,7 +166,11 @@ class _Cache:
         self._indices = indices
         self._ends = np.cumsum(entries.sizes[indices.start : indices.stop : indices.step])
         self._starts = self._ends - entries.sizes[indices.start : indices.stop : indices.step]
-        self._buffer = torch.empty(int(self._ends[-1]) if len(indices) else 0, dtype=torch.uint8)
+        total = int(self._ends[-1]) if len(indices) else 0
+        try:
+            self._buffer = torch.empty(total, dtype=torch.uint8)
+        except RuntimeError:
+            raise UserError(f"{total / 1e9:.1f} GB of images do not fit in memory: set DATA.CACHE_MODE no") from None
         view = self._buffer.numpy()
         if len(indices):
             logger.info("reading %d images (%.1f GB) into memory", len(indices), len(view) / 1e9)
@@ -183,39 +201,44 @@ def _find_zip(root: str, split: str) -> Path:
     return zips[0]
 
 
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {str(path)!r} as a zip: {error}") from error
-
-
-def _read_map(root: str, split: str, archive: Path) -> Map:
+def _read_map(root: str, split: str, path: Path) -> Map:
     """The map file beside the zip, or else the one in it."""
     beside = Path(root, f"{split}_map.txt")
     if beside.is_file():
+        _check_map_size(str(beside), beside.stat().st_size)
         return _parse_map(str(beside), beside.read_bytes())
-    with _open_zip(archive) as zip_file:
-        inside = [name for name in zip_file.namelist() if Path(name).name == beside.name]
+    with archive.open_zip(path) as zip_file:
+        inside = [info for info in zip_file.infolist() if Path(info.filename).name == beside.name]
         if len(inside) != 1:
-            raise UserError(f"no {beside.name} in {root!r} or in {archive.name} (lines of: path, tab, class index)")
-        name = f"{archive}@/{inside[0]}"
+            raise UserError(f"no {beside.name} in {root!r} or in {path.name} (lines of: path, tab, class index)")
+        name = f"{path}@/{shown(inside[0].filename)[1:-1]}"
+        _check_map_size(name, inside[0].file_size)
+        if reason := archive.flaw(inside[0]):
+            raise UserError(f"cannot read {name!r}: it {reason}")
         try:
-            return _parse_map(name, zip_file.read(inside[0]))
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # corrupt, encrypted, unknown method
-            raise UserError(f"cannot read {name!r}: {error}") from error
+            content = zip_file.read(inside[0])
+        except archive.ERRORS as error:  # corrupt
+            raise UserError(f"cannot read {name!r}: {one_line(error)}") from None
+    return _parse_map(name, content)
+
+
+def _check_map_size(file: str, size: int) -> None:
+    if size > _MAX_MAP_BYTES:
+        raise UserError(f"{file} is no map file: it has {size} bytes, and {_MAX_MAP_BYTES} are allowed")
 
 
 def _parse_map(file: str, content: bytes) -> Map:
     names, labels = [], []
+    if content.count(b"\n") > _MAX_LINES:
+        raise UserError(f"{file} has more than {_MAX_LINES} lines")
     try:
         lines = content.decode().rstrip().splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error}") from error
+        raise UserError(f"{file} is not UTF-8 text: {one_line(error)}") from None
     for number, line in enumerate(lines, 1):
         name, tab, label = line.partition("\t")
         if not name or not tab or not _CLASS_INDEX.fullmatch(label):
-            raise UserError(f"{file}, line {number}: expected path, tab, class index; found {line[:100]!r}")
+            raise UserError(f"{file}, line {number}: expected path, tab, class index; found {shown(line)}")
         names.append(name.rpartition("@/")[2])  # some map files write 'train.zip@/n01440764/x.JPEG'
         labels.append(int(label))
     if not names:
