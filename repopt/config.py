@@ -35,13 +35,14 @@ class Key(NamedTuple):
     minimum: int = 0  # of a number
     maximum: float = sys.maxsize
     length: int | None = None  # of a tuple
+    fixed: bool = False  # a run that is resumed may not change it
 
 
 KEYS: dict[str, Key] = {
     "BASE": Key([""], "YAML recipes, relative to this one, that it builds upon"),
     "DATA.BATCH_SIZE": Key(128, "images per process and step", flag="--batch-size", minimum=1),
     "DATA.DATA_PATH": Key("", "data set root", flag="--data-path"),
-    "DATA.DATASET": Key("imagenet", "a row of data/registry.py"),
+    "DATA.DATASET": Key("imagenet", "a row of data/registry.py", fixed=True),
     "DATA.IMG_SIZE": Key(224, "side of a training image in pixels; small data sets bring their own", minimum=1),
     "DATA.TEST_SIZE": Key(None, "side of a test image in pixels; None = IMG_SIZE", int, minimum=1),
     "DATA.TEST_BATCH_SIZE": Key(None, "images per process and step in evaluation; None = BATCH_SIZE", int, minimum=1),
@@ -57,9 +58,15 @@ KEYS: dict[str, Key] = {
     ),
     "DATA.PIN_MEMORY": Key(True, "copy batches to the GPU from pinned memory"),
     "DATA.NUM_WORKERS": Key(8, "worker processes that decode images, per process"),
-    "MODEL.ARCH": Key("RepOpt-VGG-B1", "model and mode, such as RepOpt-VGG-B1-target", flag="--arch"),
+    "DATA.ON_BAD_IMAGE": Key(
+        "skip",
+        "an image that cannot be read: another takes its place in training, and it counts as wrong in evaluation; or "
+        "the run ends",
+        choices=("skip", "raise"),
+    ),
+    "MODEL.ARCH": Key("RepOpt-VGG-B1", "model and mode, such as RepOpt-VGG-B1-target", flag="--arch", fixed=True),
     "MODEL.RESUME": Key("", "checkpoint to resume; with --eval the weights to evaluate", flag="--resume"),
-    "MODEL.NUM_CLASSES": Key(1000, "outputs of the classifier; if not given, the data set's", minimum=1),
+    "MODEL.NUM_CLASSES": Key(1000, "outputs of the classifier; if not given, the data set's", minimum=1, fixed=True),
     "MODEL.LABEL_SMOOTHING": Key(0.1, "of the training loss", maximum=1),
     "TRAIN.START_EPOCH": Key(0, "epoch to start at when nothing is resumed"),
     "TRAIN.EPOCHS": Key(300, "epochs in all", minimum=1),
@@ -77,7 +84,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", "of the learning rate", choices=("cosine", "linear", "step")),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "of the step schedule", minimum=1),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "of the step schedule"),
-    "TRAIN.OPTIMIZER.NAME": Key("sgd", "update rule: sgd, adamw, adam, rmsprop or lion"),
+    "TRAIN.OPTIMIZER.NAME": Key("sgd", "update rule: sgd, adamw, adam, rmsprop or lion", fixed=True),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, "of AdamW, Adam and RMSprop"),
     "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), "of AdamW, Adam and Lion", length=2),
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "of SGD (Nesterov) and RMSprop"),
@@ -95,6 +102,9 @@ KEYS: dict[str, Key] = {
     ),
     "TRAIN.IDENTITY_INIT": Key(
         "searched", "how identity branches enter the initial weights", choices=("searched", "one")
+    ),
+    "TRAIN.MOST_SKIPPED_STEPS": Key(
+        20, "steps left out in a row, because loss or gradients are not finite, that end the run", minimum=1
     ),
     "TRAIN.SYNC_BN": Key(
         False, "synchronise batch norms over GPUs; else their statistics are averaged before evaluation"
@@ -124,7 +134,11 @@ KEYS: dict[str, Key] = {
     "TAG": Key("default", "name of the run", flag="--tag"),
     "SAVE_FREQ": Key(20, "epochs between the checkpoints that are kept", minimum=1),
     "PRINT_FREQ": Key(10, "batches between lines of the log", minimum=1),
-    "SEED": Key(0, "of everything random"),
+    "SAVE_EVERY_MINUTES": Key(15.0, "between checkpoints within epochs; 0 = none"),
+    "SAVE_EVERY_STEPS": Key(0, "between checkpoints within epochs; 0 = none"),
+    "SAVE_KEEP": Key(2, "of the last checkpoints: latest.pth, latest_1.pth ...", minimum=1),
+    "SEED": Key(0, "of everything random", fixed=True),
+    "DETERMINISTIC": Key(False, "deterministic algorithms on GPUs: the same weights in every run, bit for bit; slower"),
     "EVAL_MODE": Key(False, "evaluate only", flag="--eval"),
     "THROUGHPUT_MODE": Key(False, "measure the inference throughput only", flag="--throughput"),
 }
@@ -264,7 +278,11 @@ def _read_recipe(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _recipe_and_bases(path: Path, above: tuple[Path, ...], done: set[Path]) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # a name that is too long
+        found = False
+    if not found:
         raise UserError(f"there is no recipe {shown(str(path))}")
     path = path.resolve()
     if path in done:  # two recipes may build upon the same one
@@ -299,7 +317,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_PlainLoader)
     except RecursionError:
         raise UserError(f"recipe {shown(str(path))} is no plain YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # no YAML, no UTF-8, no such date or number
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # no YAML, no UTF-8, no such date or number
         raise UserError(f"recipe {shown(str(path))} is no plain YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {shown(str(path))} holds no keys")
@@ -307,20 +325,21 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without references, whose expansion has no bound, and with text as keys, each once."""
+    """YAML without tags and references, whose expansion has no bound, and with text as keys, each once."""
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "recipes have no aliases", self.peek_event().start_mark)
+        event = self.peek_event()
+        if event.anchor is not None or (isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)) and event.tag):
+            raise yaml.composer.ComposerError(None, None, "recipes have no tags and aliases", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[str, Any]:
-        names = [key.value if isinstance(key, yaml.ScalarNode) else None for key, _ in node.value]
-        for name, (key, _) in zip(names, node.value, strict=True):
-            if key.tag != "tag:yaml.org,2002:str" or names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{shown(name)} is no key, or twice", key.start_mark
-                )
+        names = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str" or key.value in names:
+                problem = f"{shown(key.value)} is no text, or stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
 

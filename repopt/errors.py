@@ -40,6 +40,8 @@ def one_line(error: BaseException) -> str:
 
 def _cut(text: str, length: int = 160) -> str:
     text = " ".join(text[: 4 * length].split())
+    # What a terminal would obey or cannot show.
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

@@ -80,8 +80,6 @@ def load(path: Path) -> Any:
 def _load_zip(path: Path) -> Any:
     with archive.open_zip(path) as file:
         records = _records(file)
-        if "constants.pkl" in records:
-            _refuse("it is a TorchScript program")
         if "byteorder" in records and (order := file.read(records["byteorder"])).decode() != sys.byteorder:
             _refuse(f"its byte order is {shown(order)}")
         storages: dict[str, Tensor] = {}
@@ -101,6 +99,8 @@ def _records(file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The entries of a torch archive, without the folder that all of them lie in."""
     names = file.namelist()
     folder = names[0].partition("/")[0] + "/" if names else ""
+    if f"{folder}constants.pkl" in names:
+        _refuse("it is a TorchScript program")
     records = {}
     for info in file.infolist():
         if not info.filename.startswith(folder) or ".." in info.filename.split("/"):
@@ -135,7 +135,7 @@ def _load_legacy(path: Path) -> Any:
         storages: dict[str, _Storage] = {}
         free = len(file)
 
-        def storage(dtype: torch.dtype, key: str, count: int, view: None) -> _Storage:
+        def storage(dtype: torch.dtype, key: str, count: int, view: object = None) -> _Storage:
             nonlocal free
             if view is not None:
                 _refuse("it has views of storages")
