@@ -31,29 +31,32 @@ from yacs.config import CfgNode
 import data
 import repopt
 from repopt import checkpoint, config, engine
-from repopt.distributed import World, world
-from repopt.errors import UserError
+from repopt.distributed import World, decided_by_first, world
+from repopt.errors import UserError, shown
 from repopt.logging import logger, start_log
 from repopt.models import Arch, list_archs, parse_arch
+from repopt.run_folder import RunFolder
+
+DONE = 0
+MISTAKE = 2  # of the user, or of the machine: a full disk
+INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: saved after SIGTERM, SIGUSR1 or SIGINT; the same command goes on from there
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; 0, or 2 after a mistake of the user, which is one line on stderr."""
+    """Run a command line and return its exit code, one of those below; what stopped it is one line on stderr."""
     try:
         settings = config.parse(argv)
         arch = parse_arch(settings.cfg.MODEL.ARCH)
         with world() as here:
-            run(arch, resolve(arch, settings), here, sys.argv[1:] if argv is None else argv)
+            return run(arch, resolve(arch, settings), here, sys.argv[1:] if argv is None else argv)
     except UserError as error:
         message = str(error)
     except OSError as error:  # of the machine: no permission, no space, a path that is none
-        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-    else:
-        return 0
+        message = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # mostly the first process has the same to say; torchrun then ends this one before it does
     print(f"main_repopt.py: {message}", file=sys.stderr)
-    return 2
+    return MISTAKE
 
 
 def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
@@ -87,10 +90,13 @@ def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
     return cfg
 
 
-def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> None:
-    """Train, or evaluate, or measure throughput, as the command line `argv` says."""
+def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> int:
+    """Train, or evaluate, or measure throughput, as the command line `argv` says; the exit code."""
     folder = Path(cfg.OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
+    if cfg.DETERMINISTIC:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
+        torch.use_deterministic_algorithms(True)
     start_log(folder, world.rank)
     logger.info(f"main_repopt.py {shlex.join(argv)}")
     logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
@@ -103,7 +109,12 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> None:
     elif cfg.EVAL_MODE:
         report_evaluation(cfg, world, model)
     else:
-        train(arch, cfg, world, model)
+        try:
+            train(arch, cfg, world, model)
+        except engine.Interrupted as stopped:
+            logger.info(stopped)
+            return INTERRUPTED
+    return DONE
 
 
 def report_throughput(cfg: CfgNode, world: World, model: nn.Module) -> None:
@@ -133,9 +144,13 @@ def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
 
 def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module) -> None:
     """Train from the beginning, or on from a checkpoint."""
-    resume = find_checkpoint(cfg)
+    folder, settings = RunFolder(Path(cfg.OUTPUT), keep=cfg.SAVE_KEEP), config.as_dict(cfg)
+    if world.is_main:
+        folder.lock()
+    resume = decided_by_first(lambda: find_checkpoint(cfg, folder))
     content = checkpoint.read(resume) if resume else None
-    if content is not None:
+    goes_on = content is not None and "optimizer" in content  # else it gives its weights alone
+    if goes_on:
         check_same_run(arch, cfg, content)
     scales = find_scales(arch, cfg, model, content)
     if scales is not None and content is None:
@@ -143,18 +158,22 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module) -> None:
     model = to_device(model, world)
     augmentation = data.Augmentation(**{f.name: cfg.AUG[f.name.upper()] for f in fields(data.Augmentation)})
     train_loader, val_loader = training_loader(cfg, world, augmentation), eval_loader(cfg, world)
+    if goes_on and content.get("data") not in (None, train_loader.fingerprint):
+        raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
     state = training_state(arch, cfg, world, model, scales, batches=len(train_loader))
+    state.data = train_loader.fingerprint
     if content is not None:
-        state.restore(content)
-        logger.info(f"resumed {resume} after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
-    folder, settings = Path(cfg.OUTPUT), config.as_dict(cfg)
+        state.restore(content, rank=world.rank, processes=world.size)
+        train_loader.set_epoch(state.epoch, state.seen)
+        within = f", {train_loader.images_seen} images into the next" if state.seen else ""
+        logger.info(f"resumed {resume} after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}{within}")
     if world.is_main:
-        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        (folder.path / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     logger.info(
         f"{cfg.MODEL.ARCH}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{train_loader.num_images} training and {val_loader.num_images} test images"
     )
-    engine.fit(
+    engine.Training(
         state,
         distribute(cfg, world, model),
         train_loader,
@@ -171,28 +190,36 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module) -> None:
         ema_update_period=cfg.TRAIN.EMA_UPDATE_PERIOD,
         eval_period=cfg.TEST.PERIOD,
         save_period=cfg.SAVE_FREQ,
+        save_every_minutes=cfg.SAVE_EVERY_MINUTES,
+        save_every_steps=cfg.SAVE_EVERY_STEPS,
+        most_skipped=cfg.TRAIN.MOST_SKIPPED_STEPS,
         print_period=cfg.PRINT_FREQ,
-    )
+    ).run()
 
 
-def find_checkpoint(cfg: CfgNode) -> Path | None:
+def find_checkpoint(cfg: CfgNode, folder: RunFolder) -> Path | None:
     """What to resume: what an earlier start of the same run left (it goes before --resume), or --resume, or nothing."""
-    latest = Path(cfg.OUTPUT, "latest.pth")
-    if not (cfg.TRAIN.AUTO_RESUME and latest.is_file()):
+    own = folder.resumable() if cfg.TRAIN.AUTO_RESUME else None
+    if own is None:
         return Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
     if cfg.MODEL.RESUME:
-        logger.warning(f"this run goes on from its own {latest}, not from {cfg.MODEL.RESUME}")
-    return latest
+        logger.warning(f"this run goes on from its own {own}, not from {cfg.MODEL.RESUME}")
+    return own
 
 
 def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None:
-    """Refuse to go on from another kind of run; a checkpoint without an optimizer gives its weights to any."""
-    if "optimizer" not in content:
-        return
-    for key in ("MODEL.ARCH", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME"):
+    """Refuse to go on from another kind of run; log what else differs."""
+    for key in config.KEYS:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
-        if then not in (None, now) and list_archs().get(str(then)) != arch:
-            raise UserError(f"cannot resume: {key} was {then!r} in the checkpoint and is {now!r} now")
+        if then in (None, now) or (key == "MODEL.ARCH" and list_archs().get(str(then)) == arch):
+            continue
+        if config.KEYS[key].fixed:
+            raise UserError(f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now")
+        if key not in OF_A_START:
+            logger.info(f"{key} was {shown(then)} before this start and is {now!r} now")
+
+
+OF_A_START = ("MODEL.RESUME", "OUTPUT", "TAG", "EVAL_MODE")  # keys that differ without a meaning for the training
 
 
 def needs_scales(arch: Arch) -> bool:
@@ -218,7 +245,9 @@ def find_scales(
     if path and Path(path).is_file():
         given = repopt.fit_scales(model, repopt.load_scales(path))
         if any(not torch.equal(kept[name], given[name]) for name in kept):
-            raise UserError(f"cannot resume: the scales of {path!r} are not those that this run began with")
+            raise UserError(
+                f"cannot resume: TRAIN.SCALES_PATH: the scales of {path!r} are not those that this run began with"
+            )
     return kept
 
 
@@ -310,7 +339,9 @@ def precision_of(cfg: CfgNode, world: World) -> engine.Precision:
 
 def source_of(cfg: CfgNode) -> data.Source:
     """Where the images come from."""
-    return data.Source(cfg.DATA.DATASET, cfg.DATA.DATA_PATH, cfg.DATA.ZIP_MODE, cfg.DATA.CACHE_MODE)
+    return data.Source(
+        cfg.DATA.DATASET, cfg.DATA.DATA_PATH, cfg.DATA.ZIP_MODE, cfg.DATA.CACHE_MODE, cfg.DATA.ON_BAD_IMAGE
+    )
 
 
 def training_loader(cfg: CfgNode, world: World, augmentation: data.Augmentation) -> data.Loader:

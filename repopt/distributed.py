@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from repopt.errors import UserError
+
+T = TypeVar("T")
+
+BEAT_SECONDS = 5.0  # between two signs of life
+LOST_SECONDS = 45.0  # without one, after which a process is given up
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,9 @@ class World:
 def world() -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), and part from them at the end.
 
+    Where another process ends before all have parted, this one ends within a minute, wherever it waits: the others of a
+    run are never left hanging.
+
     Raises:
         UserError: more processes on this node than GPUs, or an environment that is not torchrun's.
     """
@@ -49,16 +61,29 @@ def world() -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if size > 1:
-        try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"cannot meet the other {size - 1} processes (start with torchrun): {error}") from None
+    here = World(rank, size, device)
+    if size == 1:
+        yield here
+        return
+    global _hosts
     try:
-        yield World(rank, size, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _hosts = dist.new_group(backend="gloo")
+        watch = _Watch(dist.new_group(backend="gloo", timeout=timedelta(seconds=LOST_SECONDS)))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot meet the other {size - 1} processes (start with torchrun): {error}") from None
+    watch.start()
+    try:
+        yield here
+    except BaseException:
+        watch.leave()
+        raise
+    watch.part()
+    dist.destroy_process_group()
+    _hosts = None
+
+
+_hosts: dist.ProcessGroup | None = None  # what processes say to each other beside their devices' work
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -66,6 +91,88 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """What the first process decides, on all of them."""
+    if _hosts is None:
+        return decide()
+    decision = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(decision, src=0, group=_hosts)
+    return decision[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank, on the first; an empty list on the others."""
+    if _hosts is None:
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=_hosts)
+    return values or []
+
+
+class Vote:
+    """The largest of what all processes say, known to all at the same step, without waiting for the device.
+
+    What is said in one step is known in the next one: the message travels while the next step is computed.
+    """
+
+    def __init__(self) -> None:
+        self._travelling: tuple[Tensor, dist.Work] | None = None
+
+    def say(self, number: int) -> int:
+        """The largest of what was said in the last call (0 in the first one); by a process alone, `number`."""
+        if _hosts is None:
+            return number
+        known = self._arrived()
+        message = torch.tensor(number)
+        self._travelling = message, dist.all_reduce(message, dist.ReduceOp.MAX, group=_hosts, async_op=True)
+        return known
+
+    def settle(self, number: int) -> int:
+        """The largest of what was said in the last call and in this one; waits for the others."""
+        return max(self.say(number), self._arrived() if _hosts is not None else 0)
+
+    def _arrived(self) -> int:
+        if self._travelling is None:
+            return 0
+        message, work = self._travelling
+        self._travelling = None
+        work.wait()
+        return int(message)
+
+
+class _Watch(threading.Thread):
+    """Exchanges signs of life with the other processes, and ends this one when one of them is gone.
+
+    A process whose peer is gone may wait for it in a kernel of its GPU, where no error ever reaches it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._group, self._parts, self._leaves = group, threading.Event(), False
+
+    def run(self) -> None:
+        everyone_parts = torch.zeros((), dtype=torch.int64)
+        while not everyone_parts:
+            self._parts.wait(BEAT_SECONDS)
+            everyone_parts.fill_(self._parts.is_set())
+            try:
+                dist.all_reduce(everyone_parts, dist.ReduceOp.MIN, group=self._group)
+            except RuntimeError:
+                if not self._leaves:
+                    print("another process of this run has ended, so this one ends too", file=sys.stderr, flush=True)
+                    os._exit(1)
+                return
+
+    def part(self) -> None:
+        """Wait until all processes part, so that nobody's end is taken for a failure."""
+        self._parts.set()
+        self.join()
+
+    def leave(self) -> None:
+        """Expect nothing of the others any more: this process ends by an error of its own."""
+        self._leaves = True
 
 
 def _number(variable: str, default: int) -> int:

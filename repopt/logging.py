@@ -21,6 +21,13 @@ class _AboveTheBar(logging.Handler):
         tqdm.write(self.format(record))
 
 
+class _File(logging.FileHandler):
+    """A log that ends the run where it cannot be written (a full disk), as every other file does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        raise  # what `emit` has caught
+
+
 def start_log(folder: Path | None, rank: int) -> None:
     """Send the log to ``log_rank<rank>.txt`` of a folder, and on rank 0 to the console too."""
     logger.setLevel(logging.INFO)
@@ -30,7 +37,7 @@ def start_log(folder: Path | None, rank: int) -> None:
         handler.close()
     handlers: list[logging.Handler] = [_AboveTheBar()] if rank == 0 else []
     if folder is not None:
-        handlers.append(logging.FileHandler(folder / f"log_rank{rank}.txt"))
+        handlers.append(_File(folder / f"log_rank{rank}.txt"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -41,19 +48,21 @@ class Metrics:
 
     Args:
         folder: of the run; None writes nothing (all ranks but the first).
+        first_step: that the run goes on from; what was written of later ones before it stopped is dropped.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
         self._file = self._board = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             path = folder / "metrics.jsonl"
-            if path.is_file():  # a run that was killed may have left half a line
-                whole = path.read_bytes().rpartition(b"\n")
-                path.write_bytes(whole[0] + whole[1])
+            if path.is_file():
+                beside = path.with_name(f"{path.name}.writing")
+                beside.write_text("".join(line for line in path.open() if _step_of(line) <= first_step))
+                beside.replace(path)
             self._file = path.open("a", buffering=1)
-            self._board = SummaryWriter(str(folder))
+            self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def write(self, step: int, **numbers: Any) -> None:
         """Numbers (or groups of numbers) after an optimizer step."""
@@ -72,6 +81,14 @@ class Metrics:
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of ``metrics.jsonl``; infinity if it is none, such as half a line of a run that was killed."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _as_json(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(*numbers) >> 1)  # torch takes signed 64-bit seeds
 
 
-def reseed(*numbers: int) -> None:
-    """Makes the global CPU generators of `random`, numpy and torch a function of the numbers.
+def reseed(*numbers: int, device: torch.device | None = None) -> None:
+    """Makes the global generators of `random`, numpy and torch, and that of a GPU, a function of the numbers.
 
     torchvision and timm draw from the global generators, each from a different one.
     """
@@ -32,6 +32,8 @@ def reseed(*numbers: int) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed >> 1)
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seed >> 1)
 
 
 @contextmanager

@@ -132,14 +132,9 @@ def test_two_processes_are_one_that_accumulates(search, tmp_path):
 
 
 def entrance(monkeypatch, *arguments):
-    """What a command line hands to `engine.fit`."""
+    """What a command line hands to `engine.Training`."""
     handed = {}
-    monkeypatch.setattr(
-        "repopt.engine.fit",
-        lambda state, model, train_loader, val_loader, criterion, **rest: handed.update(
-            rest, state=state, criterion=criterion, train_loader=train_loader, val_loader=val_loader
-        ),
-    )
+    monkeypatch.setattr("repopt.engine.Training.run", lambda training: handed.update(vars(training)))
     assert main(*arguments) == 0
     return handed
 

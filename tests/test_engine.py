@@ -1,18 +1,26 @@
 """Training and evaluation against the same written out plainly."""
 
 import copy
+import functools
 import json
 import math
+import os
+import random
+import signal
 from pathlib import Path
+from typing import ClassVar
 
+import numpy
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import repopt
 from repopt import checkpoint, engine
 from repopt.distributed import World
 from repopt.errors import UserError
+from repopt.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -24,22 +32,34 @@ def network(seed=0, dropout=0.0):
 
 
 class Batches:
-    """A loader whose batches depend on the epoch."""
+    """A loader whose batches depend on the epoch; where it stands in it is the number of batches done."""
+
+    unreadable: ClassVar = {}
 
     def __init__(self, count=5, size=6, classes=4):
-        self.count, self.size, self.classes, self.epoch = count, size, classes, 0
+        self.count, self.size, self.classes, self.epoch, self.done = count, size, classes, 0, 0
+        self.images_per_batch = size
 
     def __len__(self):
-        return self.count
+        return self.count - self.done
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, seen=()):
+        self.epoch, self.done = epoch, sum(seen)
+
+    @property
+    def images_seen(self):
+        return self.done * self.size
+
+    def position_after(self, batches):
+        return [self.done + batches]
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.epoch)
-        for _ in range(self.count):
+        for batch in range(self.count):
             images = torch.randn(self.size, 3, 2, 2, generator=generator, dtype=torch.float64)
-            yield images, torch.randint(self.classes, (self.size,), generator=generator)
+            targets = torch.randint(self.classes, (self.size,), generator=generator)
+            if batch >= self.done:
+                yield images, targets
 
 
 def assert_same(a, b):
@@ -83,7 +103,11 @@ def test_accumulated_gradients_are_means_over_their_window(accumulation):
     a, b, loader = network(), network(), Batches(count=5)
     steps = []
     run_epoch(
-        a, loader, torch.optim.SGD(a.parameters(), lr=0.1), accumulation_steps=accumulation, after_step=steps.append
+        a,
+        loader,
+        torch.optim.SGD(a.parameters(), lr=0.1),
+        accumulation_steps=accumulation,
+        after_step=lambda *numbers: steps.append(numbers),
     )
     optimizer, batches = torch.optim.SGD(b.parameters(), lr=0.1), list(loader)
     windows = [batches[i : i + accumulation] for i in range(0, 5, accumulation)]
@@ -92,7 +116,8 @@ def test_accumulated_gradients_are_means_over_their_window(accumulation):
         torch.stack([nn.functional.cross_entropy(b(x), y) for x, y in window]).mean().backward()
         optimizer.step()
     assert_same(a, b)
-    assert steps == list(range(1, len(windows) + 1))
+    ends = [min(5, accumulation * number) for number in range(1, len(windows) + 1)]
+    assert steps == list(zip(range(1, len(windows) + 1), ends, strict=True))
 
 
 def test_clip_and_schedule_are_called_in_order():
@@ -111,7 +136,7 @@ def test_clip_and_schedule_are_called_in_order():
         first_step=10,
         clip=clip,
         before_step=lambda step: calls.append(f"before {step}"),
-        after_step=lambda step: calls.append(f"after {step}"),
+        after_step=lambda step, done: calls.append(f"after {step}"),
         after_batch=lambda: calls.append("batch"),
         report=reports.append,
     )
@@ -178,19 +203,19 @@ def make_state(model, *, average=True):
     return engine.TrainingState(model, optimizer, schedule, engine.Precision(CPU), ema=ema)
 
 
-def fit(state, folder, epochs, **arguments):
+def fit(state, folder, epochs, *, loader=None, val_loader=None, criterion=nn.functional.cross_entropy, **arguments):
     folder.mkdir(exist_ok=True)
-    engine.fit(
+    engine.Training(
         state,
         state.model,
-        Batches(),
-        Batches(count=2),
-        nn.CrossEntropyLoss(),
+        loader or Batches(),
+        val_loader or Batches(count=2),
+        criterion,
         epochs=epochs,
-        folder=folder,
+        folder=RunFolder(folder),
         config={"TAG": "t"},
         **{"world": World(0, 1, CPU), **arguments},
-    )
+    ).run()
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
@@ -212,16 +237,17 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
     assert steps == sorted(steps)
 
 
-def test_dropout_differs_by_epoch_and_process(tmp_path):
+def test_randomness_differs_by_batch_epoch_and_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("repopt.engine.training.distribute_bn", lambda *_, **__: None)
     drawn = []
 
     def draw():
-        drawn.append(torch.rand(4))
+        drawn.append((*torch.rand(4).tolist(), random.random(), *numpy.random.rand(2)))
         return torch.zeros(())
 
     for rank in (0, 1):
-        fit(make_state(network()), tmp_path / f"{rank}", 2, world=World(rank, 1, CPU), clip=draw)
-    assert len({tuple(values.tolist()) for values in drawn}) == len(drawn) == 20
+        fit(make_state(network()), tmp_path / f"{rank}", 2, world=World(rank, 2, CPU), clip=draw)
+    assert len({values[part] for values in drawn for part in range(7)}) == 7 * len(drawn) == 140
 
 
 def test_the_moving_average():
@@ -230,7 +256,7 @@ def test_the_moving_average():
     expected = [value.clone() for value in model.state_dict().values()]
     optimizer = state.optimizer
 
-    def update(step):
+    def update(step, done):
         if step % 2 == 0:
             state.ema.update(model)
             for average, value in zip(expected, model.state_dict().values(), strict=True):
@@ -245,7 +271,8 @@ def test_files_of_a_run(tmp_path):
     state = make_state(network(), average=False)
     fit(state, tmp_path / "run", 4, save_period=3, eval_period=3)
     names = {path.name for path in Path(tmp_path / "run").iterdir() if "tfevents" not in path.name}
-    assert names == {"latest.pth", "best_ckpt.pth", "ckpt_epoch_2.pth", "ckpt_epoch_3.pth", "metrics.jsonl"}
+    checkpoints = {"latest.pth", "latest_1.pth", "best_ckpt.pth", "ckpt_epoch_2.pth", "ckpt_epoch_3.pth"}
+    assert names == checkpoints | {"metrics.jsonl"}
     content = checkpoint.read(tmp_path / "run" / "latest.pth")
     assert {"model", "optimizer", "lr_scheduler", "max_accuracy", "epoch", "config"} <= content.keys()
     assert (content["epoch"], content["config"]) == (3, {"TAG": "t"})
@@ -302,13 +329,148 @@ def test_a_diverged_training_stops_and_keeps_what_was_good(tmp_path):
     state = make_state(network())
     fit(state, tmp_path / "run", 1)
     state.model[1].weight.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match="diverged in epoch 2"):
+    with pytest.raises(UserError, match=r"weights are not finite any more; the last good checkpoint is .*latest\.pth"):
         fit(state, tmp_path / "run", 4)
+    state.epoch = 1
+    with pytest.raises(UserError, match=r"diverged in epoch 2: .* in 5 steps in a row, .* good checkpoint is .*latest"):
+        fit(state, tmp_path / "run", 4, most_skipped=5)
     kept = checkpoint.read(tmp_path / "run" / "latest.pth")
     assert kept["epoch"] == 0
     assert torch.isfinite(kept["model"]["1.weight"]).all()
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+class Spoiled(Batches):
+    """Some batches are infinite; or they are missing, which comes to the same."""
+
+    def __init__(self, spoiled, missing):
+        super().__init__(count=8)
+        self.spoiled, self.missing = spoiled, missing
+
+    def __len__(self):
+        return super().__len__() - (len(self.spoiled) if self.missing else 0)
+
+    def __iter__(self):
+        for number, (images, targets) in enumerate(super().__iter__()):
+            if number not in self.spoiled:
+                yield images, targets
+            elif not self.missing:
+                yield images * math.inf, targets
+
+
+def build(name, model):
+    settings = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    if name == "torch, not fused":
+        return torch.optim.SGD(model.parameters(), **settings)
+    return repopt.build_optimizer(name, model, **settings)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop", "torch, not fused"])
+@pytest.mark.parametrize("clips", [False, True])
+def test_steps_that_are_not_finite_are_as_if_they_had_not_been(name, clips):
+    a, b = network(), network()
+    reports = []
+    for model, missing in ((a, True), (b, False)):
+        clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), 0.5) if clips else None
+        loader = Spoiled({0, 3, 4, 7}, missing)
+        mean = run_epoch(model, loader, build(name, model), clip=clip, report=reports.append, report_every=3)
+    for (key, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(p, q), key
+    assert math.isfinite(mean)
+    assert [(r.skipped, r.skipped_in_a_row) for r in reports[-3:]] == [(1, 0), (3, 0), (4, 1)]
+
+
+def test_a_loss_that_is_not_finite_counts_though_its_gradients_are():
+    model, calls = network(), []
+
+    def criterion(logits, targets):
+        calls.append(1)
+        return nn.functional.cross_entropy(logits, targets) + (math.inf if len(calls) == 2 else 0.0)
+
+    safeguard = engine.Safeguard(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1), CPU)
+    engine.train_one_epoch(
+        model, Batches(), criterion, optimizer, batches=5, precision=engine.Precision(CPU), safeguard=safeguard
+    )
+    assert safeguard.skipped() == (1, 0)
+
+
+def test_skipped_steps_are_counted_through_restarts(tmp_path):
+    state = make_state(network())
+    fit(state, tmp_path / "run", 1, loader=Spoiled({1, 2}, missing=False))
+    resumed = make_state(network())
+    resumed.restore(checkpoint.read(tmp_path / "run" / "latest.pth"))
+    fit(resumed, tmp_path / "run", 2, loader=Spoiled({1, 2}, missing=False))
+    assert (state.skipped, resumed.skipped) == (2, 4)
+
+
+def stop_after(step, number=signal.SIGTERM):
+    """A criterion during which this process gets a signal."""
+    calls = []
+
+    def criterion(logits, targets):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return nn.functional.cross_entropy(logits, targets)
+
+    return criterion
+
+
+@pytest.mark.parametrize("number", engine.interruption.STOPPING)
+@pytest.mark.parametrize("batch", [1, 3, 5, 7])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_training_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path, number, batch, accumulation):
+    settings = {"ema_update_period": 2, "accumulation_steps": accumulation}
+    whole = make_state(network(dropout=0.3))
+    fit(whole, tmp_path / "whole", 3, **settings)
+    first = make_state(network(dropout=0.3))
+    with pytest.raises(engine.Interrupted, match=f"stopped by {number.name} and saved in .*latest.pth"):
+        fit(first, tmp_path / "part", 3, criterion=stop_after(batch, number), **settings)
+    assert signal.getsignal(number) is not None
+    done = -(-batch // accumulation) * accumulation if batch % 5 else batch
+    assert (first.epoch, sum(first.seen)) == divmod(min(done, 5), 6) if batch <= 5 else (1, min(done - 5, 5))
+    second = make_state(network(seed=9, dropout=0.3))
+    second.restore(checkpoint.read(tmp_path / "part" / "latest.pth"))
+    fit(second, tmp_path / "part", 3, **settings)
+    for a, b in ((whole.model, second.model), (whole.ema.module, second.ema.module)):
+        for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+            assert torch.equal(p, q), name
+    assert (whole.max_accuracy, whole.max_ema_accuracy) == (second.max_accuracy, second.max_ema_accuracy)
+
+
+def test_a_signal_during_an_evaluation(tmp_path):
+    whole, first, second = (make_state(network()) for _ in range(3))
+    fit(whole, tmp_path / "whole", 2)
+
+    class Stopping(Batches):
+        def __iter__(self):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return super().__iter__()
+
+    with pytest.raises(engine.Interrupted):
+        fit(first, tmp_path / "part", 2, val_loader=Stopping(count=2))
+    assert (first.epoch, first.seen) == (0, [5])
+    second.restore(checkpoint.read(tmp_path / "part" / "latest.pth"))
+    fit(second, tmp_path / "part", 2)
+    assert_same(whole.model, second.model)
+    assert whole.max_accuracy == second.max_accuracy
+
+
+@pytest.mark.parametrize("settings", [{"save_every_steps": 2}, {"save_every_minutes": 1e-9}])
+def test_checkpoints_within_epochs(tmp_path, monkeypatch, settings):
+    positions = []
+    save = RunFolder.save
+
+    def kept(folder, content, names=()):
+        positions.append((content["epoch"] + 1, sum(content["seen"])))
+        save(folder, content, names)
+
+    monkeypatch.setattr(RunFolder, "save", kept)
+    fit(make_state(network()), tmp_path / "run", 2, **settings)
+    steps = (2, 4, 6, 8, 10) if "save_every_steps" in settings else range(1, 11)
+    within = [((step - 1) // 5, (step - 1) % 5 + 1) for step in steps]
+    assert positions == sorted([*within, (1, 0), (2, 0)])
 
 
 def test_fp16_gradients_are_clipped_unscaled():

@@ -1,22 +1,26 @@
 """Training, evaluation and measurement of speed: plain functions with explicit arguments."""
 
 from repopt.engine.evaluate import Evaluation, evaluate
-from repopt.engine.fit import fit
+from repopt.engine.interruption import Interrupted
 from repopt.engine.precision import Precision
+from repopt.engine.safeguard import Safeguard
 from repopt.engine.schedule import build_schedule
 from repopt.engine.state import TrainingState
 from repopt.engine.throughput import measure_throughput
 from repopt.engine.train import Progress, count_steps, train_one_epoch
+from repopt.engine.training import Training
 
 __all__ = [
     "Evaluation",
+    "Interrupted",
     "Precision",
     "Progress",
+    "Safeguard",
+    "Training",
     "TrainingState",
     "build_schedule",
     "count_steps",
     "evaluate",
-    "fit",
     "measure_throughput",
     "train_one_epoch",
 ]

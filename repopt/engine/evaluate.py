@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,33 +15,64 @@ from repopt.engine.precision import Precision
 
 
 class Evaluation(NamedTuple):
-    """Accuracies in percent and the mean cross-entropy over every image of all processes, each counted once."""
+    """Accuracies in percent over every image of all processes, each counted once, and the mean cross-entropy.
+
+    An image that could not be read counts as a wrong answer, and has no loss.
+    """
 
     top1: float
     top5: float
     loss: float
     images: int
+    unreadable: int = 0
 
     def __str__(self) -> str:
-        return f"top-1 {self.top1:.3f} % top-5 {self.top5:.3f} % loss {self.loss:.4f} on {self.images} images"
+        unreadable = f", {self.unreadable} of them unreadable and counted as wrong" if self.unreadable else ""
+        return (
+            f"top-1 {self.top1:.3f} % top-5 {self.top5:.3f} % loss {self.loss:.4f} on {self.images} images{unreadable}"
+        )
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precision: Precision) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    precision: Precision,
+    *,
+    stops: Callable[[], object] = lambda: False,
+) -> Evaluation | None:
     """Evaluate a model on the images that this process's loader gives, together with the other processes.
 
     Args:
         model: not wrapped in DDP; left in eval mode.
-        loader: (images, class indices) on the device; processes may have different numbers of batches.
+        loader: (images, class indices) on the device; processes may have different numbers of batches. The class of an
+            image that could not be read is negative.
+        stops: asked before every batch whether to give up.
+
+    Returns:
+        None where a process has given up.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=precision.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=precision.device)
     for images, targets in loader:
+        if stops():
+            sums[5] = 1
+            break
         with precision.autocast():
             logits = model(images)
         logits = logits.float()
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         losses = F.cross_entropy(logits, targets, reduction="none").double()
-        sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), losses.sum(), losses.new_full((), len(images))])
-    top1, top5, loss, images_seen = sum_over_processes(sums).tolist()
-    return Evaluation(100 * top1 / images_seen, 100 * top5 / images_seen, loss / images_seen, int(images_seen))
+        count = losses.new_full((), len(images))
+        sums[:5] += torch.stack([ranked[:, 0].sum(), ranked.sum(), losses.sum(), count, (targets < 0).sum()])
+    top1, top5, loss, images_seen, unreadable, given_up = sum_over_processes(sums).tolist()
+    if given_up:
+        return None
+    readable = images_seen - unreadable
+    return Evaluation(
+        100 * top1 / images_seen,
+        100 * top5 / images_seen,
+        loss / readable if readable else math.nan,
+        int(images_seen),
+        int(unreadable),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,17 @@ from repopt.reparam import Scales
 class TrainingState:
     """Everything that a run needs to go on where it stopped.
 
+    No generator of random numbers is among it: each batch seeds them all by its place in the training (`fit`).
+
     Attributes:
         model: not wrapped in DDP.
         scales: that a RepOptimizer's constants came from; kept, so that resuming needs no other file.
         ema: moving average of the weights, or None.
         epoch: epochs done.
+        seen: what of the next epoch is done, as its loader says (``Loader.position_after``); empty at its beginning.
+        skipped: steps that were left out because something was not finite.
         max_accuracy, max_ema_accuracy: best top-1 so far, in percent.
+        data: fingerprint of the training images; None where it is not known.
     """
 
     model: nn.Module
@@ -36,15 +41,32 @@ class TrainingState:
     scales: Scales | None = None
     ema: ModelEmaV3 | None = None
     epoch: int = 0
+    seen: Sequence[Mapping[str, Any]] = ()
+    skipped: int = 0
     max_accuracy: float = 0.0
     max_ema_accuracy: float = 0.0
+    data: str | None = None
 
     def models(self) -> dict[str, nn.Module]:
         """What is evaluated: the model ("val"), and its moving average ("ema") where there is one."""
         return {"val": self.model} if self.ema is None else {"val": self.model, "ema": self.ema.module}
 
-    def content(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A checkpoint with the entries of the published release, and ours."""
+    def buffers(self) -> dict[str, dict[str, Tensor]]:
+        """Copies of the statistics of batch norms, by model, on the CPU: within an epoch each process has its own."""
+        return {
+            key: {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()}
+            for key, model in self.models().items()
+        }
+
+    def content(
+        self, config: Mapping[str, Any], buffers: Sequence[Mapping[str, Mapping[str, Tensor]]] = ()
+    ) -> dict[str, Any]:
+        """A checkpoint with the entries of the published release, and ours.
+
+        Args:
+            config: of the run.
+            buffers: those of all processes by rank, where they differ.
+        """
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -54,6 +76,10 @@ class TrainingState:
             "config": dict(config),
             "scaler": self.precision.scaler.state_dict(),
             "max_ema_accuracy": self.max_ema_accuracy,
+            "skipped": self.skipped,
+            "data": self.data,
+            "seen": list(self.seen),
+            "buffers": list(buffers),
         }
         if self.scales is not None:
             content["scales"] = dict(self.scales)
@@ -61,10 +87,11 @@ class TrainingState:
             content["ema"] = self.ema.module.state_dict()
         return content
 
-    def restore(self, content: Mapping[str, Any]) -> None:
+    def restore(self, content: Mapping[str, Any], *, rank: int = 0, processes: int = 1) -> None:
         """Take over a checkpoint: all of a run, or the weights alone where it holds no optimizer.
 
-        The learning rate is a function of the step, so the state of the schedule is not read.
+        The learning rate is a function of the step, so the state of the schedule is not read. Where the checkpoint was
+        made within an epoch by another number of processes, each takes the mean of their batch-norm statistics.
 
         Raises:
             UserError: it is not one of this model and optimizer.
@@ -78,12 +105,25 @@ class TrainingState:
         _load_optimizer(self.optimizer, content["optimizer"])
         try:
             self.epoch = max(0, int(content.get("epoch", -1)) + 1)
+            self.seen = content.get("seen") or ()
+            self.skipped = int(content.get("skipped", 0))
             self.max_accuracy = float(content.get("max_accuracy", 0.0))
             self.max_ema_accuracy = float(content.get("max_ema_accuracy", 0.0))
             if content.get("scaler"):
                 self.precision.scaler.load_state_dict(content["scaler"])
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            if content.get("buffers"):
+                self._load_buffers(content["buffers"], rank, processes)
+        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise UserError(f"the checkpoint's record of its training cannot be read: {error}") from None
+
+    @torch.no_grad()
+    def _load_buffers(self, of_ranks: Sequence[Mapping[str, Mapping[str, Tensor]]], rank: int, processes: int) -> None:
+        if len(of_ranks) == processes:
+            of_ranks = [of_ranks[rank]]
+        for key, model in self.models().items():
+            for name, buffer in model.named_buffers():
+                values = torch.stack([buffers[key][name] for buffers in of_ranks])
+                buffer.copy_(values.mean(0) if values.is_floating_point() else values[0])
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -3,13 +3,13 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import Lion
 
 from repopt.optim.adam import RepAdam, RepAdamW
-from repopt.optim.base import Implementation, RepOptimizer
+from repopt.optim.base import Implementation, NamedParams, RepOptimizer
 from repopt.optim.clip import clip_grad_norm_
 from repopt.optim.lion import RepLion
 from repopt.optim.rmsprop import RepRMSprop
@@ -28,8 +28,26 @@ class OptimizerPair(NamedTuple):
         return set(inspect.signature(self.rep).parameters) - {"params", "grad_mults", "implementation"}
 
 
+def _fused_sgd(params: NamedParams, **settings: Any) -> torch.optim.SGD:
+    """torch's fused SGD with momentum buffers that begin as zeros: where its first step is left out, it leaves them
+    unset.
+    """
+    optimizer = torch.optim.SGD(params, fused=True, **settings)
+
+    def begin(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                state = optimizer.state[param]
+                if group["momentum"] and state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(param)
+        hook.remove()
+
+    hook = optimizer.register_step_pre_hook(begin)
+    return optimizer
+
+
 RULES = {  # fused: fast, and a step can be left out without asking the device
-    "sgd": OptimizerPair(functools.partial(torch.optim.SGD, fused=True), RepSGD),
+    "sgd": OptimizerPair(_fused_sgd, RepSGD),
     "adamw": OptimizerPair(functools.partial(torch.optim.AdamW, fused=True), RepAdamW),
     "adam": OptimizerPair(functools.partial(torch.optim.Adam, fused=True), RepAdam),
     "rmsprop": OptimizerPair(functools.partial(RepRMSprop, grad_mults={}), RepRMSprop),  # torch's couples the decay

@@ -170,9 +170,9 @@ class RepOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         said = {name: value for name in FROM_SCALER if (value := getattr(self, name, None)) is not None}
-        if "found_inf" in said and _on_host(said["found_inf"]):
-            if said.pop("found_inf"):
-                return loss
+        known = "found_inf" in said and _on_host(said["found_inf"])
+        if known and said.pop("found_inf"):
+            return loss
         first, tasks = [], []
         for group in self.param_groups:
             constants = {name: group[name] for name in self._constants}
