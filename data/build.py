@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data import registry, transforms
-from data.decoded import DecodedLoader
+from data.decoded import Blank, DecodedLoader, Mend, refuse, replace
 from data.loader import Loader
 from data.on_device import Erase, Mix, Normalize
 from data.resident import RandomCropFlip, ResidentLoader
@@ -70,14 +70,7 @@ def train_loader(
     transforms.check_preset(augmentation.preset)
     normalize = Normalize(row.mean, row.std, device, memory_format)
     mix = (
-        Mix(
-            augmentation,
-            batch_size=batch_size,
-            num_classes=num_classes,
-            label_smoothing=label_smoothing,
-            seed=seed,
-            rank=rank,
-        )
+        Mix(augmentation, batch_size=batch_size, num_classes=num_classes, label_smoothing=label_smoothing, seed=seed)
         if augmentation.mixes
         else None
     )
@@ -100,6 +93,7 @@ def train_loader(
         transform,
         TrainSampler(len(files.labels), batch_size, rank, world_size, seed, sharded),
         normalize,
+        mend=_mend(source, replace),
         device=device,
         seed=seed,
         num_workers=num_workers,
@@ -160,6 +154,7 @@ def eval_loader(
         transforms.eval_transform(image_size, interpolation, crop=crop),
         EvalSampler(len(files.labels), batch_size, rank, world_size),
         normalize,
+        mend=_mend(source, Blank(image_size)),
         device=device,
         seed=0,  # nothing is random
         num_workers=num_workers,
@@ -173,6 +168,10 @@ def _find(source: Source, image_size: int, interpolation: str) -> registry.Resid
     if isinstance(row, registry.Resident) and row.info.image_size not in (None, image_size):
         raise UserError(f"data set {source.dataset!r} has images of size {row.info.image_size}, not {image_size}")
     return row
+
+
+def _mend(source: Source, skip: Mend) -> Mend:
+    return {"skip": skip, "raise": refuse}[source.on_bad_image]
 
 
 def _check_labels(labels: Tensor, num_classes: int, source: Source) -> None:

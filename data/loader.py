@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from data import position
 from data.on_device import Erase, Mix, Normalize
+from data.position import Leg, Position
 from data.samplers import Sampler
 
 
@@ -15,38 +18,80 @@ class Loader(ABC):
     """Batches of one rank, on the device: `for images, targets in loader`.
 
     Images are normalised float32 [B, 3, H, W]; targets are int64 [B], or float [B, num_classes] under mixup or cutmix.
-    Iterating never waits for the device.
+    Iterating never waits for the device. A batch follows from the seed, the epoch and its images alone: neither
+    stopping within an epoch, nor workers, nor (but for the images that meet in a batch) the number of processes change
+    it.
+
+    In evaluation an unreadable image may come as zeros before normalisation, with the target -100, which
+    `torch.nn.functional.cross_entropy` ignores; in training another of its batch takes its place.
 
     Attributes:
         num_images: images of the whole split, over all ranks.
+        images_per_batch: images of one (full) batch of every rank together.
+        images_seen: images that all processes saw of the chosen epoch before `set_epoch`.
+        fingerprint: 16 hexadecimal digits that identify the split's labels in their order, and so its content cheaply.
+        unreadable: name and reason of every unreadable image met so far on this rank.
     """
 
     def __init__(
-        self, sampler: Sampler, normalize: Normalize, *, erase: Erase | None = None, mix: Mix | None = None
+        self,
+        labels: Tensor,
+        sampler: Sampler,
+        normalize: Normalize,
+        *,
+        erase: Erase | None = None,
+        mix: Mix | None = None,
     ) -> None:
-        self.num_images = sampler.num_images
+        self.num_images = len(labels)
+        self.images_per_batch = sampler.batch_size * sampler.world_size
+        self.fingerprint = hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()[:16]
+        self.unreadable: dict[str, str] = {}
         self._sampler = sampler
-        self._epoch = 0
         self._normalize, self._erase, self._mix = normalize, erase, mix
+        self.set_epoch(0)
 
     def __len__(self) -> int:
-        """Steps per epoch on this rank."""
-        return len(self._sampler)
+        """Batches that the next iteration yields on this rank; 0 if nothing is left of the epoch."""
+        return len(self._batches)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration goes through."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, seen: Position = ()) -> None:
+        """Chooses what the next iteration goes through.
+
+        Args:
+            epoch: its number.
+            seen: what to leave out, as `position_after` said in this epoch, perhaps with other numbers of processes
+                or images per batch; only for training.
+
+        Raises:
+            UserError: `seen`, which may come from a file, is malformed or does not fit the set.
+        """
+        seen = position.checked(seen)
+        self._batches = self._sampler.batches(epoch, seen)
+        self._epoch, self._seen = epoch, seen
+        self.images_seen = position.images_seen(seen)
+
+    def position_after(self, batches: int) -> list[Leg]:
+        """The position in the chosen epoch when every rank has gone through `batches` of the iteration's batches.
+
+        It is plain data (a list of dicts of int and bool), and does not grow with the number of stops.
+        """
+        return position.after(
+            self._seen,
+            processes=self._sampler.world_size,
+            images=batches * self._sampler.batch_size,
+            sharded=self._sampler.sharded,
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self._epoch
-        for step, (images, targets, indices) in enumerate(self._raw_batches(epoch)):
+        for images, targets, indices in self._raw_batches(epoch, self._batches):
             images = self._normalize(images)
             if self._erase:
                 self._erase(images, indices, epoch)
             if self._mix:
-                images, targets = self._mix(images, targets, epoch, step)
+                images, targets = self._mix(images, targets, epoch, int(indices[0]))
             yield images, targets
 
     @abstractmethod
-    def _raw_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """uint8 images [B, 3, H, W] and int64 labels [B] on the device, int64 image indices [B] on the CPU."""

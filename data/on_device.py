@@ -63,6 +63,9 @@ class Erase:
 class Mix:
     """timm's mixup and cutmix of a normalised batch, label smoothing included.
 
+    How a batch is mixed depends on (seed, epoch, its first image's index) alone: not on the step or the rank, which
+    differ where an epoch goes on after a stop.
+
     Raises:
         UserError: an odd batch size (images are mixed in pairs), or an unknown mode.
     """
@@ -75,7 +78,6 @@ class Mix:
         num_classes: int,
         label_smoothing: float,
         seed: int,
-        rank: int,
     ) -> None:
         from timm.data.mixup import Mixup
 
@@ -94,10 +96,10 @@ class Mix:
             label_smoothing=label_smoothing,
             num_classes=num_classes,
         )
-        self._seed, self._rank = seed, rank
+        self._seed = seed
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Mixed images [B, 3, H, W] and float targets [B, num_classes]."""
+    def __call__(self, images: Tensor, labels: Tensor, epoch: int, first: int) -> tuple[Tensor, Tensor]:
+        """Mixed images [B, 3, H, W] and float targets [B, num_classes]; `first` is the first image's index."""
         with seeding.preserved():
-            seeding.reseed(self._seed, epoch, seeding.MIX, step, self._rank)
+            seeding.reseed(self._seed, epoch, seeding.MIX, first)
             return self._mix(images, labels)

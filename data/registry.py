@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data import cifar, digits, fake, folder, zipped
 from data.encoded import EncodedImages
-from data.types import Info, Source
+from data.types import ON_BAD_IMAGE, Info, Source
 from repopt.errors import UserError, unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -105,8 +105,10 @@ def find(source: Source) -> Resident | Decoded:
     """The data set's row.
 
     Raises:
-        UserError: an unknown data set, or zip mode with one that has no files.
+        UserError: an unknown data set, zip mode with one that has no files, or an unknown way with unreadable images.
     """
+    if source.on_bad_image not in ON_BAD_IMAGE:
+        raise unknown("way with unreadable images", source.on_bad_image, ON_BAD_IMAGE)
     if source.dataset not in DATASETS:
         raise unknown("data set", source.dataset, DATASETS)
     row = DATASETS[source.dataset]

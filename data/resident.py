@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,11 +72,10 @@ class ResidentLoader(Loader):
         crop: RandomCropFlip | None = None,
         mix: Mix | None = None,
     ) -> None:
-        super().__init__(sampler, normalize, mix=mix)
+        super().__init__(labels, sampler, normalize, mix=mix)
         self._images, self._labels, self._crop = images, labels, crop
 
-    def _raw_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        batches = self._sampler.batches(epoch)
+    def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if not batches:
             return
         # One transfer of the epoch's indices and draws, not one per step.

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from data.position import Position, remaining
 from repopt import seeding
 from repopt.errors import UserError
 
 
 class Sampler(Protocol):
-    """The batches of one rank."""
+    """The batches of one rank.
 
-    num_images: int
+    Attributes:
+        batch_size: most images in a batch.
+        world_size: number of ranks.
+        sharded: whether rank r has only images with index % world_size == r.
+    """
 
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        ...
+    batch_size: int
+    world_size: int
+    sharded: bool
 
-    def batches(self, epoch: int) -> Sequence[Tensor]:
-        """The epoch's batches, each an int64 tensor of image indices."""
+    def batches(self, epoch: int, seen: Position = ()) -> Sequence[Tensor]:
+        """The batches of what is left of the epoch, each an int64 tensor of image indices."""
         ...
 
 
@@ -31,8 +36,9 @@ class Sampler(Protocol):
 class TrainSampler:
     """Full batches in the order that (seed, epoch) alone gives; every rank takes the same number.
 
-    The images of step t, over all ranks, are the t-th stretch of one permutation, so they are the same whatever the
-    number of ranks that share a global batch. With `sharded`, a rank draws only from the images it caches (r::world).
+    There is one permutation of all images. Step t of all ranks is the t-th stretch of it, so the images are the same
+    whatever the number of ranks that share a global batch. With `sharded`, a rank goes through its own (r::world, those
+    it caches) in the permutation's order.
 
     Raises:
         UserError: the set holds less than one global batch.
@@ -47,24 +53,32 @@ class TrainSampler:
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
-        if not len(self):
+        if self.num_images < self.batch_size * self.world_size:
             raise UserError(
                 f"the training set has {self.num_images} images, fewer than one step takes "
                 f"(batch size {self.batch_size} x {self.world_size} processes)"
             )
 
-    def __len__(self) -> int:
-        return self.num_images // (self.batch_size * self.world_size)
+    def batches(self, epoch: int, seen: Position = ()) -> Sequence[Tensor]:
+        """Tensors of `batch_size` indices, as many as every rank can fill from what is left; none may be.
 
-    def batches(self, epoch: int) -> Sequence[Tensor]:
-        """`len(self)` tensors of `batch_size` indices; the images beyond the last full global batch are left out."""
-        if self.sharded:
-            shard = torch.arange(self.rank, self.num_images, self.world_size)
-            order = torch.randperm(len(shard), generator=seeding.generator(self.seed, epoch, seeding.ORDER, self.rank))
-            return shard[order[: len(self) * self.batch_size]].view(len(self), self.batch_size).unbind()
+        Unsharded, less than a global batch is left out. Sharded, the epoch ends where some rank has less than a batch;
+        after legs with other numbers of processes, the ranks' shares of the rest differ (by some
+        sqrt(num_images / world_size)), and what the others have beyond that is left out too.
+
+        Raises:
+            UserError: `seen` takes more images than there are.
+        """
         order = torch.randperm(self.num_images, generator=seeding.generator(self.seed, epoch, seeding.ORDER))
-        used = order[: len(self) * self.world_size * self.batch_size]
-        return used.view(len(self), self.world_size, self.batch_size)[:, self.rank].unbind()
+        rest = remaining(order, seen)
+        if self.sharded:
+            shard = rest % self.world_size
+            steps = int(torch.bincount(shard, minlength=self.world_size).min()) // self.batch_size
+            own = rest[shard == self.rank]
+            return own[: steps * self.batch_size].view(steps, self.batch_size).unbind()
+        steps = len(rest) // (self.batch_size * self.world_size)
+        used = rest[: steps * self.world_size * self.batch_size]
+        return used.view(steps, self.world_size, self.batch_size)[:, self.rank].unbind()
 
 
 @dataclass(frozen=True)
@@ -75,11 +89,10 @@ class EvalSampler:
     batch_size: int
     rank: int
     world_size: int
+    sharded: ClassVar[bool] = True
 
-    def __len__(self) -> int:
-        return -(-len(range(self.rank, self.num_images, self.world_size)) // self.batch_size)
-
-    def batches(self, epoch: int) -> Sequence[Tensor]:
+    def batches(self, epoch: int, seen: Position = ()) -> Sequence[Tensor]:
         """The same batches in every epoch."""
+        assert not seen, "an evaluation is gone through whole"
         shard = torch.arange(self.num_images)[self.rank :: self.world_size]
         return shard.split(self.batch_size) if len(shard) else ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ON_BAD_IMAGE = ("skip", "raise")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -14,12 +16,16 @@ class Source:
         root: the data set's folder (`--data-path`); unused by the data sets that need none (digits, fake).
         zip_mode: read the images from a zip in `root` instead of class folders (`--zip`).
         cache_mode: with `zip_mode`, what a process keeps in memory: 'no' image, the 'full' set, or its 'part' of it.
+        on_bad_image: what to do at an image that cannot be read or decoded: 'raise' an error that names it, or 'skip'
+            it with a warning. A skipped image gives its place to another of its batch in training, and counts as
+            wrong in evaluation.
     """
 
     dataset: str
     root: str = ""
     zip_mode: bool = False
     cache_mode: str = "part"
+    on_bad_image: str = "skip"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ def train_samplers(n, batch, world, seed=0, sharded=False):
 
 
 def flat(sampler, epoch=0):
-    return torch.cat(tuple(sampler.batches(epoch))).tolist() if len(sampler) else []
+    return torch.cat((torch.empty(0, dtype=torch.long), *sampler.batches(epoch))).tolist()
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -22,7 +22,7 @@ def test_evaluation_sees_every_image_exactly_once(n, world):
     assert sorted(i for s in samplers for i in flat(s)) == list(range(n))
     for rank, sampler in enumerate(samplers):
         assert flat(sampler) == list(range(rank, n, world))
-        assert len(sampler.batches(0)) == len(sampler)
+        assert len(sampler.batches(0)) == -(-len(flat(sampler)) // 5)
         assert all(len(batch) == 5 for batch in list(sampler.batches(0))[:-1])
 
 
@@ -38,7 +38,7 @@ def test_training_is_disjoint_equally_long_and_in_full_batches(world, sharded):
         assert len(set(used)) == len(used) == steps * batch * world
         assert set(used) <= set(range(n))
         for sampler in train_samplers(n, batch, world, sharded=sharded):
-            assert len(sampler) == len(sampler.batches(epoch)) == steps
+            assert len(sampler.batches(epoch)) == steps
             assert all(len(b) == batch for b in sampler.batches(epoch))
 
 
@@ -78,6 +78,6 @@ def test_sharded_training_draws_from_the_cached_images_only(world):
 
 
 def test_less_than_a_global_batch_is_refused_with_the_sizes():
-    assert len(TrainSampler(30, 10, 0, 3, 0)) == 1
+    assert len(TrainSampler(30, 10, 0, 3, 0).batches(0)) == 1
     with pytest.raises(UserError, match=r"29 images.*batch size 10 x 3 processes"):
         TrainSampler(29, 10, 0, 3, 0)

@@ -269,6 +269,7 @@ def test_a_corrupt_entry_is_named_whether_cached_or_not(image_folder, tmp_path, 
     content[end - 40 : end - 20] = bytes(20)  # in the pixels, where a JPEG decoder would not notice
     path.write_bytes(content)
     for cache_mode in CACHE_MODES:
+        source = Source("imagenet", str(root), zip_mode=True, cache_mode=cache_mode, on_bad_image="raise")
         with pytest.raises(UserError, match=r"cannot read .*val.zip@/class04/0.JPEG") as error:
-            list(eval_loader(Source("imagenet", str(root), zip_mode=True, cache_mode=cache_mode), **EVALUATION))
+            list(eval_loader(source, **EVALUATION))
         assert "\n" not in str(error.value)
