@@ -57,6 +57,32 @@ def test_old_pickled_configurations_are_read_as_data(tmp_path, weights):
     assert checkpoint.state_dict_of(content).keys() == weights.keys()
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_what_is_read_is_what_torch_reads(tmp_path, zipped):
+    base = torch.randn(4, 6)
+    types = (torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.uint8, torch.bool)
+    types += (torch.uint16, torch.float8_e4m3fn) if zipped else ()
+    tensors = {str(dtype): base.to(dtype) for dtype in types} | {
+        "transposed": base.T,
+        "a part": base[1:, 2:],
+        "a number": torch.tensor(3.0),
+        "empty": torch.empty(3, 0),
+        "channels last": torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        "parameter": torch.nn.Parameter(base),
+    }
+    plain = {"numbers": [1, -1, 300, 70000, 2**40, -(2**40), True, None, 1.5], 3: {4: ((), (1,), (1, 2), (1, 2, 3, 4))}}
+    torch.save({"tensors": tensors, "plain": plain}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    ours, theirs = checkpoint.read(tmp_path / "a.pth"), torch.load(tmp_path / "a.pth", weights_only=True)
+    assert ours["plain"] == theirs["plain"] == plain
+    for name, tensor in theirs["tensors"].items():
+        read = ours["tensors"][name]
+        assert (read.dtype, read.stride()) == (tensor.dtype, tensor.stride())
+        assert torch.equal(
+            read.double() if name.endswith("fn") else read, tensor.double() if name.endswith("fn") else tensor
+        )
+    assert ours["tensors"]["transposed"].data_ptr() == ours["tensors"]["parameter"].data_ptr()  # what was one, is one
+
+
 @pytest.mark.parametrize("place", ["model", "config", "optimizer"])
 def test_nothing_in_a_file_is_executed(tmp_path, weights, place):
     trap = tmp_path / "executed"

@@ -266,6 +266,7 @@ def test_hostile_archives():
     assert not list(Path("..").glob("x"))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torchscript_is_not_run():
     torch.jit.script(torch.nn.Linear(2, 2)).save("script.pt")
     assert "TorchScript" in refused(checkpoint.read, "script.pt")
