@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +69,8 @@ def world() -> Iterator[World]:
         return
     global _hosts
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_meet(rank, size), rank=rank, world_size=size)
         _hosts = dist.new_group(backend="gloo")
         watch = _Watch(dist.new_group(backend="gloo", timeout=timedelta(seconds=LOST_SECONDS)))
     except (ValueError, RuntimeError) as error:
@@ -140,6 +143,30 @@ class Vote:
         self._travelling = None
         work.wait()
         return int(message)
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """A store that the processes which are alive share, and no others.
+
+    torchrun has one store for all its restarts. There, processes would find the addresses of those before them, and wait
+    for dead ones. So the first one opens a meeting of a new name, and begins when the others have answered; they know
+    that it is not one of before because it names them as present.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("meeting", own)
+        present = [store.get(f"{own}/{other}") for other in range(1, size)]
+        store.set(f"{own}/present", b" ".join(present))
+        return dist.PrefixStore(own, store)
+    meeting = ""
+    while True:
+        if (newest := store.get("meeting").decode()) != meeting:
+            meeting = newest
+            store.set(f"{meeting}/{rank}", own)
+        if store.check([f"{meeting}/present"]) and own.encode() in store.get(f"{meeting}/present").split():
+            return dist.PrefixStore(meeting, store)
+        time.sleep(0.1)
 
 
 class _Watch(threading.Thread):
