@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repopt import torchfile
+from repopt import seal, torchfile
 from repopt.errors import UserError, shown
 
 
@@ -23,22 +25,86 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")
+    with path.open("rb") as file:
+        if seal.is_broken(file):
+            raise UserError(f"{str(path)!r} is damaged: its content is not what was written")
     content = torchfile.load(path)
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint or a state dict")
     return content
 
 
-def write(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a ``.pth`` file whole or not at all: beside first, then renamed."""
+def write(
+    content: Mapping[str, Any], path: str | os.PathLike[str], *, also: Sequence[Path] = (), keep: int = 1
+) -> None:
+    """Write a ``.pth`` file whole or not at all: beside first, sealed and synced to the disk, then renamed.
+
+    Args:
+        content: of tensors and plain data.
+        path: where.
+        also: more names of the same file; they stand before `path` does.
+        keep: how many files of this name are kept: this one, and those that stood there before (`older`).
+
+    Raises:
+        UserError: it cannot be written; what stood there before is as it was.
+    """
     path = Path(path)
-    beside = path.with_name(f"{path.name}.writing")
+    beside = _beside(path)
     try:
         torch.save(dict(content), beside)
+        with beside.open("r+b") as file:
+            seal.seal(file)
+            file.flush()
+            os.fsync(file.fileno())
+        for other in also:
+            _name_too(beside, other)
+        for number in reversed(range(1, keep)):
+            if (before := older(path, number - 1)).is_file():
+                _name_too(before, older(path, number))
         beside.replace(path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {str(path)!r}: {_first_line(error)}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        raise UserError(f"cannot write {str(path)!r}: {reason}; what was saved before is whole") from None
+
+
+def older(path: Path, number: int) -> Path:
+    """The file that stood at `path` before the last `number` writes, where it is kept."""
+    return path.with_stem(f"{path.stem}_{number}") if number else path
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.writing")
+
+
+def _name_too(file: Path, name: Path) -> None:
+    """Make a file known by another name as well, at once: a hard link, or a copy where there are none."""
+    if name.is_file() and name.samefile(file):
+        return  # renaming one link over another would leave both
+    beside = _beside(name)
+    beside.unlink(missing_ok=True)
+    try:
+        try:
+            beside.hardlink_to(file)
+        except OSError:
+            shutil.copyfile(file, beside)
+            with beside.open("r+b") as copy:
+                os.fsync(copy.fileno())
+        beside.replace(name)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renamings last; a file system that cannot sync a folder does so by itself."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def state_dict_of(content: Mapping[str, Any], key: str = "model") -> dict[str, Tensor]:
