@@ -137,7 +137,7 @@ def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
     loader = eval_loader(cfg, world)
     model = to_device(model, world)
     for key, label in (("model", "val"), ("ema", "ema")):
-        if key == "model" or content.get(key):
+        if key == "model" or isinstance(content.get(key), Mapping):
             repopt.load_weights(model, checkpoint.state_dict_of(content, key))
             logger.info(f"{label}: {engine.evaluate(model, loader, precision_of(cfg, world))}")
 
@@ -209,6 +209,8 @@ def find_checkpoint(cfg: CfgNode, folder: RunFolder) -> Path | None:
 
 def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None:
     """Refuse to go on from another kind of run; log what else differs."""
+    if not isinstance(content.get("config", {}), Mapping):
+        raise UserError(f"cannot resume: the checkpoint's config is {shown(content['config'])}")
     for key in config.KEYS:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
         if then in (None, now) or (key == "MODEL.ARCH" and list_archs().get(str(then)) == arch):
@@ -233,7 +235,7 @@ def find_scales(
     """The scales of a run that needs them: those kept in the checkpoint that it resumes, or --scales-path."""
     if not needs_scales(arch):
         return None
-    path, kept = cfg.TRAIN.SCALES_PATH, content.get("scales") if content else None
+    path, kept = cfg.TRAIN.SCALES_PATH, content is not None and "scales" in content
     if not kept and not path:
         raise UserError(
             f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
@@ -241,14 +243,14 @@ def find_scales(
         )
     if not kept:
         return repopt.fit_scales(model, repopt.load_scales(path))
-    kept = repopt.fit_scales(model, checkpoint.state_dict_of(content, "scales"))
+    scales = repopt.fit_scales(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
     if path and Path(path).is_file():
         given = repopt.fit_scales(model, repopt.load_scales(path))
-        if any(not torch.equal(kept[name], given[name]) for name in kept):
+        if any(not torch.equal(scales[name], given[name]) for name in scales):
             raise UserError(
                 f"cannot resume: TRAIN.SCALES_PATH: the scales of {path!r} are not those that this run began with"
             )
-    return kept
+    return scales
 
 
 def training_state(

@@ -148,9 +148,9 @@ class Vote:
 def _meet(rank: int, size: int) -> dist.Store:
     """A store that the processes which are alive share, and no others.
 
-    torchrun has one store for all its restarts. There, processes would find the addresses of those before them, and wait
-    for dead ones. So the first one opens a meeting of a new name, and begins when the others have answered; they know
-    that it is not one of before because it names them as present.
+    torchrun has one store for all its restarts. There, processes would find the addresses of those before them, and
+    wait for dead ones. So the first one opens a meeting of a new name, and begins when the others have answered; they
+    know that it is not one of before because it names them as present.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     own = uuid.uuid4().hex

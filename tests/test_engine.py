@@ -294,8 +294,15 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
         lambda saved: saved["param_groups"][0]["param_names"].reverse(),
         lambda saved: saved["param_groups"].clear(),
         lambda saved: saved.pop("state"),
+        lambda saved: saved["state"].update({0: torch.zeros(3)}),
+        lambda saved: saved["state"][0].update(momentum_buffer=3),
+        lambda saved: saved["state"][0].update(momentum_buffer="text"),
+        lambda saved: saved["state"][0].update(momentum_buffer=torch.tensor(1.0)),
+        lambda saved: saved["state"][0]["momentum_buffer"].fill_(math.nan),
+        lambda saved: saved["state"][0].update(momentum_buffer=torch.zeros(8, 12, dtype=torch.complex64)),
+        lambda saved: saved["param_groups"][0].update(params=torch.zeros(3)),
     ],
-    ids=["shape", "order", "groups", "no state"],
+    ids=["shape", "order", "groups", "no state", "entry", "int", "text", "scalar", "nan", "complex", "params"],
 )
 def test_damaged_optimizer_states_are_refused(damage):
     state = make_state(network())
@@ -305,6 +312,35 @@ def test_damaged_optimizer_states_are_refused(damage):
     damage(content["optimizer"])
     with pytest.raises(UserError, match="optimizer is not that of this run"):
         make_state(network()).restore(content)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"epoch": math.inf},
+        {"epoch": 2**200},
+        {"epoch": 1.5e10},
+        {"epoch": True},
+        {"max_accuracy": math.nan},
+        {"max_accuracy": 1e9},
+        {"max_ema_accuracy": "x" * 10**6},
+        {"skipped": torch.ones(3)},
+        {"scaler": "text"},
+        {"scaler": [1]},
+        {"scaler": torch.ones(3)},
+        {"buffers": 3},
+        {"buffers": [{}]},
+        {"buffers": [{"val": {"2.running_mean": torch.zeros(5)}}]},
+        {"optimizer": torch.zeros(3)},
+        {"optimizer": "text"},
+        {"optimizer": None},
+    ],
+)
+def test_odd_records_of_a_training_are_refused_in_one_line(odd):
+    with pytest.raises(UserError) as error:
+        make_state(network()).restore(make_state(network()).content({}) | odd)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 def test_the_configuration_wins_over_the_checkpoint():

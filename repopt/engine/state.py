@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from repopt.checkpoint import load_weights, state_dict_of
 from repopt.engine.precision import Precision
-from repopt.errors import UserError
+from repopt.errors import UserError, one_line, shown
 from repopt.reparam import Scales
 
 
@@ -98,26 +98,27 @@ class TrainingState:
         """
         load_weights(self.model, state_dict_of(content))
         if self.ema is not None:
-            average = state_dict_of(content, "ema") if content.get("ema") else self.model.state_dict()
-            load_weights(self.ema.module, average)
+            average = content if isinstance(content.get("ema"), Mapping) else {"ema": self.model.state_dict()}
+            load_weights(self.ema.module, state_dict_of(average, "ema"))
         if "optimizer" not in content:
             return
         _load_optimizer(self.optimizer, content["optimizer"])
+        self.epoch = int(_number(content, "epoch", -1, least=-1, most=2**31)) + 1
+        self.skipped = int(_number(content, "skipped", 0, least=0, most=2**62))
+        self.max_accuracy = _number(content, "max_accuracy", 0.0, least=0, most=100)
+        self.max_ema_accuracy = _number(content, "max_ema_accuracy", 0.0, least=0, most=100)
+        self.seen = content.get("seen", ())
         try:
-            self.epoch = max(0, int(content.get("epoch", -1)) + 1)
-            self.seen = content.get("seen") or ()
-            self.skipped = int(content.get("skipped", 0))
-            self.max_accuracy = float(content.get("max_accuracy", 0.0))
-            self.max_ema_accuracy = float(content.get("max_ema_accuracy", 0.0))
-            if content.get("scaler"):
-                self.precision.scaler.load_state_dict(content["scaler"])
-            if content.get("buffers"):
-                self._load_buffers(content["buffers"], rank, processes)
+            if content.get("scaler", {}) != {}:
+                self.precision.scaler.load_state_dict(dict(content["scaler"]))
+            self._load_buffers(content.get("buffers", ()), rank, processes)
         except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-            raise UserError(f"the checkpoint's record of its training cannot be read: {error}") from None
+            raise UserError(f"the checkpoint's record of its training cannot be read: {one_line(error)}") from None
 
     @torch.no_grad()
     def _load_buffers(self, of_ranks: Sequence[Mapping[str, Mapping[str, Tensor]]], rank: int, processes: int) -> None:
+        if not len(of_ranks):
+            return
         if len(of_ranks) == processes:
             of_ranks = [of_ranks[rank]]
         for key, model in self.models().items():
@@ -126,23 +127,40 @@ class TrainingState:
                 buffer.copy_(values.mean(0) if values.is_floating_point() else values[0])
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _number(content: Mapping[str, Any], key: str, default: float, *, least: int, most: int) -> float:
+    value = content.get(key, default)
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise UserError(f"the checkpoint's {key} is {shown(value)}, not a number from {least} to {most}")
+    return value
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Take over momenta; the hyper-parameters stay those that this run is configured with.
 
     torch pairs states with parameters by position and looks at neither names nor shapes, so both are compared first.
     """
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
-        groups = list(zip(optimizer.param_groups, state["param_groups"], strict=True))
-        for own, saved in groups:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"it is {shown(state)}")
+        for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
             if saved.get("param_names", own["param_names"]) != own["param_names"]:
                 raise ValueError("its parameters have other names or another order")
             for name, param, index in zip(own["param_names"], own["params"], saved["params"], strict=True):
-                values = state["state"].get(index, {}).values()
-                if any(isinstance(v, Tensor) and v.dim() and v.shape != param.shape for v in values):
-                    raise ValueError(f"what it keeps of {name!r} has another shape")
+                for key, value in state["state"].get(index, {}).items():
+                    if not _is_state(key, value, param):
+                        raise ValueError(f"what it keeps of {name!r} as {shown(key)} is nothing of its shape and kind")
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the checkpoint's optimizer is not that of this run: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's optimizer is not that of this run: {one_line(error)}") from None
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)
+
+
+def _is_state(key: object, value: object, param: Tensor) -> bool:
+    """Whether this may be what an optimizer keeps of a parameter: how many steps it did, or numbers of its shape."""
+    if value is None or (key == "step" and type(value) in (int, float)):
+        return True
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not torch.isfinite(value).all():
+        return False
+    return value.numel() == 1 if key == "step" else value.shape == param.shape
