@@ -139,13 +139,19 @@ class Run:
         # A checkpoint of the same name may have taken its place.
         self.bytes_lost += sum(size for path, size in before.items() if path not in after and path not in spoiled)
 
-    def compare(self) -> None:
-        """Add the bytes that differ from the training that nothing has happened to."""
+    def compare(self, *, statistics: bool = True) -> None:
+        """Add the bytes that differ from the training that nothing has happened to.
+
+        Args:
+            statistics: whether those of batch norms are compared, and the accuracies that follow from them.
+        """
         own, reference = (checkpoint.read(path) for path in (self.files / "latest.pth", self.bench.reference(self)))
-        self.bytes_lost += differing_bytes({key: own.get(key) for key in COMPARED}, {k: reference[k] for k in COMPARED})
-
-
-COMPARED = ("model", "ema", "optimizer", "epoch", "max_accuracy", "max_ema_accuracy", "skipped")
+        for content in (own, reference):
+            if not statistics:
+                content["model"] = {k: v for k, v in content["model"].items() if "running" not in k and "num" not in k}
+        keys = ("model", "ema", "optimizer", "epoch", "max_accuracy", "max_ema_accuracy", "skipped")
+        for key in keys if statistics else ("model", "optimizer", "epoch"):
+            self.bytes_lost += differing_bytes(own.get(key), reference.get(key))
 
 
 @dataclass
@@ -362,7 +368,7 @@ def leave_a_rank_alone(run: Run, draw: random.Random) -> None:
     run.finish()
 
 
-def stop_torchrun(run: Run, draw: random.Random) -> None:
+def stop_torchrun(run: Run, draw: random.Random, *, finish: bool = True) -> None:
     """SIGTERM to the launcher: all processes save at the same step."""
     process = run.start()
     run.trains(process)
@@ -370,7 +376,8 @@ def stop_torchrun(run: Run, draw: random.Random) -> None:
     with run.fault():
         process.send_signal(signal.SIGTERM)
         run.wait(process)
-    run.finish()
+    if finish:
+        run.finish()
 
 
 def two_nodes(run: Run, draw: random.Random) -> None:
@@ -394,6 +401,14 @@ def two_nodes(run: Run, draw: random.Random) -> None:
         raise SurvivalError(f"exit codes {codes}: {run.output[-2000:]}")
 
 
+def halve_the_processes(run: Run, draw: random.Random) -> None:
+    """Stop two processes within an epoch, and go on with one that takes two batches to a step."""
+    stop_torchrun(run, draw, finish=False)
+    alone = Run(run.bench, run.folder, [*run.options, "TRAIN.ACCUMULATION_STEPS", 2])
+    alone.finish()
+    run.compare(statistics=False)  # one process has other batch-norm statistics than the mean of two
+
+
 @dataclass(frozen=True)
 class Fault:
     """What happens to a training, and in how many rounds.
@@ -403,7 +418,7 @@ class Fault:
         rounds: in all; `--quick` has one.
         options: of the trainings, by turns.
         processes: of each training.
-        compares: whether its end is compared; a file system that is gone afterwards compares itself.
+        compares: whether its end is compared afterwards; some faults compare it themselves.
     """
 
     inject: Callable[[Run, random.Random], None]
@@ -426,6 +441,7 @@ FAULTS: dict[str, Fault] = {
     "rank killed, no launcher": Fault(leave_a_rank_alone, 2, (DIGITS,), processes=2),
     "SIGTERM to torchrun": Fault(stop_torchrun, 2, processes=2),
     "rank killed, two nodes": Fault(two_nodes, 2, (DIGITS,), processes=2),
+    "two processes, then one": Fault(halve_the_processes, 2, (FILES,), processes=2, compares=False),
 }
 
 
@@ -458,6 +474,19 @@ def play(bench: Bench, name: str, seed: int) -> Result:
     return Result(run.faults, run.faults, run.bytes_lost)
 
 
+def fuzz(quick: bool) -> Result:
+    """Generated files with something wrong, for the readers of checkpoints, scales, zips and recipes."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--hypothesis-show-statistics"]
+    environment = os.environ | {"HYPOTHESIS_PROFILE": "ci" if quick else "soak", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "tests/test_hostile.py"], cwd=_root.ROOT, env=environment, capture_output=True, text=True
+    )
+    passing, failing = (
+        sum(map(int, re.findall(rf"(\d+) {kind} examples", done.stdout))) for kind in ("passing", "failing")
+    )
+    return Result(passing + failing, passing, 0, done.stdout[-2000:] if done.returncode else "")
+
+
 def as_table(results: Mapping[str, list[Result]]) -> str:
     """A Markdown table, a row for each fault."""
     lines = ["| fault | rounds | injected | survived | bytes lost | final weights |", "|---|---|---|---|---|---|"]
@@ -478,7 +507,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of: {', '.join(FAULTS)}; all if none is given")
     parser.add_argument("--quick", action="store_true", help="one round of each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     arguments = parser.parse_args()
     for name in arguments.faults:
         if name not in FAULTS:
@@ -497,6 +525,8 @@ def main() -> int:
             results.setdefault(name, []).append(result)
             if result.problem:
                 tqdm.write(f"{name}: {result.problem}")
+        if not arguments.faults:
+            results["hostile files"] = [fuzz(arguments.quick)]
     header = {
         "command": "bash scripts/soak.sh" if not arguments.quick else "python scripts/soak.py --quick",
         "machine": f"{os.cpu_count()} CPU cores, {platform.platform()}",
@@ -504,9 +534,11 @@ def main() -> int:
         "minutes": round((time.monotonic() - started) / 60, 1),
     }
     print("\n".join(f"{key}: {value}" for key, value in header.items()), as_table(results), sep="\n\n")
-    if arguments.json:
+    if not arguments.quick and not arguments.faults:
         as_dicts = {name: [vars(result) for result in of_fault] for name, of_fault in results.items()}
-        arguments.json.write_text(json.dumps({**header, "faults": as_dicts}, indent=1) + "\n")
+        (_root.ROOT / "benchmarks" / "soak.json").write_text(
+            json.dumps({**header, "faults": as_dicts}, indent=1) + "\n"
+        )
     return int(any((result.ran and result.problem) or result.bytes_lost for r in results.values() for result in r))
 
 
