@@ -164,6 +164,7 @@ class _Cache:
 
     def __init__(self, entries: _Entries, indices: range) -> None:
         self._indices = indices
+        self._unreadable: set[int] = set()
         self._ends = np.cumsum(entries.sizes[indices.start : indices.stop : indices.step])
         self._starts = self._ends - entries.sizes[indices.start : indices.stop : indices.step]
         total = int(self._ends[-1]) if len(indices) else 0
@@ -177,12 +178,13 @@ class _Cache:
         for slot, index in enumerate(indices):
             try:
                 data = entries.read(index)
-            except OSError as error:
-                raise UserError(f"cannot read {entries.name(index)!r}: {error}") from error
+            except OSError:  # said when it is asked for
+                self._unreadable.add(index)
+                continue
             view[self._starts[slot] : self._ends[slot]] = np.frombuffer(data, np.uint8)
 
     def holds(self, index: int) -> bool:
-        return index in self._indices
+        return index in self._indices and index not in self._unreadable
 
     def read(self, index: int) -> bytes:
         slot = self._indices.index(index)

@@ -481,9 +481,8 @@ def fuzz(quick: bool) -> Result:
     done = subprocess.run(
         [*command, "tests/test_hostile.py"], cwd=_root.ROOT, env=environment, capture_output=True, text=True
     )
-    passing, failing = (
-        sum(map(int, re.findall(rf"(\d+) {kind} examples", done.stdout))) for kind in ("passing", "failing")
-    )
+    counts = re.findall(r"(\d+) passing, (\d+) failing", done.stdout)
+    passing, failing = (sum(int(count[i]) for count in counts) for i in range(2))
     return Result(passing + failing, passing, 0, done.stdout[-2000:] if done.returncode else "")
 
 

@@ -1,8 +1,10 @@
 """The command line as a user has it: one process, and two under torchrun."""
 
+import errno
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from PIL import Image
 import main_repopt
 import repopt
 from repopt import checkpoint
+from repopt.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ["DATA.DATASET", "digits"]
@@ -286,6 +289,119 @@ def test_a_run_started_again_goes_on_where_it_stopped(search, tmp_path):
     assert second["epoch"] == 2
     for name, value in whole["model"].items():
         assert torch.equal(value, second["model"][name]), name
+
+
+def test_the_one_before_a_damaged_checkpoint_is_used(search, tmp_path, capsys):
+    common = ("--arch", TARGET, "--output", tmp_path, "--scales-path", search / "scales.pth", "--opts", *DIGITS)
+    assert main(*common, "TRAIN.EPOCHS", 2, "SAVE_KEEP", 3) == 0
+    folder = tmp_path / TARGET / "default"
+    whole = (folder / "latest.pth").read_bytes()
+    for name in ("latest.pth", "latest_1.pth"):  # which are links of others
+        (folder / name).unlink()
+    (folder / "latest.pth").write_bytes(whole[:-1000])
+    assert main(*common, "TRAIN.EPOCHS", 3) == 2  # none is whole
+    assert "no checkpoint of this run is whole" in capsys.readouterr().err
+    (folder / "latest_1.pth").write_bytes(whole)
+    assert main(*common, "TRAIN.EPOCHS", 3) == 0
+    text = capsys.readouterr().out
+    assert "latest.pth.damaged now, and the one before it is used: latest_1.pth" in text
+    assert "resumed" in text
+    assert checkpoint.read(folder / "latest.pth")["epoch"] == 2
+    assert (folder / "latest.pth.damaged").read_bytes() == whole[:-1000]
+
+
+@pytest.mark.parametrize("implementation", ["compiled", "eager"])
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_resuming_within_an_epoch_under_either_implementation(search, tmp_path, monkeypatch, implementation, rule):
+    """The step after resuming is done as it would have been: compiled ones round differently."""
+    options = (*DIGITS, "DATA.BATCH_SIZE", 60, "TRAIN.EPOCHS", 1, "TRAIN.OPTIMIZER.IMPLEMENTATION", implementation)
+    options += ("TRAIN.OPTIMIZER.NAME", rule, "SAVE_EVERY_STEPS", 2)
+
+    def train(tag):
+        scales = ("--scales-path", search / "scales.pth")
+        code = main("--arch", TARGET, "--tag", tag, "--output", tmp_path, *scales, "--opts", *options)
+        return code, checkpoint.read(tmp_path / TARGET / tag / "latest.pth")
+
+    code, whole = train("whole")
+    assert code == 0
+    save = RunFolder.save
+
+    def save_and_stop(folder, content, names=()):
+        save(folder, content, names)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as context:
+        context.setattr(RunFolder, "save", save_and_stop)
+        code, part = train("part")
+    assert code == main_repopt.INTERRUPTED
+    assert part["seen"] == [{"processes": 1, "images": 180, "sharded": False}]
+    code, part = train("part")
+    assert code == 0
+    for key in ("model", "optimizer", "max_accuracy"):
+        assert_equal(part[key], whole[key])
+
+
+def assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    else:
+        assert a == b
+
+
+def test_what_may_change_when_a_run_is_resumed(trained, tmp_path, capsys):
+    common = ("--arch", TARGET, "--output", tmp_path, "--resume", trained, "--opts", *DIGITS)
+    for key, value, message in (
+        ("SEED", 1, "SEED was 0 in the checkpoint and is 1 now"),
+        ("DATA.DATASET", "fake", "DATA.DATASET was 'digits' in the checkpoint and is 'fake' now"),
+    ):
+        sizes = ("MODEL.NUM_CLASSES", 10, "DATA.IMG_SIZE", 32)
+        assert main(*common, *sizes, "TRAIN.EPOCHS", 2, key, value) == 2
+        assert f"cannot resume: {message}" in capsys.readouterr().err
+    assert main(*common, "TRAIN.EPOCHS", 2, "PRINT_FREQ", 1, "DATA.BATCH_SIZE", 50) == 0
+    text = capsys.readouterr().out
+    assert "PRINT_FREQ was 10 before this start and is 1 now" in text
+    assert "SEED was" not in text
+
+
+def test_other_images_are_refused(tmp_path, capsys):
+    root = image_folder(tmp_path / "images")
+    options = ("DATA.DATASET", "folder", "DATA.IMG_SIZE", 64, "DATA.NUM_WORKERS", 0, "AUG.PRESET", "weak")
+    arguments = ("--arch", HS, "--output", tmp_path / "out", "--data-path", root, "--batch-size", 4, "--opts", *options)
+    assert main(*arguments, "TRAIN.EPOCHS", 1) == 0
+    (root / "train" / "cat" / "0_0.jpg").unlink()
+    assert main(*arguments, "TRAIN.EPOCHS", 2) == 2
+    assert "DATA.DATA_PATH are not those that this run began with" in capsys.readouterr().err
+
+
+def test_unreadable_images_are_counted(tmp_path, capsys):
+    root = image_folder(tmp_path / "images")
+    for split in ("train", "val"):
+        (root / split / "cat" / "0_1.jpg").write_bytes(b"no image")
+    options = ("DATA.DATASET", "folder", "DATA.IMG_SIZE", 64, "DATA.NUM_WORKERS", 0, "TRAIN.EPOCHS", 1)
+    arguments = ("--arch", HS, "--output", tmp_path, "--data-path", root, "--batch-size", 4, "--opts", *options)
+    assert main(*arguments) == 0
+    text = capsys.readouterr().out
+    assert "cannot read image" in text
+    assert "1 training images could not be read so far" in text
+    assert "on 8 images, 1 of them unreadable and counted as wrong" in text
+    assert main(*arguments, "TRAIN.AUTO_RESUME", False, "DATA.ON_BAD_IMAGE", "raise") == 2
+    assert "cannot read image" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(search, tmp_path, monkeypatch, capsys):
+    """As a full disk or one mounted read-only says it; whoever runs the tests may write everywhere."""
+
+    def refuse(content, file):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(torch, "save", refuse)
+    assert main("--arch", HS, "--output", tmp_path, "--opts", *DIGITS, "TRAIN.EPOCHS", 1) == 2
+    assert re.fullmatch(r"main_repopt.py: cannot write .*: No space left on device; .*\n", capsys.readouterr().err)
 
 
 def test_resuming_needs_no_scale_file(search, tmp_path):

@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -273,3 +274,5 @@ def test_a_corrupt_entry_is_named_whether_cached_or_not(image_folder, tmp_path, 
         with pytest.raises(UserError, match=r"cannot read .*val.zip@/class04/0.JPEG") as error:
             list(eval_loader(source, **EVALUATION))
         assert "\n" not in str(error.value)
+        loader = eval_loader(replace(source, on_bad_image="skip"), **EVALUATION)
+        assert sum(int((labels == -100).sum()) for _, labels in loader) == len(loader.unreadable) == 1
