@@ -28,11 +28,13 @@ class OptimizerPair(NamedTuple):
         return set(inspect.signature(self.rep).parameters) - {"params", "grad_mults", "implementation"}
 
 
-def _fused_sgd(params: NamedParams, **settings: Any) -> torch.optim.SGD:
-    """torch's fused SGD with momentum buffers that begin as zeros: where its first step is left out, it leaves them
-    unset.
+def _sgd(params: NamedParams, dampening: float = 0.0, **settings: Any) -> torch.optim.SGD:
+    """torch's SGD, fused.
+
+    Where its first step is left out, it leaves the momentum buffers unset, and goes on with what lies there. So they
+    begin as zeros, which comes to the same; but not with dampening, which the first step has not: that is not fused.
     """
-    optimizer = torch.optim.SGD(params, fused=True, **settings)
+    optimizer = torch.optim.SGD(params, dampening=dampening, fused=not dampening, **settings)
 
     def begin(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
@@ -42,12 +44,13 @@ def _fused_sgd(params: NamedParams, **settings: Any) -> torch.optim.SGD:
                     state["momentum_buffer"] = torch.zeros_like(param)
         hook.remove()
 
-    hook = optimizer.register_step_pre_hook(begin)
+    if not dampening:
+        hook = optimizer.register_step_pre_hook(begin)
     return optimizer
 
 
 RULES = {  # fused: fast, and a step can be left out without asking the device
-    "sgd": OptimizerPair(_fused_sgd, RepSGD),
+    "sgd": OptimizerPair(_sgd, RepSGD),
     "adamw": OptimizerPair(functools.partial(torch.optim.AdamW, fused=True), RepAdamW),
     "adam": OptimizerPair(functools.partial(torch.optim.Adam, fused=True), RepAdam),
     "rmsprop": OptimizerPair(functools.partial(RepRMSprop, grad_mults={}), RepRMSprop),  # torch's couples the decay
