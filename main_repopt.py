@@ -92,12 +92,14 @@ def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
 
 def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> int:
     """Train, or evaluate, or measure throughput, as the command line `argv` says; the exit code."""
-    folder = Path(cfg.OUTPUT)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(cfg.OUTPUT).mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(Path(cfg.OUTPUT), keep=cfg.SAVE_KEEP)
+    if not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE):
+        decided_by_first(folder.lock)
     if cfg.DETERMINISTIC:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
         torch.use_deterministic_algorithms(True)
-    start_log(folder, world.rank)
+    start_log(folder.path, world.rank)
     logger.info(f"main_repopt.py {shlex.join(argv)}")
     logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
     torch.manual_seed(cfg.SEED)
@@ -110,7 +112,7 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> int:
         report_evaluation(cfg, world, model)
     else:
         try:
-            train(arch, cfg, world, model)
+            train(arch, cfg, world, model, folder)
         except engine.Interrupted as stopped:
             logger.info(stopped)
             return INTERRUPTED
@@ -142,11 +144,9 @@ def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
             logger.info(f"{label}: {engine.evaluate(model, loader, precision_of(cfg, world))}")
 
 
-def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module) -> None:
+def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunFolder) -> None:
     """Train from the beginning, or on from a checkpoint."""
-    folder, settings = RunFolder(Path(cfg.OUTPUT), keep=cfg.SAVE_KEEP), config.as_dict(cfg)
-    if world.is_main:
-        folder.lock()
+    settings = config.as_dict(cfg)
     resume = decided_by_first(lambda: find_checkpoint(cfg, folder))
     content = checkpoint.read(resume) if resume else None
     goes_on = content is not None and "optimizer" in content  # else it gives its weights alone
@@ -207,6 +207,9 @@ def find_checkpoint(cfg: CfgNode, folder: RunFolder) -> Path | None:
     return own
 
 
+OF_A_START = ("MODEL.RESUME", "OUTPUT", "TAG", "EVAL_MODE")  # keys that differ without a meaning for the training
+
+
 def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None:
     """Refuse to go on from another kind of run; log what else differs."""
     if not isinstance(content.get("config", {}), Mapping):
@@ -219,9 +222,6 @@ def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None
             raise UserError(f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now")
         if key not in OF_A_START:
             logger.info(f"{key} was {shown(then)} before this start and is {now!r} now")
-
-
-OF_A_START = ("MODEL.RESUME", "OUTPUT", "TAG", "EVAL_MODE")  # keys that differ without a meaning for the training
 
 
 def needs_scales(arch: Arch) -> bool:
@@ -314,12 +314,19 @@ def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, which torch 2.11 lacks
-        return DistributedDataParallel(
+        model = DistributedDataParallel(
             model,
             device_ids=[world.device] if world.device.type == "cuda" else None,
             broadcast_buffers=False,  # batch-norm statistics are averaged before every evaluation instead
             gradient_as_bucket_view=True,
         )
+    # After its first backward pass DDP orders its buckets anew, and with them the sums over processes: so that a step
+    # rounds alike whether it is the first of a start or not, there is one pass before, which leaves nothing else.
+    images = torch.zeros(2, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, device=world.device)
+    model.eval()
+    model(images.contiguous(memory_format=memory_format_of(world))).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return model
 
 
 def to_device(model: nn.Module, world: World) -> nn.Module:

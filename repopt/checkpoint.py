@@ -46,10 +46,11 @@ def write(
         keep: how many files of this name are kept: this one, and those that stood there before (`older`).
 
     Raises:
-        UserError: it cannot be written; what stood there before is as it was.
+        UserError: it cannot be written; what stood there before is whole.
     """
     path = Path(path)
     beside = _beside(path)
+    beside.unlink(missing_ok=True)  # that of a process that was killed may have got other names already
     try:
         torch.save(dict(content), beside)
         with beside.open("r+b") as file:
@@ -64,7 +65,8 @@ def write(
         beside.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
         raise UserError(f"cannot write {str(path)!r}: {reason}; what was saved before is whole") from None
 

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 BEAT_SECONDS = 5.0  # between two signs of life
 LOST_SECONDS = 45.0  # without one, after which a process is given up
+MEETING_SECONDS = 300.0  # that the first process may take to come to the others
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,18 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def decided_by_first(decide: Callable[[], T]) -> T:
-    """What the first process decides, on all of them."""
+    """What the first process decides, on all of them; also if it is a UserError."""
     if _hosts is None:
         return decide()
-    decision = [decide() if dist.get_rank() == 0 else None]
+    decision: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            decision = [decide()]
+        except UserError as error:
+            decision = [error]
     dist.broadcast_object_list(decision, src=0, group=_hosts)
+    if isinstance(decision[0], UserError):
+        raise decision[0]
     return decision[0]
 
 
@@ -159,14 +167,15 @@ def _meet(rank: int, size: int) -> dist.Store:
         present = [store.get(f"{own}/{other}") for other in range(1, size)]
         store.set(f"{own}/present", b" ".join(present))
         return dist.PrefixStore(own, store)
-    meeting = ""
-    while True:
+    meeting, deadline = "", time.monotonic() + MEETING_SECONDS
+    while time.monotonic() < deadline:
         if (newest := store.get("meeting").decode()) != meeting:
             meeting = newest
             store.set(f"{meeting}/{rank}", own)
         if store.check([f"{meeting}/present"]) and own.encode() in store.get(f"{meeting}/present").split():
             return dist.PrefixStore(meeting, store)
         time.sleep(0.1)
+    raise RuntimeError(f"the first one has not opened a meeting within {MEETING_SECONDS:.0f} s")
 
 
 class _Watch(threading.Thread):
@@ -183,6 +192,8 @@ class _Watch(threading.Thread):
         everyone_parts = torch.zeros((), dtype=torch.int64)
         while not everyone_parts:
             self._parts.wait(BEAT_SECONDS)
+            if self._leaves:
+                return
             everyone_parts.fill_(self._parts.is_set())
             try:
                 dist.all_reduce(everyone_parts, dist.ReduceOp.MIN, group=self._group)
@@ -198,8 +209,12 @@ class _Watch(threading.Thread):
         self.join()
 
     def leave(self) -> None:
-        """Expect nothing of the others any more: this process ends by an error of its own."""
+        """Give no more signs of life: this process ends by an error of its own, and if that hangs, in a while."""
         self._leaves = True
+        self._parts.set()
+        end = threading.Timer(LOST_SECONDS, os._exit, [1])
+        end.daemon = True
+        end.start()
 
 
 def _number(variable: str, default: int) -> int:

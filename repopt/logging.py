@@ -48,10 +48,10 @@ class Metrics:
 
     Args:
         folder: of the run; None writes nothing (all ranks but the first).
-        first_step: that the run goes on from; what was written of later ones before it stopped is dropped.
+        first_step, epochs: done when the run goes on; what was written of later ones before it stopped is dropped.
     """
 
-    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
+    def __init__(self, folder: Path | None, first_step: int = 0, epochs: int = 0) -> None:
         self._file = self._board = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
@@ -59,7 +59,8 @@ class Metrics:
             path = folder / "metrics.jsonl"
             if path.is_file():
                 beside = path.with_name(f"{path.name}.writing")
-                beside.write_text("".join(line for line in path.open() if _step_of(line) <= first_step))
+                with path.open(encoding="utf-8", errors="replace") as lines:
+                    beside.write_text("".join(line for line in lines if _is_of(line, first_step, epochs)))
                 beside.replace(path)
             self._file = path.open("a", buffering=1)
             self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
@@ -83,12 +84,15 @@ class Metrics:
             self._board.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of ``metrics.jsonl``; infinity if it is none, such as half a line of a run that was killed."""
+def _is_of(line: str, steps: int, epochs: int) -> bool:
+    """Whether a line of ``metrics.jsonl`` is of the first steps and epochs; half a line, of a run that was killed, is
+    not.
+    """
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        record = json.loads(line)
+        return line.endswith("\n") and record["step"] <= steps and record.get("epoch", 0) <= epochs
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _as_json(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,11 +67,9 @@ class RunFolder:
             UserError: there are some, and none is whole.
         """
         damaged = []
-        # Fewer may be kept now than before.
-        count = max(self._keep, len(list(self.path.glob(f"{self.latest.stem}_*{self.latest.suffix}"))) + 1)
-        for path in (checkpoint.older(self.latest, number) for number in range(count)):
-            if not path.is_file():
-                continue
+        pattern = re.compile(rf"{self.latest.stem}(?:_([0-9]+))?{re.escape(self.latest.suffix)}")
+        found = {int(match[1] or 0): path for path in self.path.iterdir() if (match := pattern.fullmatch(path.name))}
+        for _, path in sorted(found.items()):
             try:
                 checkpoint.read(path)
             except UserError as error:
@@ -83,8 +82,8 @@ class RunFolder:
             return path
         if damaged:
             raise UserError(
-                f"{damaged[0][1]}; no checkpoint of this run is whole: give another one by --resume and "
-                "TRAIN.AUTO_RESUME False, or start anew with another --tag"
+                f"{damaged[0][1]}; no checkpoint of this run is whole: start with another --tag, anew or from another "
+                "checkpoint (--resume)"
             )
         return None
 

@@ -5,7 +5,8 @@
 #       --scales-path output/RepOpt-VGG-B1-hs/search/scales.pth
 #
 # Arguments are those of main_repopt.py. One task is one process with one GPU; the folder of the run is shared by the
-# nodes. PYTHON chooses the interpreter; MAX_RESTARTS (3) bounds how often a run that failed is started again.
+# nodes. PYTHON chooses the interpreter. A job that has been requeued MAX_RESTARTS (3) times, for whatever reason, is not
+# started again after a failure.
 #SBATCH --job-name=repopt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -19,7 +20,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
+export MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over by itself
 
 trap : USR1 TERM # they are for the tasks, which save and end; this script then decides
 srun --kill-on-bad-exit=1 bash -c '

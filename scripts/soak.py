@@ -439,7 +439,7 @@ FAULTS: dict[str, Fault] = {
     "rank killed, torchrun restarts": Fault(functools.partial(kill_a_rank, restarts=2), 4, processes=2),
     "rank killed, no restarts": Fault(functools.partial(kill_a_rank, restarts=0), 2, (DIGITS,), processes=2),
     "rank killed, no launcher": Fault(leave_a_rank_alone, 2, (DIGITS,), processes=2),
-    "SIGTERM to torchrun": Fault(stop_torchrun, 2, processes=2),
+    "SIGTERM to torchrun, three processes": Fault(stop_torchrun, 2, processes=3),
     "rank killed, two nodes": Fault(two_nodes, 2, (DIGITS,), processes=2),
     "two processes, then one": Fault(halve_the_processes, 2, (FILES,), processes=2, compares=False),
 }

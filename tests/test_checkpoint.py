@@ -1,5 +1,6 @@
 """Files of others are data; ours are written whole or not at all."""
 
+import errno
 import os
 import pickle
 
@@ -10,6 +11,7 @@ from yacs.config import CfgNode
 import repopt
 from repopt import checkpoint
 from repopt.errors import UserError
+from repopt.run_folder import RunFolder
 
 NANO = "RepOpt-VGG-nano"
 
@@ -145,6 +147,64 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         checkpoint.write({"epoch": 2}, path)
     assert checkpoint.read(path) == {"epoch": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["latest.pth"]
+
+
+def test_what_a_killed_writer_left_is_nobody_elses(tmp_path, monkeypatch):
+    """It may be named as the best checkpoint already, and must not be written over."""
+    path, best = tmp_path / "latest.pth", tmp_path / "best_ckpt.pth"
+    with monkeypatch.context() as context:
+        context.setattr(checkpoint, "_name_too", lambda file, name: (name.hardlink_to(file), os._exit(9)))
+        child = os.fork()
+        if not child:
+            checkpoint.write({"epoch": 1}, path, also=[best])
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert checkpoint.read(best) == {"epoch": 1}
+    checkpoint.write({"epoch": 0}, path)
+    assert checkpoint.read(best) == {"epoch": 1}
+    assert checkpoint.read(path) == {"epoch": 0}
+
+
+def test_several_names_and_the_last_ones(tmp_path):
+    path = tmp_path / "latest.pth"
+    for epoch in range(5):
+        checkpoint.write(
+            {"epoch": epoch}, path, also=[tmp_path / f"ckpt_epoch_{epoch}.pth"] if epoch % 2 else (), keep=3
+        )
+    kept = {file.name: checkpoint.read(file)["epoch"] for file in tmp_path.iterdir()}
+    named = {"ckpt_epoch_1.pth": 1, "ckpt_epoch_3.pth": 3}
+    assert kept == {"latest.pth": 4, "latest_1.pth": 3, "latest_2.pth": 2} | named
+
+
+def test_file_systems_without_links(tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refuse)
+    test_several_names_and_the_last_ones(tmp_path)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.9999])
+def test_a_changed_bit_is_found(tmp_path, weights, place):
+    path = tmp_path / "a.pth"
+    checkpoint.write({"model": weights}, path)
+    torch.load(path, weights_only=True)  # the seal is a comment to others
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.pth"):
+        checkpoint.read(path)
+
+
+def test_the_newest_whole_checkpoint_is_found_through_gaps(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.resumable() is None
+    for number in (7, 3):
+        checkpoint.write({"epoch": number}, tmp_path / f"latest_{number}.pth")
+    (tmp_path / "latest_x.pth").write_bytes(b"of somebody else")
+    assert folder.resumable() == tmp_path / "latest_3.pth"
+    (tmp_path / "latest_1.pth").write_bytes(b"damaged")
+    assert folder.resumable() == tmp_path / "latest_3.pth"
+    assert (tmp_path / "latest_1.pth.damaged").read_bytes() == b"damaged"
 
 
 def test_scale_files(tmp_path):

@@ -18,8 +18,9 @@ from torch import nn
 
 import repopt
 from repopt import checkpoint, engine
-from repopt.distributed import World
+from repopt.distributed import Vote, World
 from repopt.errors import UserError
+from repopt.logging import Metrics
 from repopt.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def test_clip_and_schedule_are_called_in_order():
         after_batch=lambda: calls.append("batch"),
         report=reports.append,
     )
-    assert calls == ["before 10", "clip", "after 11", "batch", "before 11", "clip", "after 12", "batch"]
+    assert calls == ["before 10", "clip", "batch", "after 11", "before 11", "clip", "batch", "after 12"]
     assert reports[-1].grad_norm > 0.01
     assert reports[-1].step == 12
 
@@ -491,6 +492,44 @@ def test_a_signal_during_an_evaluation(tmp_path):
     fit(second, tmp_path / "part", 2)
     assert_same(whole.model, second.model)
     assert whole.max_accuracy == second.max_accuracy
+
+
+def test_a_late_answer_to_a_vote_saves_once(tmp_path, monkeypatch):
+    """With several processes what the first one asks for is known one step later."""
+
+    class Late(Vote):
+        known = 0
+
+        def say(self, number):
+            self.known, known = number, self.known
+            return known
+
+        def settle(self, number):
+            return max(self.say(number), self.say(0))
+
+    saved, clock = [], iter(range(10**6))
+    monkeypatch.setattr("repopt.engine.training.Vote", Late)
+    monkeypatch.setattr("repopt.engine.training.time.monotonic", lambda: 60.0 * next(clock))
+    save = RunFolder.save
+    monkeypatch.setattr(
+        RunFolder, "save", lambda folder, content, names=(): (saved.append(sum(content["seen"])), save(folder, content))
+    )
+    fit(make_state(network()), tmp_path / "run", 1, loader=Batches(count=12), save_every_minutes=4)
+    assert saved == [5, 10, 0]
+
+
+def test_an_average_that_begins_when_a_run_of_several_processes_is_resumed():
+    state = make_state(network(), average=False)
+    content = state.content({}, [state.buffers(), state.buffers()])
+    make_state(network(), average=True).restore(content, rank=1, processes=2)
+
+
+def test_what_was_written_after_the_checkpoint_is_dropped(tmp_path):
+    lines = ['{"step": 4, "a": 1}', '{"step": 5, "epoch": 1}', '{"step": 5, "epoch": 2}', '{"step": 6}', "[]", '{"st']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    with Metrics(tmp_path, 5, 1):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
 
 
 @pytest.mark.parametrize("settings", [{"save_every_steps": 2}, {"save_every_minutes": 1e-9}])

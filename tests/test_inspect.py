@@ -100,12 +100,13 @@ def test_models_of_the_same_scales():
         state = {
             name: repopt.create_model(name, mode="hs").state_dict() for name in ("RepOpt-VGG-L2", "RepOpt-VGG-L2-se")
         }
-    for name, values in state.items():
-        assert (
-            inspect_scales.fitting_models({key: torch.ones(v.shape) for key, v in values.items() if v.dim() == 1})[0]
-            == name
-        )
-    scales = {key: value for key, value in state["RepOpt-VGG-L2"].items() if "scale_" in key}
+    vectors = {
+        name: {key: torch.ones(value.shape) for key, value in values.items() if value.dim() == 1}
+        for name, values in state.items()
+    }
+    for name, values in vectors.items():
+        assert inspect_scales.fitting_models(values)[0] == name
+    scales = {key: value for key, value in vectors["RepOpt-VGG-L2"].items() if "scale_" in key}
     assert inspect_scales.fitting_models(scales) == list(state)
 
 

@@ -49,9 +49,7 @@ class Safeguard:
     def step(self, norm: Tensor | None) -> None:
         """A step of the optimizer, if the gradients are finite; `norm` is theirs, where it is known."""
         if norm is None:
-            gradients = [
-                p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None
-            ]
+            gradients = [param.grad for param in self._parameters() if param.grad is not None]
             norm = nn.utils.get_total_norm(gradients, math.inf)
         bad = ~torch.isfinite(norm)
         if self._decides_itself:

@@ -21,7 +21,7 @@ from repopt.reparam import Scales
 class TrainingState:
     """Everything that a run needs to go on where it stopped.
 
-    No generator of random numbers is among it: each batch seeds them all by its place in the training (`fit`).
+    No generator of random numbers is among it: each batch seeds them all by its place in the training (`Training`).
 
     Attributes:
         model: not wrapped in DDP.
@@ -122,6 +122,8 @@ class TrainingState:
         if len(of_ranks) == processes:
             of_ranks = [of_ranks[rank]]
         for key, model in self.models().items():
+            if key == "ema" and not any(key in buffers for buffers in of_ranks):  # it begins here
+                continue
             for name, buffer in model.named_buffers():
                 values = torch.stack([buffers[key][name] for buffers in of_ranks])
                 buffer.copy_(values.mean(0) if values.is_floating_point() else values[0])

@@ -79,10 +79,10 @@ def train_one_epoch(
         clip: clips the gradients and returns their norm.
         before_batch: called with the batches done here.
         before_step: called with the number of the coming optimizer step (a schedule's ``step_update``).
-        after_step: called with the optimizer steps done since training began, and the batches done here (a moving
-            average's update).
         after_batch: called without arguments (a progress bar).
         report: called every `report_every` batches and after the last.
+        after_step: called last, with the optimizer steps done since training began, and the batches done here (a moving
+            average's update, a checkpoint).
 
     Returns:
         The mean loss of this process over these batches, as far as it was finite (NaN if nowhere).
@@ -110,7 +110,6 @@ def train_one_epoch(
             precision.scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            after_step(step, done)
         loss = loss.detach()
         finite = torch.isfinite(loss)
         recent = recent + torch.stack([torch.where(finite, loss, 0.0), finite])
@@ -136,6 +135,8 @@ def train_one_epoch(
             )
             recent = torch.zeros_like(recent)
             images_seen, started = 0, time.perf_counter()
+        if last_of_window:
+            after_step(step, done)
     return _mean(total)
 
 

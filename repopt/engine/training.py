@@ -131,15 +131,17 @@ class Training:
         )
         self._eta = _Eta(already, self.epochs * self._batches)
         folder = self.folder.path if self.world.is_main else None
-        with stop_requests() as self._request, Metrics(folder, self._first_step()) as self._metrics, self._bar:
+        with (
+            stop_requests() as self._request,
+            Metrics(folder, self._first_step(), state.epoch) as self._metrics,
+            self._bar,
+        ):
             while state.epoch < self.epochs:
                 self._epoch()
         logger.info(f"best top-1 {state.max_accuracy:.3f} %, checkpoints in {self.folder.path}")
 
     def _batches_done(self) -> int:
-        """Batches of the chosen epoch before this iteration, such as they are now; another number of processes may
-        have done them.
-        """
+        """Batches of the chosen epoch that are not left, counted in batches of this number of processes."""
         return self._batches - len(self.train_loader)
 
     def _first_step(self) -> int:
@@ -205,8 +207,12 @@ class Training:
             self._interrupt()
 
     def _is_time(self) -> bool:
-        minutes = (time.monotonic() - self._saved_at) / 60
-        return self.world.is_main and 0 < self.save_every_minutes <= minutes
+        """Whether the first process asks for a checkpoint; only once for each."""
+        now = time.monotonic()
+        if not self.world.is_main or not 0 < self.save_every_minutes <= (now - self._saved_at) / 60:
+            return False
+        self._saved_at = now
+        return True
 
     def _buffers(self) -> list[Any]:
         """Batch-norm statistics of all processes, where they differ."""
@@ -231,7 +237,7 @@ class Training:
         return f"{kept}; a lower learning rate or clipped gradients may help"
 
     def _interrupt(self) -> NoReturn:
-        name = self._request.signal.name if self._request.signal else "another process"
+        name = self._request.signal.name if self._request.signal else "a signal to another process"
         raise Interrupted(f"stopped by {name} and saved in {self.folder.latest}: the same command goes on from there")
 
     def _evaluate(self, numbers: dict[str, Any]) -> list[str]:
