@@ -392,6 +392,7 @@ _GLOBALS: dict[str, Any] = {
     "torch._utils _rebuild_parameter": _Builder(lambda data, *_: data),
     "torch._utils _rebuild_parameter_with_state": _Builder(lambda data, *_: data),
     "collections OrderedDict": _Builder(_empty_dict),
+    "collections Counter": _Builder(lambda counts: counts),  # of schedules with milestones
     "__builtin__ set": _Builder(lambda items: items),
     # Old checkpoints pickle their configuration.
     "yacs.config CfgNode": _Builder(_empty_dict),

@@ -50,10 +50,15 @@ def test_released_formats(tmp_path, weights, wrap):
 
 
 def test_old_pickled_configurations_are_read_as_data(tmp_path, weights):
+    schedule = torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([torch.zeros(1)]), [3, 5]).state_dict()
     config = CfgNode({"TRAIN": {"EPOCHS": 120, "BETAS": (0.9, 0.999)}, "TAG": "old"})
     config.freeze()
-    torch.save({"model": weights, "config": config, "max_accuracy": 78.62, "epoch": 119}, tmp_path / "old.pth")
+    torch.save(
+        {"model": weights, "config": config, "max_accuracy": 78.62, "epoch": 119, "lr_scheduler": schedule},
+        tmp_path / "old.pth",
+    )
     content = checkpoint.read(tmp_path / "old.pth")
+    assert content["lr_scheduler"]["milestones"] == {3: 1, 5: 1}
     assert content["config"] == {"TRAIN": {"EPOCHS": 120, "BETAS": (0.9, 0.999)}, "TAG": "old"}
     assert not isinstance(content["config"], CfgNode)
     assert checkpoint.state_dict_of(content).keys() == weights.keys()

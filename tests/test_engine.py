@@ -567,6 +567,35 @@ def test_fp16_gradients_are_clipped_unscaled():
     assert norms[1] == pytest.approx(norms[0], rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "torch, not fused"])
+def test_fp16_steps_are_those_of_a_grad_scaler(name):
+    """Overflows too: the steps that it leaves out, and the scale that it goes on with."""
+    a, b = network().float(), network().float()
+    batches = [(images.float(), targets) for images, targets in Spoiled({2, 3}, missing=False)]
+    precision = engine.Precision(CPU, torch.float16)
+    safeguard = engine.Safeguard(a, optimizer := build(name, a), CPU)
+    criterion = nn.functional.cross_entropy
+    engine.train_one_epoch(
+        a, batches, criterion, optimizer, batches=len(batches), precision=precision, safeguard=safeguard
+    )
+    optimizer, scaler, skipped = build(name, b), torch.amp.GradScaler("cpu"), 0
+    for images, targets in batches:
+        with torch.autocast("cpu", torch.float16):
+            loss = criterion(b(images), targets)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        before = scaler.get_scale()
+        scaler.update()
+        skipped += scaler.get_scale() < before
+    assert skipped >= 2
+    assert safeguard.skipped()[0] == skipped
+    assert precision.scaler.state_dict() == scaler.state_dict()
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_throughput():
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     speed = engine.measure_throughput(model, batch_size=4, image_size=8, precision=engine.Precision(CPU), seconds=0.01)
