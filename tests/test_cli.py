@@ -72,18 +72,8 @@ def test_search_writes_what_the_contract_names(search):
 @pytest.mark.parametrize("scales", ["latest.pth", "scales.pth"])
 def test_target_from_either_file_and_evaluation_by_one_and_two(search, tmp_path, scales):
     common = ("--arch", TARGET, "--tag", "t", "--output", tmp_path)
-    run(
-        *common,
-        "--scales-path",
-        search / scales,
-        "--opts",
-        *DIGITS,
-        "TRAIN.EPOCHS",
-        2,
-        "TRAIN.CLIP_GRAD",
-        1.0,
-        processes=2,
-    )
+    options = [*DIGITS, "TRAIN.EPOCHS", 2, "TRAIN.CLIP_GRAD", 1.0, "DETERMINISTIC", True]
+    run(*common, "--scales-path", search / scales, "--opts", *options, processes=2)
     folder = tmp_path / TARGET / "t"
     log = (folder / "log_rank0.txt").read_text()
     weights = ("--eval", "--resume", folder / "latest.pth", "--opts", *DIGITS)

@@ -38,7 +38,8 @@ def stop_requests() -> Iterator[Request]:
             raise KeyboardInterrupt
         request.signal = signal.Signals(number)
 
-    before = {number: signal.signal(number, note) for number in STOPPING}
+    heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield request
     finally:
