@@ -418,6 +418,25 @@ def test_steps_that_are_not_finite_are_as_if_they_had_not_been(name, clips):
     assert [(r.skipped, r.skipped_in_a_row) for r in reports[-3:]] == [(1, 0), (3, 0), (4, 1)]
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "torch, not fused"])
+def test_the_device_is_asked_only_where_something_is_reported(monkeypatch, name):
+    """However many steps there are: on a GPU each question would wait for it."""
+    monkeypatch.setattr("repopt.optim.base._on_host", lambda answer: False)  # as there
+    asked = []
+    for question in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu"):
+        plain = getattr(torch.Tensor, question)
+        monkeypatch.setattr(torch.Tensor, question, lambda *a, plain=plain, q=question: (asked.append(q), plain(*a))[1])
+    counts = []
+    for batches in (4, 12):
+        model, loader = network(), Batches(count=batches)
+        clip = functools.partial(repopt.clip_grad_norm_, list(model.named_parameters()), 0.5, {})
+        optimizer = build(name, model)
+        asked.clear()
+        run_epoch(model, loader, optimizer, clip=clip, report_every=100)
+        counts.append(len(asked))
+    assert (counts[0] == counts[1]) is (name != "torch, not fused")
+
+
 def test_a_loss_that_is_not_finite_counts_though_its_gradients_are():
     model, calls = network(), []
 
