@@ -94,13 +94,14 @@ def optimizer_benchmark(arch: str, device: torch.device, rounds: int) -> list[di
 
 def _contenders(rule: str, model: torch.nn.Module, scales: dict[str, Tensor]) -> list[Contender]:
     settings, name, pair = SETTINGS[rule], NAMES[rule], RULES[rule]
+    torchs = getattr(torch.optim, name)
     mults = repopt.grad_mults(model, scales, degree=pair.rep.degree)
     dense = {key: mult.dense() for key, mult in mults.items()}
     found = []
     for how, flags in {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}.items():
-        plain = pair.plain(model.parameters(), **settings, **flags)
+        plain = torchs(model.parameters(), **settings, **flags)
         found.append(Contender(rule, f"torch {name}, {how}", plain, plain.step, int))
-    naive = pair.plain(model.parameters(), **settings, foreach=False)
+    naive = torchs(model.parameters(), **settings, foreach=False)
     kept = sum(tensor.nbytes for tensor in dense.values())
     found.append(
         Contender(rule, f"naive Rep{name}, dense multiplier", naive, _naive(model, naive, dense), lambda: kept)

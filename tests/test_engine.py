@@ -476,7 +476,9 @@ def stop_after(step, number=signal.SIGTERM):
 @pytest.mark.parametrize("number", engine.interruption.STOPPING)
 @pytest.mark.parametrize("batch", [1, 3, 5, 7])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_training_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path, number, batch, accumulation):
+def test_a_training_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path, request, number, batch, accumulation):
+    # In the background of a shell SIGINT is ignored, and stays so.
+    request.addfinalizer(functools.partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))
     settings = {"ema_update_period": 2, "accumulation_steps": accumulation}
     whole = make_state(network(dropout=0.3))
     fit(whole, tmp_path / "whole", 3, **settings)
