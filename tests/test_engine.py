@@ -474,7 +474,7 @@ def stop_after(step, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("number", engine.interruption.STOPPING)
-@pytest.mark.parametrize("batch", [1, 3, 5, 7])
+@pytest.mark.parametrize("batch", [1, 3, 5, 7, 15])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_training_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path, request, number, batch, accumulation):
     # In the background of a shell SIGINT is ignored, and stays so.
@@ -486,8 +486,8 @@ def test_a_training_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path, 
     with pytest.raises(engine.Interrupted, match=f"stopped by {number.name} and saved in .*latest.pth"):
         fit(first, tmp_path / "part", 3, criterion=stop_after(batch, number), **settings)
     assert signal.getsignal(number) is not None
-    done = -(-batch // accumulation) * accumulation if batch % 5 else batch
-    assert (first.epoch, sum(first.seen)) == divmod(min(done, 5), 6) if batch <= 5 else (1, min(done - 5, 5))
+    epoch, within = divmod(batch - 1, 5)
+    assert (first.epoch, sum(first.seen)) == (epoch, min(-(-(within + 1) // accumulation) * accumulation, 5))
     second = make_state(network(seed=9, dropout=0.3))
     second.restore(checkpoint.read(tmp_path / "part" / "latest.pth"))
     fit(second, tmp_path / "part", 3, **settings)
@@ -495,6 +495,8 @@ def test_a_training_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path, 
         for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
             assert torch.equal(p, q), name
     assert (whole.max_accuracy, whole.max_ema_accuracy) == (second.max_accuracy, second.max_ema_accuracy)
+    for a, b in zip(whole.optimizer.param_groups, second.optimizer.param_groups, strict=True):
+        assert a["lr"] == b["lr"]
 
 
 def test_a_signal_during_an_evaluation(tmp_path):

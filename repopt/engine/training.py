@@ -122,6 +122,8 @@ class Training:
         """
         state = self.state
         self.train_loader.set_epoch(state.epoch, state.seen)
+        if first_step := self._first_step():
+            state.schedule.step_update(first_step - 1)  # if no step is left, its learning rate is what is kept
         already = state.epoch * self._batches + self._batches_done()
         self._bar = tqdm(
             total=self.epochs * self._batches,
@@ -133,7 +135,7 @@ class Training:
         folder = self.folder.path if self.world.is_main else None
         with (
             stop_requests() as self._request,
-            Metrics(folder, self._first_step(), state.epoch) as self._metrics,
+            Metrics(folder, first_step, state.epoch) as self._metrics,
             self._bar,
         ):
             while state.epoch < self.epochs:
