@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -486,19 +487,31 @@ def fuzz(quick: bool) -> Result:
     return Result(passing + failing, passing, 0, done.stdout[-2000:] if done.returncode else "")
 
 
-def as_table(results: Mapping[str, list[Result]]) -> str:
-    """A Markdown table, a row for each fault."""
-    lines = ["| fault | rounds | injected | survived | bytes lost | final weights |", "|---|---|---|---|---|---|"]
-    for name, of_fault in results.items():
-        if not all(result.ran for result in of_fault):
-            lines.append(f"| {name} | 0 | not run: {of_fault[0].problem} | | | |")
-            continue
-        injected, survived, lost = (
-            sum(getattr(result, key) for result in of_fault) for key in ("injected", "survived", "bytes_lost")
-        )
-        equal = "equal" if not lost and not any(result.problem for result in of_fault) else "NOT EQUAL"
-        lines.append(f"| {name} | {len(of_fault)} | {injected} | {survived} | {lost} | {equal} |")
-    return "\n".join(lines)
+COLUMNS = ("fault", "rounds", "injected", "survived", "bytes lost", "final weights")
+
+
+def as_row(name: str, results: list[Result]) -> dict[str, Any]:
+    """What all rounds of a fault came to, by column."""
+    if not all(result.ran for result in results):
+        return dict(zip(COLUMNS, (name, 0, 0, 0, 0, f"not run: {results[0].problem}"), strict=True))
+    sums = [sum(getattr(result, key) for result in results) for key in ("injected", "survived", "bytes_lost")]
+    equal = not sums[-1] and not any(result.problem for result in results)
+    return dict(zip(COLUMNS, (name, len(results), *sums, "equal" if equal else "NOT EQUAL"), strict=True))
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([str(row[column]) for column in COLUMNS] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def keep(header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write what was measured to benchmarks/soak.json; the rows of some faults take the places of theirs."""
+    path, runs = _root.ROOT / "benchmarks" / "soak.json", [header]
+    if path.is_file() and len(rows) <= len(FAULTS):
+        before, new = json.loads(path.read_text()), {row["fault"]: row for row in rows}
+        runs, rows = [*before["runs"], header], [new.get(row["fault"], row) for row in before["rows"]]
+    path.write_text(json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
 
 
 def main() -> int:
@@ -527,17 +540,15 @@ def main() -> int:
         if not arguments.faults:
             results["hostile files"] = [fuzz(arguments.quick)]
     header = {
-        "command": "bash scripts/soak.sh" if not arguments.quick else "python scripts/soak.py --quick",
+        "command": shlex.join(["bash", "scripts/soak.sh", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} CPU cores, {platform.platform()}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "minutes": round((time.monotonic() - started) / 60, 1),
     }
-    print("\n".join(f"{key}: {value}" for key, value in header.items()), as_table(results), sep="\n\n")
-    if not arguments.quick and not arguments.faults:
-        as_dicts = {name: [vars(result) for result in of_fault] for name, of_fault in results.items()}
-        (_root.ROOT / "benchmarks" / "soak.json").write_text(
-            json.dumps({**header, "faults": as_dicts}, indent=1) + "\n"
-        )
+    rows = [as_row(name, of_fault) for name, of_fault in results.items()]
+    print("\n".join(f"{key}: {value}" for key, value in header.items()), as_table(rows), sep="\n\n")
+    if not arguments.quick:
+        keep(header, rows)
     return int(any((result.ran and result.problem) or result.bytes_lost for r in results.values() for result in r))
 
 

@@ -50,6 +50,6 @@ def test_the_document_shows_what_was_measured():
     root = Path(__file__).resolve().parents[1]
     measured = json.loads((root / "benchmarks" / "soak.json").read_text())
     text = (root / "docs" / "reliability.md").read_text()
-    results = {name: [soak.Result(**result) for result in of_fault] for name, of_fault in measured["faults"].items()}
-    assert soak.as_table(results) in text
-    assert f"`{measured['command']}`, {measured['machine']}, {measured['versions']}" in text
+    assert soak.as_table(measured["rows"]) in text
+    for run in measured["runs"]:
+        assert f"`{run['command']}`, {run['minutes']} minutes, {run['machine']}, {run['versions']}" in text
