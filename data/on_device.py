@@ -46,17 +46,14 @@ class Erase:
         self._erase = RandomErasing(
             augmentation.reprob, mode=augmentation.remode, max_count=augmentation.recount, device=device
         )
-        self._seed = seed
-        self._cuda = [device] if device.type == "cuda" else []
+        self._seed, self._device = seed, device
 
     def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> None:
         """Erases in float images [B, 3, H, W]; `indices` int64 [B] lies on the CPU."""
         # The noise is drawn on the device, from its global generator.
-        with seeding.preserved(), torch.random.fork_rng(self._cuda):
+        with seeding.preserved(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             for image, index in zip(images, indices.tolist(), strict=True):
-                seeding.reseed(self._seed, epoch, seeding.ERASE, index)
-                if self._cuda:
-                    torch.cuda.manual_seed(torch.default_generator.initial_seed())
+                seeding.reseed(self._seed, epoch, seeding.ERASE, index, device=self._device)
                 self._erase(image)
 
 

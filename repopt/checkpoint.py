@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repopt import seal, torchfile
-from repopt.errors import UserError, shown
+from repopt.errors import UserError, one_line, shown
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def write(
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise UserError(f"cannot write {str(path)!r}: {reason}; what was saved before is whole") from None
 
 
@@ -156,7 +156,3 @@ def _is_weight(name: object, value: object) -> bool:
 def _kind(value: Tensor) -> str:
     """What converts into each other without a loss of meaning."""
     return "float" if value.is_floating_point() else "complex" if value.is_complex() else "integer"
-
-
-def _first_line(message: object) -> str:
-    return str(message).strip().partition("\n")[0]

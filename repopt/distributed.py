@@ -57,9 +57,9 @@ def world() -> Iterator[World]:
     """
     rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if torch.cuda.is_available():
-        here, gpus = _number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
-        if here > gpus:
-            raise UserError(f"{here} processes on a node with {gpus} GPUs: every process needs one of its own")
+        on_node, gpus = _number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+        if on_node > gpus:
+            raise UserError(f"{on_node} processes on a node with {gpus} GPUs: every process needs one of its own")
         device = torch.device("cuda", _number("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
     else:

@@ -14,8 +14,6 @@ from repopt import checkpoint
 from repopt.errors import UserError
 from repopt.logging import logger
 
-LATEST = "latest.pth"
-
 
 class RunFolder:
     """The files of a run.
@@ -30,7 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, keep: int = 2) -> None:
         self.path = path
-        self.latest = path / LATEST
+        self.latest = path / "latest.pth"
         self._keep = keep
         self._lock: IO[str] | None = None
 

@@ -149,7 +149,7 @@ class Run:
         own, reference = (checkpoint.read(path) for path in (self.files / "latest.pth", self.bench.reference(self)))
         for content in (own, reference):
             if not statistics:
-                content["model"] = {k: v for k, v in content["model"].items() if "running" not in k and "num" not in k}
+                content["model"] = {name: content["model"][name] for name in self.bench.parameters}
         keys = ("model", "ema", "optimizer", "epoch", "max_accuracy", "max_ema_accuracy", "skipped")
         for key in keys if statistics else ("model", "optimizer", "epoch"):
             self.bytes_lost += differing_bytes(own.get(key), reference.get(key))
@@ -168,6 +168,8 @@ class Bench:
         model = repopt.create_model("RepOpt-VGG-nano", mode="hs", num_classes=10)
         repopt.save_scales({k: s * torch.rand_like(s) for k, s in repopt.extract_scales(model).items()}, self.scales)
         write_images(self.images)
+        target = repopt.create_model("RepOpt-VGG-nano", mode="target", num_classes=10)
+        self.parameters = [name for name, _ in target.named_parameters()]
 
     def run(self, name: str, options: list[Any], processes: int = 1) -> Run:
         """A training, not started yet."""
@@ -345,11 +347,16 @@ def kill_a_rank(run: Run, draw: random.Random, *, restarts: int) -> None:
         run.finish()
 
 
-def leave_a_rank_alone(run: Run, draw: random.Random) -> None:
-    """Kill one of two processes that no launcher watches; the other one ends within a minute by itself."""
+def free_port() -> int:
+    """A port of the loopback that nobody has."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def leave_a_rank_alone(run: Run, draw: random.Random) -> None:
+    """Kill one of two processes that no launcher watches; the other one ends within a minute by itself."""
+    port = free_port()
     alone = Run(run.bench, run.folder, run.options)
     processes = []
     for rank in range(2):
@@ -383,9 +390,7 @@ def stop_torchrun(run: Run, draw: random.Random, *, finish: bool = True) -> None
 
 def two_nodes(run: Run, draw: random.Random) -> None:
     """Two launchers of one process each, which meet on the loopback; one of their processes is killed."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--max-restarts=2"]
     meet += ["--nproc_per_node=1", "--local-addr=localhost"]
     nodes = [run.start(*meet) for _ in range(2)]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from soak import free_port
 
 import main_repopt
 import repopt
@@ -85,10 +85,8 @@ def test_target_from_either_file_and_evaluation_by_one_and_two(search, tmp_path,
 
 
 def test_torch_distributed_launch(search, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "1", "--master_port", str(port)]
+    launcher = ["-m", "torch.distributed.launch", "--nproc_per_node", "1", "--master_port", str(free_port())]
+    command = [sys.executable, *launcher]
     command += ["main_repopt.py", "--arch", HS, "--output", str(tmp_path), "--eval", "--resume"]
     command += [str(search / "latest.pth"), "--opts", *DIGITS]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

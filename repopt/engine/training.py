@@ -121,7 +121,9 @@ class Training:
             Interrupted: a process was asked to stop by a signal; everything is saved.
         """
         state = self.state
-        self.train_loader.set_epoch(state.epoch, state.seen)
+        if state.seen:
+            self.train_loader.set_epoch(state.epoch, state.seen)
+            logger.info(f"epoch {state.epoch + 1} goes on behind {self.train_loader.images_seen} images")
         if first_step := self._first_step():
             state.schedule.step_update(first_step - 1)  # if no step is left, its learning rate is what is kept
         already = state.epoch * self._batches + self._batches_done()
