@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from soak import free_port
 
+import data
 import main_repopt
 import repopt
 from repopt import checkpoint
@@ -182,7 +183,7 @@ def test_what_the_entrance_hands_over(monkeypatch, search, tmp_path, identity):
 def test_adamw_search_and_evaluation_settings(monkeypatch, tmp_path):
     root = image_folder(tmp_path / "images")
     calls = {}
-    eval_loader = main_repopt.data.eval_loader
+    eval_loader = data.eval_loader
     monkeypatch.setattr(
         "data.eval_loader",
         lambda source, **arguments: calls.update(arguments, source=source) or eval_loader(source, **arguments),

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a file may import from its own floor and from those above it in this list.
 FLOORS = [
-    {"errors", "seal"},
+    {"errors", "seal", "_with_timm"},
     {"archive", "distributed", "logging", "config", "seeding"},
     {"csla"},
     {"optim"},
@@ -50,7 +50,7 @@ def test_imports_go_down(path):
     own = part_of(path)
     for module in imported(path):
         top, *rest = module.split(".")
-        assert top not in {"data", "configs", "main_repopt", "scripts", "tests"}, f"{path} imports {module}"
+        assert top not in {"data", "configs", "entrance", "main_repopt", "scripts", "tests"}, f"{path} imports {module}"
         if top == "repopt" and own is not None and rest and rest[0] in LEVEL:
             assert LEVEL[rest[0]] <= LEVEL[own], f"{own} imports {module}, which is above it"
 
@@ -66,9 +66,33 @@ def test_data_knows_little_of_the_package():
         assert all(m.split(".")[1] in {"archive", "errors", "distributed", "logging", "seeding"} for m in ours), path
 
 
-def test_the_library_imports_no_heavy_package():
-    """timm, and with it torchvision, is none of them: the models stand in its registry after the import."""
-    heavy = "{'matplotlib', 'sklearn', 'tensorboard', 'yacs'}"
-    code = f"import repopt, sys; print(sorted({heavy} & set(sys.modules)))"
+def python(code):
+    """What a new process prints."""
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import repopt", {"torch", "timm"}),
+        ("import repopt; [getattr(repopt, name) for name in repopt.__all__]", {"matplotlib", "sklearn", "yacs"}),
+        ("import entrance.run", {"matplotlib", "sklearn", "tensorboard"}),
+        ("import main_repopt, pytest; pytest.raises(SystemExit, main_repopt.main, ['--help'])", {"torch"}),
+        ("import main_repopt; main_repopt.main(['--flag'])", {"torch"}),
+        ("import main_repopt; main_repopt.main(['--opts', 'TRAIN.EPOKS', '1'])", {"torch"}),
+    ],
+)
+def test_nothing_is_imported_before_it_is_needed(code, absent):
+    assert python(f"{code}\nimport sys; print(sorted({absent} & set(sys.modules)))").splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("order", ["import repopt, timm", "import timm, repopt", "import repopt.engine, timm"])
+def test_models_stand_in_timms_registry_in_whatever_order_the_two_are_imported(order):
+    assert "repopt_vgg_b1" in python(f"{order}; print(timm.list_models('repopt_vgg*'))")
+
+
+def test_the_package_offers_what_its_stub_declares():
+    assert (
+        python("import repopt, repopt.deploy; print(callable(repopt.deploy), 'deploy' in dir(repopt))") == "True True"
+    )

@@ -1,0 +1,7 @@
+"""Behind the entrance: from a configuration to a run. Here `config` objects end; what is below takes arguments.
+
+resolve         a configuration, completed by the data set and checked
+loaders, placement, build       what it describes: images, devices and formats, what trains a model
+resume          the checkpoint and scales that a run goes on from
+run             train, evaluate, measure throughput
+"""

@@ -1,0 +1,96 @@
+"""What trains a model: optimizer, schedule and moving average, clipping, and the wrapping of several processes."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+import repopt
+from entrance.placement import memory_format_of, precision_of
+from repopt import engine
+from repopt.distributed import World
+from repopt.errors import UserError
+from repopt.models import Arch
+
+
+def training_state(
+    arch: Arch, cfg: CfgNode, world: World, model: nn.Module, scales: Mapping[str, Tensor] | None, *, batches: int
+) -> engine.TrainingState:
+    """Optimizer, schedule and moving average around a model."""
+    images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
+    scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
+    rule = cfg.TRAIN.OPTIMIZER
+    optimizer = repopt.build_optimizer(
+        rule.NAME,
+        model,
+        scales if arch.repopt else None,
+        lr=cfg.TRAIN.BASE_LR * scaling,
+        weight_decay=cfg.TRAIN.WEIGHT_DECAY,
+        momentum=rule.MOMENTUM,
+        nesterov=rule.MOMENTUM > 0,
+        betas=rule.BETAS,
+        eps=rule.EPS,
+        implementation=rule.IMPLEMENTATION,
+    )
+    schedule = engine.build_schedule(
+        optimizer,
+        cfg.TRAIN.LR_SCHEDULER.NAME,
+        steps_per_epoch=engine.count_steps(batches, cfg.TRAIN.ACCUMULATION_STEPS),
+        epochs=cfg.TRAIN.EPOCHS,
+        warmup_epochs=cfg.TRAIN.WARMUP_EPOCHS,
+        warmup_lr=cfg.TRAIN.WARMUP_LR * scaling,
+        min_lr=cfg.TRAIN.MIN_LR * scaling,
+        decay_epochs=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS,
+        decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
+    )
+    ema = None
+    if cfg.TRAIN.EMA_ALPHA:  # of an image and an epoch of training; an update stands for many images
+        alpha = cfg.TRAIN.EMA_ALPHA * images_per_step * cfg.TRAIN.EMA_UPDATE_PERIOD / cfg.TRAIN.EPOCHS
+        ema = ModelEmaV3(model, decay=1 - min(1.0, alpha))
+    return engine.TrainingState(
+        model, optimizer, schedule, precision_of(cfg, world), scales, ema, epoch=cfg.TRAIN.START_EPOCH
+    )
+
+
+def clipping(
+    arch: Arch, cfg: CfgNode, model: nn.Module, scales: Mapping[str, Tensor] | None
+) -> Callable[[], Tensor] | None:
+    """What clips the gradients: under a RepOptimizer by the norm that the imagined CSLA network's would have."""
+    if not cfg.TRAIN.CLIP_GRAD:
+        return None
+    if arch.repopt and scales is not None:
+        mults = repopt.grad_mults(model, scales, degree=1)
+        return functools.partial(repopt.clip_grad_norm_, list(model.named_parameters()), cfg.TRAIN.CLIP_GRAD, mults)
+    return functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), cfg.TRAIN.CLIP_GRAD)
+
+
+def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
+    """The model as it is trained, in DDP where there are several processes."""
+    if cfg.TRAIN.SYNC_BN and world.device.type != "cuda":
+        raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
+    if world.size == 1:
+        return model
+    if cfg.TRAIN.SYNC_BN:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, which torch 2.11 lacks
+        model = DistributedDataParallel(
+            model,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,  # batch-norm statistics are averaged before every evaluation instead
+            gradient_as_bucket_view=True,
+        )
+    # After its first backward pass DDP orders its buckets anew, and with them the sums over processes: so that a step
+    # rounds alike whether it is the first of a start or not, there is one pass before, which leaves nothing else.
+    images = torch.zeros(2, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, device=world.device)
+    model.eval()
+    model(images.contiguous(memory_format=memory_format_of(world))).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return model

@@ -1,0 +1,45 @@
+"""What a configuration means for one data set and architecture: filled in, checked, frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+import data
+from entrance.loaders import source_of
+from entrance.resume import needs_scales
+from repopt import config
+from repopt.errors import UserError
+from repopt.models import Arch
+
+
+def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
+    """Fill in what follows from the data set and other keys, refuse what contradicts it, and freeze."""
+    cfg, given = settings
+    if cfg.EVAL_MODE and not cfg.MODEL.RESUME:
+        raise UserError("--eval needs the weights to evaluate: --resume FILE")
+    if cfg.TRAIN.SCALES_PATH and not needs_scales(arch):
+        raise UserError(f"{cfg.MODEL.ARCH} takes no searched scales: leave --scales-path out, or train a -target")
+    if not cfg.THROUGHPUT_MODE:
+        info = data.describe(source_of(cfg), splits=("val",) if cfg.EVAL_MODE else ("train", "val"))
+        for section, name, value in (
+            ("MODEL", "NUM_CLASSES", info.num_classes),
+            ("DATA", "IMG_SIZE", info.image_size),
+            ("DATA", "TEST_SIZE", info.image_size),
+        ):
+            if value is None or (cfg.DATA.ZIP_MODE and f"{section}.{name}" in given and cfg[section][name] > value):
+                continue  # a map file names the classes that occur, and there may be more
+            if f"{section}.{name}" in given and cfg[section][name] != value:
+                raise UserError(f"{section}.{name} is {cfg[section][name]}, but the data set's is {value}")
+            cfg[section][name] = value
+    if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.EPOCHS:
+        raise UserError(
+            f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH} leaves none of {cfg.TRAIN.EPOCHS} TRAIN.EPOCHS to train"
+        )
+    cfg.DATA.TEST_SIZE = cfg.DATA.TEST_SIZE or cfg.DATA.IMG_SIZE
+    cfg.DATA.TEST_BATCH_SIZE = cfg.DATA.TEST_BATCH_SIZE or cfg.DATA.BATCH_SIZE
+    cfg.TRAIN.ACCUMULATION_STEPS = max(1, cfg.TRAIN.ACCUMULATION_STEPS)
+    cfg.OUTPUT = str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG))
+    cfg.freeze()
+    return cfg

@@ -1,0 +1,74 @@
+"""What a run goes on from: its checkpoint, and the scales it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import repopt
+from repopt import checkpoint, config
+from repopt.errors import UserError, shown
+from repopt.logging import logger
+from repopt.models import Arch, list_archs
+from repopt.run_folder import RunFolder
+
+
+def find_checkpoint(cfg: CfgNode, folder: RunFolder) -> Path | None:
+    """What to resume: what an earlier start of the same run left (it goes before --resume), or --resume, or nothing."""
+    own = folder.resumable() if cfg.TRAIN.AUTO_RESUME else None
+    if own is None:
+        return Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
+    if cfg.MODEL.RESUME:
+        logger.warning(f"this run goes on from its own {own}, not from {cfg.MODEL.RESUME}")
+    return own
+
+
+OF_A_START = ("MODEL.RESUME", "OUTPUT", "TAG", "EVAL_MODE")  # keys that differ without a meaning for the training
+
+
+def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None:
+    """Refuse to go on from another kind of run; log what else differs."""
+    if not isinstance(content.get("config", {}), Mapping):
+        raise UserError(f"cannot resume: the checkpoint's config is {shown(content['config'])}")
+    for key in config.KEYS:
+        then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
+        if then in (None, now) or (key == "MODEL.ARCH" and list_archs().get(str(then)) == arch):
+            continue
+        if config.KEYS[key].fixed:
+            raise UserError(f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now")
+        if key not in OF_A_START:
+            logger.info(f"{key} was {shown(then)} before this start and is {now!r} now")
+
+
+def needs_scales(arch: Arch) -> bool:
+    """Whether searched scales make the model or its optimizer."""
+    return arch.repopt or arch.mode == "csla"
+
+
+def find_scales(
+    arch: Arch, cfg: CfgNode, model: nn.Module, content: Mapping[str, Any] | None
+) -> Mapping[str, Tensor] | None:
+    """The scales of a run that needs them: those kept in the checkpoint that it resumes, or --scales-path."""
+    if not needs_scales(arch):
+        return None
+    path, kept = cfg.TRAIN.SCALES_PATH, content is not None and "scales" in content
+    if not kept and not path:
+        raise UserError(
+            f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
+            f"hyper-search ({arch.model}-target-norepopt trains with the plain optimizer)"
+        )
+    if not kept:
+        return repopt.fit_scales(model, repopt.load_scales(path))
+    scales = repopt.fit_scales(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
+    if path and Path(path).is_file():
+        given = repopt.fit_scales(model, repopt.load_scales(path))
+        if any(not torch.equal(scales[name], given[name]) for name in scales):
+            raise UserError(
+                f"cannot resume: TRAIN.SCALES_PATH: the scales of {path!r} are not those that this run began with"
+            )
+    return scales

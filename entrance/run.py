@@ -1,0 +1,147 @@
+"""A run: train, evaluate, or measure throughput, as a configuration says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+import data
+import repopt
+from entrance.build import clipping, distribute, training_state
+from entrance.loaders import eval_loader, training_loader
+from entrance.placement import memory_format_of, precision_of, to_device
+from entrance.resolve import resolve
+from entrance.resume import check_same_run, find_checkpoint, find_scales
+from repopt import checkpoint, config, engine
+from repopt.distributed import World, decided_by_first, world
+from repopt.errors import UserError
+from repopt.logging import logger, start_log
+from repopt.models import Arch, parse_arch
+from repopt.run_folder import RunFolder
+
+
+def start(settings: config.Settings, argv: Sequence[str]) -> bool:
+    """Do what the command line `argv`, read as `settings`, says; whether it came to its end.
+
+    It does not where a signal stopped a training, which is saved then.
+
+    Raises:
+        UserError: a mistake of the user's.
+        OSError: of the machine: no permission, no space, a path that is none.
+    """
+    arch = parse_arch(settings.cfg.MODEL.ARCH)
+    with world() as here:
+        return run(arch, resolve(arch, settings), here, argv)
+
+
+def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
+    """Train, or evaluate, or measure throughput, as the command line `argv` says; whether it came to its end."""
+    Path(cfg.OUTPUT).mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(Path(cfg.OUTPUT), keep=cfg.SAVE_KEEP)
+    if not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE):
+        decided_by_first(folder.lock)
+    if cfg.DETERMINISTIC:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
+        torch.use_deterministic_algorithms(True)
+    start_log(folder.path, world.rank)
+    logger.info(f"main_repopt.py {shlex.join(argv)}")
+    logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
+    torch.manual_seed(cfg.SEED)
+    model = repopt.create_model(
+        arch.model, mode=arch.mode, num_classes=cfg.MODEL.NUM_CLASSES, use_checkpoint=cfg.TRAIN.USE_CHECKPOINT
+    )
+    if cfg.THROUGHPUT_MODE:
+        report_throughput(cfg, world, model)
+    elif cfg.EVAL_MODE:
+        report_evaluation(cfg, world, model)
+    else:
+        try:
+            train(arch, cfg, world, model, folder)
+        except engine.Interrupted as stopped:
+            logger.info(stopped)
+            return False
+    return True
+
+
+def report_throughput(cfg: CfgNode, world: World, model: nn.Module) -> None:
+    """Print the images per second of the network as it is deployed."""
+    speed = engine.measure_throughput(
+        to_device(repopt.deploy(model), world),
+        batch_size=cfg.DATA.BATCH_SIZE,
+        image_size=cfg.DATA.TEST_SIZE,
+        precision=precision_of(cfg, world),
+        memory_format=memory_format_of(world),
+    )
+    logger.info(
+        f"{cfg.MODEL.ARCH} deployed: {speed:.1f} images/s in batches of {cfg.DATA.BATCH_SIZE}, {cfg.DATA.TEST_SIZE} px"
+    )
+
+
+def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
+    """Print the accuracy of a checkpoint, and of its moving average where it keeps one."""
+    content = checkpoint.read(cfg.MODEL.RESUME)
+    loader = eval_loader(cfg, world)
+    model = to_device(model, world)
+    for key, label in (("model", "val"), ("ema", "ema")):
+        if key == "model" or isinstance(content.get(key), Mapping):
+            repopt.load_weights(model, checkpoint.state_dict_of(content, key))
+            logger.info(f"{label}: {engine.evaluate(model, loader, precision_of(cfg, world))}")
+
+
+def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunFolder) -> None:
+    """Train from the beginning, or on from a checkpoint."""
+    settings = config.as_dict(cfg)
+    resume = decided_by_first(lambda: find_checkpoint(cfg, folder))
+    content = checkpoint.read(resume) if resume else None
+    goes_on = content is not None and "optimizer" in content  # else it gives its weights alone
+    if goes_on:
+        check_same_run(arch, cfg, content)
+    scales = find_scales(arch, cfg, model, content)
+    if scales is not None and content is None:
+        repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
+    model = to_device(model, world)
+    augmentation = data.Augmentation(**{f.name: cfg.AUG[f.name.upper()] for f in fields(data.Augmentation)})
+    train_loader, val_loader = training_loader(cfg, world, augmentation), eval_loader(cfg, world)
+    if goes_on and content.get("data") not in (None, train_loader.fingerprint):
+        raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
+    state = training_state(arch, cfg, world, model, scales, batches=len(train_loader))
+    state.data = train_loader.fingerprint
+    if content is not None:
+        state.restore(content, rank=world.rank, processes=world.size)
+        logger.info(f"resumed {resume} after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
+    if world.is_main:
+        (folder.path / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    logger.info(
+        f"{cfg.MODEL.ARCH}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+        f"{train_loader.num_images} training and {val_loader.num_images} test images"
+    )
+    engine.Training(
+        state,
+        distribute(cfg, world, model),
+        train_loader,
+        val_loader,
+        nn.CrossEntropyLoss(label_smoothing=0.0 if augmentation.mixes else cfg.MODEL.LABEL_SMOOTHING),
+        epochs=cfg.TRAIN.EPOCHS,
+        folder=folder,
+        config=settings,
+        world=world,
+        seed=cfg.SEED,
+        searching=arch.mode == "hs",
+        clip=clipping(arch, cfg, model, scales),
+        accumulation_steps=cfg.TRAIN.ACCUMULATION_STEPS,
+        ema_update_period=cfg.TRAIN.EMA_UPDATE_PERIOD,
+        eval_period=cfg.TEST.PERIOD,
+        save_period=cfg.SAVE_FREQ,
+        save_every_minutes=cfg.SAVE_EVERY_MINUTES,
+        save_every_steps=cfg.SAVE_EVERY_STEPS,
+        most_skipped=cfg.TRAIN.MOST_SKIPPED_STEPS,
+        print_period=cfg.PRINT_FREQ,
+    ).run()
