@@ -6,16 +6,19 @@ import re
 import benchmark
 import pytest
 import torch
+from measure import optimizer
+from measure.report import as_table
+from measure.turns import peak_extra
 
 
 def test_it_prints_and_keeps_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark._root, "ROOT", tmp_path)
-    monkeypatch.setattr(benchmark, "IMPLEMENTATIONS", ("eager",))
+    monkeypatch.setattr(optimizer, "IMPLEMENTATIONS", ("eager",))
     monkeypatch.setattr("sys.argv", ["benchmark.py", "optimizer", "--arch", "RepOpt-VGG-nano", "--rounds", "2"])
     assert benchmark.main() == 0
     kept = json.loads((tmp_path / "benchmarks" / "optimizer-cpu.json").read_text())
-    assert benchmark.as_table(kept["rows"]) in capsys.readouterr().out
-    rows = {row["optimizer"]: row for row in kept["rows"]}
+    assert as_table(kept["tables"]["A step on the parameters of RepOpt-VGG-nano"]) in capsys.readouterr().out
+    rows = {row["optimizer"]: row for row in kept["tables"]["A step on the parameters of RepOpt-VGG-nano"]}
     assert rows["torch SGD, fused"]["time / fused"] == rows["torch AdamW, fused"]["time / fused"] == 1
     assert rows["RepSGD, eager"]["state / parameters"] == 1
     assert rows["RepSGD, eager"]["multipliers / parameters"] < 0.02
@@ -25,15 +28,15 @@ def test_it_prints_and_keeps_a_table(tmp_path, monkeypatch, capsys):
 
 def test_peak_memory_counts_temporaries():
     x = torch.zeros(1000)
-    assert benchmark._peak_extra(lambda: (x + 1).sum(), torch.device("cpu")) == pytest.approx(4000, abs=64)
-    assert benchmark._peak_extra(lambda: x.add_(1), torch.device("cpu")) < 64
+    assert peak_extra(lambda: (x + 1).sum(), torch.device("cpu")) == pytest.approx(4000, abs=64)
+    assert peak_extra(lambda: x.add_(1), torch.device("cpu")) < 64
 
 
 def test_the_naive_loop_leaves_gradients_alone():
     model = torch.nn.Linear(3, 2)
     model.weight.grad = torch.ones(2, 3)
     gradient, before = model.weight.grad, model.weight.detach().clone()
-    step = benchmark._naive(model, torch.optim.SGD([model.weight], lr=0.5), {"weight": torch.full((2, 3), 4.0)})
+    step = optimizer.naive_step(model, torch.optim.SGD([model.weight], lr=0.5), {"weight": torch.full((2, 3), 4.0)})
     step()
     assert model.weight.grad is gradient
     torch.testing.assert_close(model.weight.detach(), before - 2)

@@ -1,0 +1,104 @@
+"""A step of RepSGD and RepAdamW, of torch's SGD and AdamW, and of the naive loop that multiplies every gradient by a
+dense tensor, on the parameters of one network, with random gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import repopt
+from measure.report import Tables
+from measure.turns import peak_extra, take_turns
+from repopt.optim import RULES
+
+SETTINGS = {
+    "sgd": {"lr": 1e-7, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5},
+    "adamw": {"lr": 1e-7, "weight_decay": 0.05},
+}
+IMPLEMENTATIONS = ("eager", "compiled")
+NAMES = {"sgd": "SGD", "adamw": "AdamW"}
+
+
+class Contender(NamedTuple):
+    """An optimizer in the comparison: what does its step, and the bytes of the multipliers that it keeps."""
+
+    rule: str
+    label: str
+    optimizer: torch.optim.Optimizer
+    step: Callable[[], Any]
+    mult_bytes: Callable[[], int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this subject."""
+    parser.add_argument("--arch", default="RepOpt-VGG-B1", help="whose parameters are stepped")
+    parser.add_argument("--rounds", type=int, default=30, help="in which all take turns; medians are reported")
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+    """The comparison on a network's parameters, with random gradients and scales."""
+    search = repopt.create_model(arguments.arch, mode="hs")
+    scales = {name: 0.5 + torch.rand_like(scale) for name, scale in repopt.extract_scales(search).items()}
+    del search
+    model = repopt.create_model(arguments.arch, mode="target")
+    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    size = sum(param.nbytes for param in model.parameters())
+    contenders = [contender for rule in SETTINGS for contender in _contenders(rule, model, scales)]
+    seconds = take_turns({c.label: c.step for c in contenders}, device, rounds=arguments.rounds)
+    rows = []
+    for contender in contenders:
+        state = sum(v.nbytes for s in contender.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+        own = seconds[contender.label]
+        rows.append(
+            {
+                "optimizer": contender.label,
+                "ms": 1e3 * own,
+                "time / fused": own / seconds[f"torch {NAMES[contender.rule]}, fused"],
+                "state / parameters": state / size,
+                "multipliers / parameters": contender.mult_bytes() / size,
+                "peak extra / parameters": peak_extra(contender.step, device) / size,
+            }
+        )
+    return {f"A step on the parameters of {arguments.arch}": rows}
+
+
+def _contenders(rule: str, model: nn.Module, scales: dict[str, Tensor]) -> list[Contender]:
+    settings, name, pair = SETTINGS[rule], NAMES[rule], RULES[rule]
+    torchs = getattr(torch.optim, name)
+    mults = repopt.grad_mults(model, scales, degree=pair.rep.degree)
+    dense = {key: mult.dense() for key, mult in mults.items()}
+    found = []
+    for how, flags in {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}.items():
+        plain = torchs(model.parameters(), **settings, **flags)
+        found.append(Contender(rule, f"torch {name}, {how}", plain, plain.step, int))
+    naive = torchs(model.parameters(), **settings, foreach=False)
+    kept = sum(tensor.nbytes for tensor in dense.values())
+    found.append(
+        Contender(rule, f"naive Rep{name}, dense multiplier", naive, naive_step(model, naive, dense), lambda: kept)
+    )
+    for how in IMPLEMENTATIONS:
+        rep = repopt.build_optimizer(rule, model, scales, implementation=how, **settings)
+        found.append(Contender(rule, f"Rep{name}, {how}", rep, rep.step, rep.multiplier_bytes))
+    return found
+
+
+def naive_step(model: nn.Module, optimizer: torch.optim.Optimizer, dense: dict[str, Tensor]) -> Callable[[], None]:
+    """A step of the plain optimizer on gradients that are multiplied, one parameter after the other."""
+    named = dict(model.named_parameters())
+
+    def step() -> None:
+        kept = {name: named[name].grad for name in dense}
+        for name, mult in dense.items():
+            named[name].grad = kept[name] * mult
+        optimizer.step()
+        for name, gradient in kept.items():
+            named[name].grad = gradient
+
+    return step

@@ -1,0 +1,65 @@
+"""Results as Markdown tables and as JSON, with what they depend on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+Row = Mapping[str, Any]
+Tables = Mapping[str, Sequence[Row]]
+"""Rows by the title of their table; the rows of one table have the same columns."""
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a measurement depends on."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else platform.processor() or platform.machine()
+        machine = f"{name}, {torch.get_num_threads()} threads"
+    return {
+        "command": f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
+        "machine": machine,
+        "python": platform.python_version(),
+        **{package.__name__: package.__version__ for package in (torch, torchvision, timm)},
+    }
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """Rows of one kind as a Markdown table."""
+    header = list(rows[0])
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(_shown(row[name]) for name in header) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str | int):
+        return str(value)
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" if value else "0"
+
+
+def present(environment: Mapping[str, str], tables: Tables) -> str:
+    """All of a result as text."""
+    header = "\n".join(f"{key}: {value}" for key, value in environment.items())
+    return "\n\n".join([header, *(f"{title}\n\n{as_table(rows)}" for title, rows in tables.items())])
+
+
+def keep(file: Path, environment: Mapping[str, str], tables: Tables) -> None:
+    """Write a result as JSON."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({**environment, "tables": tables}, indent=1) + "\n")

@@ -1,0 +1,74 @@
+"""Contenders that take turns, so that what else the machine does meets them alike."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+Step = Callable[[], Any]
+
+
+def take_turns(
+    contenders: Mapping[str, Step], device: torch.device, *, rounds: int, warm_up: int = 3
+) -> dict[str, float]:
+    """Median seconds of each contender's step, by name.
+
+    All take turns in random order, round after round, for what ran before has its effect, too.
+
+    Args:
+        contenders: what each does, by name.
+        device: is waited for after every step.
+        rounds: that are measured.
+        warm_up: rounds before.
+    """
+    for step in tqdm(contenders.values(), desc="warm-up", disable=None, leave=False):
+        for _ in range(warm_up):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(0)
+    for _ in tqdm(range(rounds), desc="measuring", unit="round", disable=None, leave=False):
+        for name in order.sample(list(contenders), len(contenders)):
+            times[name].append(timed(contenders[name], device))
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def timed(step: Step, device: torch.device) -> float:
+    """Seconds that a step takes, until the device is done with it."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_extra(step: Step, device: torch.device) -> int:
+    """Bytes that a step holds at its worst, beyond what was there before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    held = peak = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
