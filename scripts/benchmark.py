@@ -14,13 +14,14 @@ import sys
 
 import _root
 import torch
-from measure import optimizer
+from measure import infer, optimizer
 from measure.report import environment, keep, present
 
 from repopt.errors import UserError
 
 SUBJECTS = {
     "optimizer": optimizer,
+    "infer": infer,
 }
 
 

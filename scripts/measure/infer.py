@@ -1,0 +1,135 @@
+"""Images per second of what is deployed: the trained target network, its batch norms folded, compiled, and the baseline
+before and after its branches are folded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import repopt
+from measure.arguments import positive
+from measure.placement import memory_format_on, precision_on
+from measure.report import Row, Tables
+from measure.turns import peak_extra, take_turns
+from repopt.errors import one_line, unknown
+from repopt.layers import MODES
+from repopt.models import list_archs
+
+ARCHS = ("RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2", "RepOpt-GhostNet-0.5x")
+TRAINED = "target, trained"
+
+
+class Contender(NamedTuple):
+    """A form of a network: its forward pass on the images, and the form whose outputs it should have."""
+
+    forward: Callable[[], Tensor]
+    source: str | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this subject."""
+    parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="models (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, help="default: 128 on GPUs, 8 on CPUs")
+    parser.add_argument("--image-size", type=positive, default=224, help="default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=10, help="in which all take turns; medians are reported")
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+    """One architecture after the other; the forms of each take turns on the same random images."""
+    baselines = {arch: baseline_mode(arch) for arch in arguments.arch}
+    batch_size = arguments.batch_size or (128 if device.type == "cuda" else 8)
+    size = arguments.image_size
+    rows: list[Row] = []
+    for arch, baseline in baselines.items():
+        images = torch.randn(batch_size, 3, size, size, device=device).contiguous(
+            memory_format=memory_format_on(device)
+        )
+        rows += _rows(arch, baseline, images, arguments.rounds)
+    return {f"Inference, batches of {batch_size} images of {size} x {size}": rows}
+
+
+def baseline_mode(model: str) -> str:
+    """The mode of a model's baseline: "repvgg" or "rep"."""
+    if model not in repopt.list_models():
+        raise unknown("model", model, repopt.list_models())
+    return next(a.mode for name, a in list_archs().items() if name == f"{model}-{a.mode}" and a.mode not in MODES)
+
+
+def _rows(arch: str, baseline: str, images: Tensor, rounds: int) -> list[Row]:
+    contenders = _contenders(arch, baseline, images)
+    outputs = {form: contender.forward().float() for form, contender in contenders.items()}
+    seconds = take_turns({form: c.forward for form, c in contenders.items()}, images.device, rounds=rounds)
+    return [
+        {
+            "arch": arch,
+            "form": form,
+            "images/s": len(images) / seconds[form],
+            "ms per image": 1e3 * seconds[form] / len(images),
+            "speed / trained target": seconds[TRAINED] / seconds[form],
+            "peak extra MB per image": peak_extra(contender.forward, images.device) / len(images) / 1e6,
+            "difference of outputs": contender.source and difference(outputs[form], outputs[contender.source]),
+        }
+        for form, contender in contenders.items()
+    ]
+
+
+def _contenders(arch: str, baseline: str, images: Tensor) -> dict[str, Contender]:
+    """By name, in the order of the table."""
+    precision = precision_on(images.device)
+
+    def forward_of(model: nn.Module) -> Callable[[], Tensor]:
+        def forward() -> Tensor:
+            with torch.inference_mode(), precision.autocast():
+                return model(images)
+
+        return forward
+
+    found: dict[str, Contender] = {}
+    for mode in ("target", baseline):
+        model = as_if_trained(repopt.create_model(arch, mode=mode), images)
+        deployed = repopt.deploy(model)
+        found[f"{mode}, trained"] = Contender(forward_of(model), None)
+        found[f"{mode}, deployed"] = Contender(forward_of(deployed), f"{mode}, trained")
+        if mode == "target":
+            forward = forward_of(compiled(deployed))
+            try:
+                forward()
+            except RuntimeError as error:  # all of torch.compile's are
+                warnings.warn(f"{arch}: not compiled, so that row is left out: {one_line(error)}", stacklevel=1)
+            else:
+                found["target, deployed, compiled"] = Contender(forward, TRAINED)
+    return found
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The model under torch.compile, which forgets those of before: there is a limit to how many it keeps."""
+    torch.compiler.reset()
+    return torch.compile(model)
+
+
+@torch.no_grad()
+def as_if_trained(model: nn.Module, images: Tensor) -> nn.Module:
+    """The model in eval mode on the images' device and in their format, with batch norms that do something.
+
+    Their weights and biases are random, and their statistics those of the images: the activations of a fresh network
+    fade from layer to layer, down to numbers with which CPUs are slow.
+    """
+    model.to(images.device, memory_format=memory_format_on(images.device)).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.1)
+        norm.momentum = 1.0
+    model(images)
+    return model.eval()
+
+
+def difference(outputs: Tensor, reference: Tensor) -> float:
+    """The largest difference, relative to the largest number of the reference."""
+    return ((outputs - reference).abs().max() / reference.abs().max()).item()

@@ -1,0 +1,19 @@
+"""In which number and memory format a network is measured: those of a training that asks for nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+from entrance.placement import memory_format_of
+from repopt.distributed import World
+from repopt.engine import Precision
+
+
+def precision_on(device: torch.device) -> Precision:
+    """Autocast to bf16 on GPUs, fp32 on CPUs, where bf16 convolutions of this torch have corrupted memory."""
+    return Precision(device, torch.bfloat16 if device.type == "cuda" else None)
+
+
+def memory_format_on(device: torch.device) -> torch.memory_format:
+    """channels_last on GPUs."""
+    return memory_format_of(World(0, 1, device))

@@ -1,0 +1,90 @@
+"""`benchmark.py infer` measures the forms that it names, and they are the same function."""
+
+import argparse
+
+import benchmark
+import pytest
+import torch
+from measure import infer
+from torch import nn
+
+import repopt
+
+CPU = torch.device("cpu")
+
+
+def measured(*arguments):
+    """The rows of a run."""
+    parser = argparse.ArgumentParser()
+    infer.add_arguments(parser)
+    parsed = parser.parse_args([*arguments, "--batch-size", "2", "--image-size", "32", "--rounds", "2"])
+    return infer.run(parsed, CPU)["Inference, batches of 2 images of 32 x 32"]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Models that were given to torch.compile, which is not called: that takes long."""
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda model: given.append(model) or model)
+    return given
+
+
+def test_every_form_is_a_row_and_the_same_function_as_its_source(compiled):
+    rows = measured("--arch", "RepOpt-VGG-nano", "ghost")
+    forms = ["target, trained", "target, deployed", "target, deployed, compiled"]
+    assert [(row["arch"], row["form"]) for row in rows] == [
+        (arch, form)
+        for arch, baseline in (("RepOpt-VGG-nano", "repvgg"), ("ghost", "rep"))
+        for form in (*forms, f"{baseline}, trained", f"{baseline}, deployed")
+    ]
+    for row in rows:
+        if row["form"].endswith("trained"):
+            assert row["difference of outputs"] is None
+        else:
+            assert 0 < row["difference of outputs"] < 1e-3
+        trained = next(r for r in rows if r["arch"] == row["arch"] and r["form"] == "target, trained")
+        assert row["speed / trained target"] == pytest.approx(row["images/s"] / trained["images/s"])
+        assert row["ms per image"] == pytest.approx(1e3 / row["images/s"])
+        assert row["peak extra MB per image"] > 0
+    assert len(compiled) == 2
+    assert not any(isinstance(module, nn.BatchNorm2d) for model in compiled for module in model.modules())
+
+
+def test_batch_norms_are_not_trivial():
+    images = torch.randn(2, 3, 32, 32)
+    model = infer.as_if_trained(repopt.create_model("RepOpt-VGG-nano", mode="target"), images)
+    assert not model.training
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(norm.running_mean.abs().max() > 0 and norm.weight.std() > 0 for norm in norms)
+    deployed = repopt.deploy(model)
+    with torch.no_grad():
+        outputs = model(images)
+        assert infer.difference(deployed(images), outputs) < 1e-3
+        next(module for module in deployed.modules() if isinstance(module, nn.Conv2d)).bias.zero_()
+        assert infer.difference(deployed(images), outputs) > 1e-2
+
+
+def test_where_nothing_compiles_the_row_is_left_out(monkeypatch):
+    def fails(model):
+        return lambda images: torch._check(False, lambda: "no compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.warns(UserWarning, match="RepOpt-VGG-nano: not compiled.*no compiler"):
+        rows = measured("--arch", "RepOpt-VGG-nano")
+    assert len(rows) == 4 and not any("compiled" in row["form"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "RepOpt-VGG-nona"], "unknown model 'RepOpt-VGG-nona'; did you mean 'RepOpt-VGG-nano'"),
+        (["--rounds", "0"], "argument --rounds: '0' is not a whole number from 1 on"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "infer", *arguments])
+    try:
+        assert benchmark.main() == 2
+    except SystemExit as end:  # argparse's way
+        assert end.code == 2
+    assert message in capsys.readouterr().err
