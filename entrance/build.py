@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 import repopt
@@ -79,14 +77,7 @@ def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
         return model
     if cfg.TRAIN.SYNC_BN:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, which torch 2.11 lacks
-        model = DistributedDataParallel(
-            model,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,  # batch-norm statistics are averaged before every evaluation instead
-            gradient_as_bucket_view=True,
-        )
+    model = engine.data_parallel(model, world.device)
     # After its first backward pass DDP orders its buckets anew, and with them the sums over processes: so that a step
     # rounds alike whether it is the first of a start or not, there is one pass before, which leaves nothing else.
     images = torch.zeros(2, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, device=world.device)

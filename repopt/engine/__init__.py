@@ -2,6 +2,7 @@
 
 from repopt.engine.evaluate import Evaluation, evaluate
 from repopt.engine.interruption import Interrupted
+from repopt.engine.parallel import data_parallel
 from repopt.engine.precision import Precision
 from repopt.engine.safeguard import Safeguard
 from repopt.engine.schedule import build_schedule
@@ -20,6 +21,7 @@ __all__ = [
     "TrainingState",
     "build_schedule",
     "count_steps",
+    "data_parallel",
     "evaluate",
     "measure_throughput",
     "train_one_epoch",

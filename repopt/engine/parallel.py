@@ -1,0 +1,32 @@
+"""A model in several processes, which average their gradients."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def data_parallel(
+    model: nn.Module, device: torch.device, *, static_graph: bool = False, bucket_view: bool = True
+) -> DistributedDataParallel:
+    """The model in DDP, as a training runs it; every process keeps batch-norm statistics of its own.
+
+    Args:
+        model: on `device`, the same in all processes.
+        device: of this process.
+        static_graph: DDP may rely on every step using the same parameters in the same order. The first backward pass
+            must then exchange gradients: under ``no_sync`` DDP fails.
+        bucket_view: gradients lie in the buckets in which they travel, instead of being copied there and back.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, which torch 2.11 lacks
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # batch-norm statistics are averaged before every evaluation instead
+            gradient_as_bucket_view=bucket_view,
+            static_graph=static_graph,
+        )
