@@ -14,7 +14,7 @@ import sys
 
 import _root
 import torch
-from measure import infer, optimizer
+from measure import infer, optimizer, scaling
 from measure.report import environment, keep, present
 
 from repopt.errors import UserError
@@ -22,6 +22,7 @@ from repopt.errors import UserError
 SUBJECTS = {
     "optimizer": optimizer,
     "infer": infer,
+    "scaling": scaling,
 }
 
 

@@ -19,25 +19,44 @@ Step = Callable[[], Any]
 def take_turns(
     contenders: Mapping[str, Step], device: torch.device, *, rounds: int, warm_up: int = 3
 ) -> dict[str, float]:
-    """Median seconds of each contender's step, by name.
+    """Median seconds of each contender's step, by name. Arguments: as of `times_in_turns`."""
+    times = times_in_turns(contenders, device, rounds=rounds, warm_up=warm_up)
+    return {name: statistics.median(own) for name, own in times.items()}
 
-    All take turns in random order, round after round, for what ran before has its effect, too.
+
+def times_in_turns(
+    contenders: Mapping[str, Step],
+    device: torch.device,
+    *,
+    rounds: int,
+    warm_up: int = 3,
+    before: Step = lambda: None,
+    bar: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of each contender's step in every round, by name.
+
+    All take turns in random order, round after round, for what ran before has its effect, too. The order is the same in
+    every process.
 
     Args:
         contenders: what each does, by name.
         device: is waited for after every step.
         rounds: that are measured.
         warm_up: rounds before.
+        before: is called before every step, outside its time (a barrier).
+        bar: whether a terminal shows progress.
     """
-    for step in tqdm(contenders.values(), desc="warm-up", disable=None, leave=False):
+    hidden = None if bar else True  # None: where there is no terminal
+    for step in tqdm(contenders.values(), desc="warm-up", disable=hidden, leave=False):
         for _ in range(warm_up):
             step()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = random.Random(0)
-    for _ in tqdm(range(rounds), desc="measuring", unit="round", disable=None, leave=False):
+    for _ in tqdm(range(rounds), desc="measuring", unit="round", disable=hidden, leave=False):
         for name in order.sample(list(contenders), len(contenders)):
+            before()
             times[name].append(timed(contenders[name], device))
-    return {name: statistics.median(own) for name, own in times.items()}
+    return times
 
 
 def timed(step: Step, device: torch.device) -> float:
