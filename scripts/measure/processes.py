@@ -157,7 +157,7 @@ def _differences(steps: dict[str, TrainingStep]) -> dict[str, float]:
     gradients = {}
     for name, step in steps.items():
         step.backward()
-        gradients[name] = [param.grad.clone() for param in step.model.parameters()]
+        gradients[name] = [param.grad.contiguous().clone() for param in step.model.parameters()]
         step.zero_grad()
     means = [gradient.clone() for gradient in gradients[APART]]
     for mean in means:
