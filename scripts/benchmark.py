@@ -17,7 +17,7 @@ import torch
 from measure import infer, optimizer, scaling
 from measure.report import environment, keep, present
 
-from repopt.errors import UserError
+from repopt.errors import UserError, one_line
 
 SUBJECTS = {
     "optimizer": optimizer,
@@ -38,7 +38,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     try:
-        device = torch.device(arguments.device)
+        device = device_of(arguments.device)
         tables = SUBJECTS[arguments.subject].run(arguments, device)
     except UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
@@ -47,6 +47,14 @@ def main() -> int:
     keep(_root.ROOT / "benchmarks" / f"{arguments.subject}-{device.type}.json", header, tables)
     print(present(header, tables))
     return 0
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name, which is there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {one_line(error)}") from None
 
 
 if __name__ == "__main__":

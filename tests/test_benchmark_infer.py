@@ -78,6 +78,7 @@ def test_where_nothing_compiles_the_row_is_left_out(monkeypatch):
     ("arguments", "message"),
     [
         (["--arch", "RepOpt-VGG-nona"], "unknown model 'RepOpt-VGG-nona'; did you mean 'RepOpt-VGG-nano'"),
+        (["--device", "gpu"], "--device gpu: "),
         (["--rounds", "0"], "argument --rounds: '0' is not a whole number from 1 on"),
     ],
 )
