@@ -50,7 +50,7 @@ def train_loader(
         source: where the images come from.
         augmentation: how they are varied; digits, cf100 and fake have their own crops and heed only the mixing.
         image_size: side of the images in pixels.
-        interpolation: 'bilinear', 'bicubic', 'nearest', or 'random' (bilinear or bicubic, per image).
+        interpolation: 'bilinear', 'bicubic', or 'random' (one of the two, per image).
         batch_size: images per step on this rank.
         num_classes: of the model; width of the targets under mixup and cutmix.
         label_smoothing: applied here only under mixup and cutmix, whose targets are distributions.

@@ -1,8 +1,7 @@
-"""Images decoded by worker processes: encoded bytes -> PIL image -> transform -> uint8 batch -> device."""
+"""Images decoded by worker processes: encoded bytes -> transform -> uint8 batch -> device."""
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -24,7 +22,7 @@ from repopt import seeding
 from repopt.errors import UserError
 from repopt.logging import logger
 
-Sample = tuple[Tensor, int, int]  # uint8 [3, H, W], label, index
+Sample = tuple[Tensor, int, int]  # uint8 [H, W, 3], label, index
 
 NO_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
@@ -72,26 +70,8 @@ class Blank:
 
     def __call__(self, samples: list[Sample | Unreadable]) -> list[Sample]:
         """The batch without gaps."""
-        black = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        black = torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8)
         return [(black, NO_LABEL, s.index) if isinstance(s, Unreadable) else s for s in samples]
-
-
-def decode(data: bytes) -> Image.Image:
-    """An RGB image.
-
-    Raises:
-        OSError: the bytes are no image that Pillow can decode, or one of more pixels than Pillow's limit.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-        if limit is None or pixels <= limit:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:  # its own message is a memory address
-        raise OSError("no image of a format that Pillow knows") from error
-    except Exception as error:  # nothing but Pillow runs here, whose decoders raise many kinds at damaged bytes
-        raise OSError(f"{type(error).__name__}: {error}") from error
-    raise OSError(f"{pixels} pixels, more than the limit of {limit}")  # where Pillow only warns
 
 
 class Decoded(Dataset):
@@ -113,9 +93,9 @@ class Decoded(Dataset):
 
     def _get(self, epoch: int, index: int) -> Sample | Unreadable:
         try:
-            image = decode(self._images.read(index))
+            data = self._images.read(index)
             seeding.reseed(self._seed, epoch, seeding.TRANSFORM, index)
-            return self._transform(image), int(self._images.labels[index]), index
+            return self._transform(data), int(self._images.labels[index]), index
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow's operations raise at odd images
             reason = " ".join(str(error).split()) or type(error).__name__
             return Unreadable(index, self._images.name(index), reason)
@@ -123,7 +103,7 @@ class Decoded(Dataset):
 
 @dataclass(frozen=True)
 class _Collate:
-    """Samples -> uint8 images, labels and indices (None where the batch is refused), and what could not be read."""
+    """Samples -> uint8 [B, H, W, 3], labels and indices (None where the batch is refused); and what is unreadable."""
 
     mend: Mend
 
@@ -215,4 +195,5 @@ class DecodedLoader(Loader):
                     self.unreadable[image.name] = image.reason
                     logger.warning("cannot read image %r (%s)", image.name, image.reason)
             images, labels, indices = batch
-            yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True), indices
+            images = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            yield images, labels.to(self._device, non_blocking=True), indices

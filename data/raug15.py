@@ -1,17 +1,31 @@
-"""raug15: two of sixteen operations per image, each with a magnitude of its own, m in 0..14 out of 10."""
+"""raug15: two of sixteen operations per image, each with a magnitude of its own, m in 0..14 out of 10.
+
+The operations are Pillow's, up to a grey level of rounding. Those that Pillow does pixel by pixel in floating point are
+written anew for whole arrays (torch's operations where they are faster than numpy's); the others are Pillow's own.
+"""
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 
+import numpy as np
+import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 NUM_OPERATIONS = 2
 MAX_MAGNITUDE = 14
 
+Pixels = np.ndarray
+"""uint8 [H, W, 3]"""
+
 _FILL = (128, 128, 128)  # what geometric operations bring in at the border
 _CUTOUT = (125, 122, 113)
+
+
+def _by_pillow(operation: Callable[[Image.Image], Image.Image], pixels: Pixels) -> Pixels:
+    return np.array(operation(Image.fromarray(pixels)))
 
 
 def _either_sign(value: float) -> float:
@@ -22,58 +36,160 @@ def _interpolation() -> Image.Resampling:
     return random.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
 
 
-def _affine(image: Image.Image, *coefficients: float) -> Image.Image:
-    """Output pixel (x, y) comes from input (a x + b y + c, d x + e y + f)."""
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients, _interpolation(), fillcolor=_FILL)
+def _rotate(pixels: Pixels, degrees: float) -> Pixels:
+    return _by_pillow(lambda image: image.rotate(degrees, _interpolation(), fillcolor=_FILL), pixels)
 
 
-def _rotate(image: Image.Image, degrees: float) -> Image.Image:
-    return image.rotate(degrees, _interpolation(), fillcolor=_FILL)
+def _shear_x(pixels: Pixels, slope: float) -> Pixels:
+    """Output (x, y) comes from input (x + slope y, y)."""
+    return _slide(pixels, slope * (np.arange(len(pixels)) + 0.5))
 
 
-def _posterize(image: Image.Image, bits: int) -> Image.Image:
-    # Pillow refuses 0 bits; nothing left of each value is black.
-    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+def _shear_y(pixels: Pixels, slope: float) -> Pixels:
+    transpose = functools.partial(_by_pillow, lambda image: image.transpose(Image.Transpose.TRANSPOSE))
+    return transpose(_shear_x(transpose(pixels), slope))
 
 
-def _solarize_add(image: Image.Image, addend: int) -> Image.Image:
-    return image.point([min(255, v + addend) if v < 128 else v for v in range(256)] * 3)
+def _translate_x(pixels: Pixels, share: float) -> Pixels:
+    """Output (x, y) comes from input (x + share of the width, y)."""
+    return _slide(pixels, np.full(len(pixels), share * pixels.shape[1]))
 
 
-def _cutout(image: Image.Image, side: int) -> Image.Image:
-    left = random.randrange(image.width) - side // 2
-    top = random.randrange(image.height) - side // 2
-    image = image.copy()
-    image.paste(_CUTOUT, (left, top, left + side, top + side))
-    return image
+def _translate_y(pixels: Pixels, share: float) -> Pixels:
+    one_row = pixels.reshape(1, len(pixels), -1)  # whose pixels are the rows
+    return _slide(one_row, np.array([share * len(pixels)])).reshape(pixels.shape)
+
+
+def _slide(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Rows [N, L, C] in each of which output x comes from input x + shift, with shifts [N].
+
+    All pixels of a row lie at the same distance from the pixel on their left, so they share their weights, and each tap
+    is a stretch of the row's memory. As in Pillow, places whose centre is outside are filled, taps beyond the border
+    are the border's pixel, and values are truncated.
+    """
+    count, length, depth = rows.shape
+    left = np.floor(shifts).astype(int)
+    weights = (_bilinear if _interpolation() is Image.Resampling.BILINEAR else _bicubic)(shifts - left)
+    margin = int(np.abs(left).max()) + 3
+    canvas = np.full((count, length + 2 * margin, depth), _FILL[0], np.uint8)
+    canvas[:, margin - 2 : margin] = rows[:, :1]
+    canvas[:, margin:-margin] = rows
+    canvas[:, -margin : 2 - margin] = rows[:, -1:]
+    flat, stretch = torch.from_numpy(canvas).view(-1), length * depth
+    stretches = flat.as_strided((flat.numel() - stretch + 1, stretch), (1, 1))
+    starts = torch.from_numpy(np.arange(count) * canvas.shape[1] + margin + left)
+    base = stretches.index_select(0, starts * depth).float()
+    total = base
+    for offset, weight in weights.items():  # as differences, so that what is even stays what it is
+        tap = stretches.index_select(0, (starts + offset) * depth).float()
+        total = torch.addcmul(total, tap.sub_(base), torch.from_numpy(weight).float()[:, None])
+    slid = total.clamp_(0, 255).numpy().astype(np.uint8)
+    # The nearest places outside have met the border's pixels.
+    first, end = np.ceil(-shifts - 0.5).astype(int), np.ceil(length - shifts - 0.5).astype(int)
+    columns = np.stack([first - 4, first - 3, first - 2, first - 1, end, end + 1, end + 2, end + 3])
+    places = (columns + np.arange(count) * length)[(columns >= 0) & (columns < length)]
+    slid.reshape(-1, depth)[places] = _FILL[0]
+    return slid.reshape(rows.shape)
+
+
+def _bilinear(d: np.ndarray) -> dict[int, np.ndarray]:
+    """Weights of the pixels around a place at a distance d [N] from the one on its left, by their offset from that."""
+    return {1: d}
+
+
+def _bicubic(d: np.ndarray) -> dict[int, np.ndarray]:
+    """The same of Pillow's cubic, whose slope parameter is -1."""
+    return {-1: d * (-1 + d * (2 - d)), 1: d * (1 + d * (1 - d)), 2: d * d * (d - 1)}
+
+
+def _autocontrast(pixels: Pixels) -> Pixels:
+    """Every channel stretched to 0..255, if it has more than one value."""
+    rows = torch.from_numpy(pixels).view(len(pixels), -1)  # wide ones are reduced many numbers at a time
+    low, high = rows.amin(0).view(-1, 3).amin(0).float(), rows.amax(0).view(-1, 3).amax(0).float()
+    scale = torch.where(high > low, 255 / (high - low), 1.0)
+    shift = torch.where(high > low, -low * scale, 0.0) + 1e-3  # or what is a whole number might be truncated
+    width = pixels.shape[1]
+    return (
+        torch.addcmul(shift.repeat(width), rows.float(), scale.repeat(width))
+        .numpy()
+        .astype(np.uint8)
+        .reshape(pixels.shape)
+    )
+
+
+def _posterize(pixels: Pixels, bits: int) -> Pixels:
+    return pixels & (0xFF00 >> bits & 0xFF)  # Pillow refuses 0 bits; nothing left of each value is black
+
+
+def _solarize(pixels: Pixels, threshold: int) -> Pixels:
+    return pixels ^ -(pixels >= threshold).view(np.uint8)  # 255 - v is v ^ 255
+
+
+def _solarize_add(pixels: Pixels, addend: int) -> Pixels:
+    brighter = torch.from_numpy(pixels).clamp(max=255 - addend).numpy() + np.uint8(addend)
+    return pixels + ((brighter - pixels) & -(pixels < 128).view(np.uint8))  # modulo 256
+
+
+def _brightness(pixels: Pixels, factor: float) -> Pixels:
+    return _truncated(pixels * np.float32(factor))
+
+
+def _contrast(pixels: Pixels, factor: float) -> Pixels:
+    histogram = np.array(Image.fromarray(pixels).convert("L").histogram())
+    mean = np.float32(int(histogram @ np.arange(256) / histogram.sum() + 0.5))
+    return _truncated((pixels - mean) * np.float32(factor) + mean)
+
+
+def _sharpness(pixels: Pixels, factor: float) -> Pixels:
+    """A mixture with a smooth version: (3x3 box + 4 times the centre) / 13, the border as it is."""
+    wide = pixels.astype(np.uint16)
+    across = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
+    box = across[:-2] + across[1:-1] + across[2:] + 4 * wide[1:-1, 1:-1]
+    smooth = ((2 * box + 13) // 26).astype(np.float32)
+    sharp = pixels.copy()
+    sharp[1:-1, 1:-1] = _truncated((pixels[1:-1, 1:-1] - smooth) * np.float32(factor) + smooth)
+    return sharp
+
+
+def _truncated(values: np.ndarray) -> Pixels:
+    return values.clip(0, 255, out=values).astype(np.uint8)
+
+
+def _cutout(pixels: Pixels, side: int) -> Pixels:
+    height, width, _ = pixels.shape
+    left = random.randrange(width) - side // 2
+    top = random.randrange(height) - side // 2
+    cut = pixels.copy()
+    cut[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = _CUTOUT
+    return cut
 
 
 def _enhancement(m: int) -> float:
     return 1.8 * m / 10 + 0.1
 
 
-OPERATIONS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
-    "AutoContrast": lambda image, m: ImageOps.autocontrast(image),
-    "Equalize": lambda image, m: ImageOps.equalize(image),
-    "Invert": lambda image, m: ImageOps.invert(image),
-    "Rotate": lambda image, m: _rotate(image, _either_sign(30 * m / 10)),
-    "Posterize": lambda image, m: _posterize(image, 4 * m // 10),
-    "Solarize": lambda image, m: ImageOps.solarize(image, 256 * m // 10),
-    "SolarizeAdd": lambda image, m: _solarize_add(image, 110 * m // 10),
-    "Color": lambda image, m: ImageEnhance.Color(image).enhance(_enhancement(m)),
-    "Contrast": lambda image, m: ImageEnhance.Contrast(image).enhance(_enhancement(m)),
-    "Brightness": lambda image, m: ImageEnhance.Brightness(image).enhance(_enhancement(m)),
-    "Sharpness": lambda image, m: ImageEnhance.Sharpness(image).enhance(_enhancement(m)),
-    "ShearX": lambda image, m: _affine(image, 1, _either_sign(0.3 * m / 10), 0, 0, 1, 0),
-    "ShearY": lambda image, m: _affine(image, 1, 0, 0, _either_sign(0.3 * m / 10), 1, 0),
-    "TranslateXRel": lambda image, m: _affine(image, 1, 0, _either_sign(0.45 * m / 10) * image.width, 0, 1, 0),
-    "TranslateYRel": lambda image, m: _affine(image, 1, 0, 0, 0, 1, _either_sign(0.45 * m / 10) * image.height),
-    "Cutout": lambda image, m: _cutout(image, max(2, 40 * m // 10)),
+OPERATIONS: dict[str, Callable[[Pixels, int], Pixels]] = {
+    "AutoContrast": lambda pixels, m: _autocontrast(pixels),
+    "Equalize": lambda pixels, m: _by_pillow(ImageOps.equalize, pixels),
+    "Invert": lambda pixels, m: ~pixels,
+    "Rotate": lambda pixels, m: _rotate(pixels, _either_sign(30 * m / 10)),
+    "Posterize": lambda pixels, m: _posterize(pixels, 4 * m // 10),
+    "Solarize": lambda pixels, m: _solarize(pixels, 256 * m // 10),
+    "SolarizeAdd": lambda pixels, m: _solarize_add(pixels, 110 * m // 10),
+    "Color": lambda pixels, m: _by_pillow(lambda image: ImageEnhance.Color(image).enhance(_enhancement(m)), pixels),
+    "Contrast": lambda pixels, m: _contrast(pixels, _enhancement(m)),
+    "Brightness": lambda pixels, m: _brightness(pixels, _enhancement(m)),
+    "Sharpness": lambda pixels, m: _sharpness(pixels, _enhancement(m)),
+    "ShearX": lambda pixels, m: _shear_x(pixels, _either_sign(0.3 * m / 10)),
+    "ShearY": lambda pixels, m: _shear_y(pixels, _either_sign(0.3 * m / 10)),
+    "TranslateXRel": lambda pixels, m: _translate_x(pixels, _either_sign(0.45 * m / 10)),
+    "TranslateYRel": lambda pixels, m: _translate_y(pixels, _either_sign(0.45 * m / 10)),
+    "Cutout": lambda pixels, m: _cutout(pixels, max(2, 40 * m // 10)),
 }
 
 
-def raug15(image: Image.Image) -> Image.Image:
-    """The image (RGB) after two operations drawn uniformly, from Python's global generator."""
+def raug15(pixels: Pixels) -> Pixels:
+    """The image after two operations drawn uniformly, from Python's global generator."""
     for operation in random.choices(tuple(OPERATIONS.values()), k=NUM_OPERATIONS):
-        image = operation(image, random.randint(0, MAX_MAGNITUDE))
-    return image
+        pixels = operation(pixels, random.randint(0, MAX_MAGNITUDE))
+    return pixels

@@ -1,25 +1,80 @@
-"""What a worker does to a decoded image: PIL image (RGB) -> uint8 [3, H, W]; randomness from the global generators."""
+"""What a worker does to an image: encoded bytes -> uint8 [H, W, 3]; randomness from the global generators."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from data.decode import to_pillow, to_pixels
+from data.raug15 import Pixels, raug15
 from data.types import Augmentation
 from repopt.errors import UserError, unknown
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[bytes], Tensor]
 
 RANDOM = "random"  # training draws bilinear or bicubic per image
-DETERMINISTIC = {"bilinear": "bilinear", "bicubic": "bicubic", "nearest": "nearest", RANDOM: "bicubic"}
+DETERMINISTIC = {"bilinear": "bilinear", "bicubic": "bicubic", RANDOM: "bicubic"}
+
+_CROP_AREA = (0.08, 1.0)  # of the image's
+_CROP_RATIO = (3 / 4, 4 / 3)
 
 
 def check_interpolation(name: str) -> None:
-    """Raises UserError for a name that is none of 'bilinear', 'bicubic', 'nearest', 'random'."""
+    """Raises UserError for a name that is none of 'bilinear', 'bicubic', 'random'."""
     if name not in DETERMINISTIC:
         raise unknown("interpolation", name, DETERMINISTIC)
+
+
+@dataclass(frozen=True)
+class OnPillow:
+    """A transform of Pillow's images."""
+
+    transform: Callable[[Image.Image], Image.Image]
+
+    def __call__(self, data: bytes) -> Tensor:
+        """uint8 [H, W, 3]."""
+        return torch.from_numpy(np.array(self.transform(to_pillow(data))))
+
+
+@dataclass(frozen=True)
+class CropAndFlip:
+    """A random resized crop, mirrored in half of all cases, on the decoder's own memory: Pillow would copy it.
+
+    Attributes:
+        image_size: side in pixels.
+        interpolation: a key of `DETERMINISTIC`.
+        then: what follows.
+    """
+
+    image_size: int
+    interpolation: str
+    then: Callable[[Pixels], Pixels] | None = None
+
+    def __call__(self, data: bytes) -> Tensor:
+        """uint8 [H, W, 3]."""
+        from timm.data.transforms import RandomResizedCropAndInterpolation
+
+        image = to_pixels(data).permute(2, 0, 1)
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, _CROP_AREA, _CROP_RATIO)
+        mode = random.choice(("bilinear", "bicubic")) if self.interpolation == RANDOM else self.interpolation
+        image = _resize(image[:, top : top + height, left : left + width], self.image_size, mode)
+        if torch.rand(1) < 0.5:  # from the generator that torchvision draws from
+            image = image.flip(2)
+        pixels = image.permute(1, 2, 0)
+        return pixels if self.then is None else torch.from_numpy(self.then(pixels.numpy()))
+
+
+def _resize(image: Tensor, size: int, mode: str) -> Tensor:
+    """uint8 [3, size, size] whose memory is [size, size, 3], of [3, H, W] of the same kind; as Pillow does it."""
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # channels_last, which unsqueezing alone would not be
+    return F.interpolate(batch, (size, size), mode=mode, antialias=True)[0]
 
 
 def eval_transform(image_size: int, interpolation: str, *, crop: bool) -> Transform:
@@ -31,25 +86,15 @@ def eval_transform(image_size: int, interpolation: str, *, crop: bool) -> Transf
 
     mode = T.InterpolationMode(DETERMINISTIC[interpolation])
     short_side = image_size * 256 // 224 if crop else image_size
-    return T.Compose([T.Resize(short_side, mode), T.CenterCrop(image_size), T.PILToTensor()])
-
-
-def _crop_and_flip(image_size: int, interpolation: str, *then: Callable[[Image.Image], Image.Image]) -> Transform:
-    from timm.data.transforms import RandomResizedCropAndInterpolation
-    from torchvision import transforms as T
-
-    crop = RandomResizedCropAndInterpolation(image_size, interpolation=interpolation)
-    return T.Compose([crop, T.RandomHorizontalFlip(), *then, T.PILToTensor()])
+    return OnPillow(T.Compose([T.Resize(short_side, mode), T.CenterCrop(image_size)]))
 
 
 def _weak(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
-    return _crop_and_flip(image_size, interpolation)
+    return CropAndFlip(image_size, interpolation)
 
 
 def _raug15(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
-    from data.raug15 import raug15
-
-    return _crop_and_flip(image_size, interpolation, raug15)
+    return CropAndFlip(image_size, interpolation, raug15)
 
 
 def _none(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
@@ -58,19 +103,21 @@ def _none(augmentation: Augmentation, image_size: int, interpolation: str) -> Tr
 
 def _timm(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
     from timm.data import create_transform
+    from torchvision import transforms as T
 
     policy = augmentation.auto_augment
     try:
-        return create_transform(
+        varied, augmented, _ = create_transform(
             image_size,
             is_training=True,
             color_jitter=augmentation.color_jitter or None,
             auto_augment=None if policy in ("", "none") else policy,
             interpolation=interpolation,
-            normalize=False,  # uint8 out; random erasing follows normalisation, on the device
+            separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"auto-augment policy {policy!r} is none that timm knows ({error!r})") from error
+    return OnPillow(T.Compose([varied, augmented]))
 
 
 PRESETS: dict[str | None, Callable[[Augmentation, int, str], Transform]] = {

@@ -13,6 +13,11 @@ def photograph(seed, width, height):
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
+@pytest.fixture(name="photograph")
+def _photograph():
+    return photograph
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """train/ with two images and val/ with one in each of 12 classes, of different sizes and file types."""

@@ -165,7 +165,8 @@ def test_random_erasing_is_for_the_default_preset_only(image_folder):
         areas.append(rectangle[0].numel() / image[0].numel())
     assert 0.01 < min(areas) < 0.15 < max(areas) < 0.4
     assert not same(images(None, 1.0, count=3), erased)
-    assert same(images("weak", 1.0), plain)
+    for i, image in images("weak", 1.0).items():  # the same crops; Pillow's resizing rounds otherwise
+        torch.testing.assert_close(image, plain[i], rtol=0, atol=2.5 / 255 / 0.224)
     half = images(None, 0.5)
     assert 0 < sum(torch.equal(half[i], plain[i]) for i in plain) < 24
 

@@ -1,0 +1,62 @@
+"""Encoded bytes -> an image, by Pillow; or of plain JPEGs the same pixels, sooner, by torchvision."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+_FRAMES = (0xC0, 0xC1, 0xC2)  # markers of the frames that are not lossless, arithmetically coded or hierarchical
+_FRAME = struct.Struct(">BHHB")  # bits, height, width, components
+
+
+def to_pillow(data: bytes) -> Image.Image:
+    """An RGB image.
+
+    Raises:
+        OSError: the bytes are no image that Pillow can decode, or one of more pixels than Pillow's limit.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        pixels = image.width * image.height
+        if pixels <= _most_pixels():
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:  # its own message is a memory address
+        raise OSError("no image of a format that Pillow knows") from error
+    except Exception as error:  # nothing but Pillow runs here, whose decoders raise many kinds at damaged bytes
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    raise OSError(f"{pixels} pixels, more than the limit of {_most_pixels()}")  # where Pillow only warns
+
+
+def to_pixels(data: bytes) -> Tensor:
+    """uint8 [H, W, 3], the pixels of `to_pillow`.
+
+    Raises:
+        OSError: as `to_pillow`.
+    """
+    bits, height, width, components = _jpeg_frame(data)
+    if bits == 8 and components in (1, 3) and height * width <= _most_pixels():
+        with contextlib.suppress(RuntimeError):  # it is damaged, and Pillow says how
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0)
+    return torch.from_numpy(np.array(to_pillow(data)))
+
+
+def _most_pixels() -> float:
+    return Image.MAX_IMAGE_PIXELS or float("inf")
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int, int]:
+    """Bits, height, width and components that a JPEG declares; zeros for what is none, or no plain one."""
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 4 + _FRAME.size <= len(data) and data[at] == 0xFF:
+        if data[at + 1] in _FRAMES:
+            return _FRAME.unpack_from(data, at + 4)
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0, 0, 0, 0
