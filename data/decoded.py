@@ -102,12 +102,13 @@ class Decoded(Dataset):
 
 
 @dataclass(frozen=True)
-class _Collate:
-    """Samples -> uint8 [B, H, W, 3], labels and indices (None where the batch is refused); and what is unreadable."""
+class Collate:
+    """Samples -> a batch, whose unreadable images `mend` mends."""
 
     mend: Mend
 
     def __call__(self, samples: list[Sample | Unreadable]) -> tuple[list[Tensor] | None, list[Unreadable]]:
+        """uint8 [B, H, W, 3], labels and indices (None where the batch is refused); and what is unreadable."""
         unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
         whole = self.mend(samples) if unreadable else samples
         return None if whole is None else default_collate(whole), unreadable
@@ -175,7 +176,7 @@ class DecodedLoader(Loader):
         self._workers = DataLoader(
             Decoded(images, transform, seed),
             batch_sampler=self._items,
-            collate_fn=_Collate(mend),
+            collate_fn=Collate(mend),
             num_workers=num_workers,
             worker_init_fn=_heed_only_the_loader,
             persistent_workers=num_workers > 0,

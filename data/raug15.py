@@ -102,21 +102,6 @@ def _bicubic(d: np.ndarray) -> dict[int, np.ndarray]:
     return {-1: d * (-1 + d * (2 - d)), 1: d * (1 + d * (1 - d)), 2: d * d * (d - 1)}
 
 
-def _autocontrast(pixels: Pixels) -> Pixels:
-    """Every channel stretched to 0..255, if it has more than one value."""
-    rows = torch.from_numpy(pixels).view(len(pixels), -1)  # wide ones are reduced many numbers at a time
-    low, high = rows.amin(0).view(-1, 3).amin(0).float(), rows.amax(0).view(-1, 3).amax(0).float()
-    scale = torch.where(high > low, 255 / (high - low), 1.0)
-    shift = torch.where(high > low, -low * scale, 0.0) + 1e-3  # or what is a whole number might be truncated
-    width = pixels.shape[1]
-    return (
-        torch.addcmul(shift.repeat(width), rows.float(), scale.repeat(width))
-        .numpy()
-        .astype(np.uint8)
-        .reshape(pixels.shape)
-    )
-
-
 def _posterize(pixels: Pixels, bits: int) -> Pixels:
     return pixels & (0xFF00 >> bits & 0xFF)  # Pillow refuses 0 bits; nothing left of each value is black
 
@@ -132,12 +117,6 @@ def _solarize_add(pixels: Pixels, addend: int) -> Pixels:
 
 def _brightness(pixels: Pixels, factor: float) -> Pixels:
     return _truncated(pixels * np.float32(factor))
-
-
-def _contrast(pixels: Pixels, factor: float) -> Pixels:
-    histogram = np.array(Image.fromarray(pixels).convert("L").histogram())
-    mean = np.float32(int(histogram @ np.arange(256) / histogram.sum() + 0.5))
-    return _truncated((pixels - mean) * np.float32(factor) + mean)
 
 
 def _sharpness(pixels: Pixels, factor: float) -> Pixels:
@@ -169,7 +148,7 @@ def _enhancement(m: int) -> float:
 
 
 OPERATIONS: dict[str, Callable[[Pixels, int], Pixels]] = {
-    "AutoContrast": lambda pixels, m: _autocontrast(pixels),
+    "AutoContrast": lambda pixels, m: _by_pillow(ImageOps.autocontrast, pixels),
     "Equalize": lambda pixels, m: _by_pillow(ImageOps.equalize, pixels),
     "Invert": lambda pixels, m: ~pixels,
     "Rotate": lambda pixels, m: _rotate(pixels, _either_sign(30 * m / 10)),
@@ -177,7 +156,9 @@ OPERATIONS: dict[str, Callable[[Pixels, int], Pixels]] = {
     "Solarize": lambda pixels, m: _solarize(pixels, 256 * m // 10),
     "SolarizeAdd": lambda pixels, m: _solarize_add(pixels, 110 * m // 10),
     "Color": lambda pixels, m: _by_pillow(lambda image: ImageEnhance.Color(image).enhance(_enhancement(m)), pixels),
-    "Contrast": lambda pixels, m: _contrast(pixels, _enhancement(m)),
+    "Contrast": lambda pixels, m: _by_pillow(
+        lambda image: ImageEnhance.Contrast(image).enhance(_enhancement(m)), pixels
+    ),
     "Brightness": lambda pixels, m: _brightness(pixels, _enhancement(m)),
     "Sharpness": lambda pixels, m: _sharpness(pixels, _enhancement(m)),
     "ShearX": lambda pixels, m: _shear_x(pixels, _either_sign(0.3 * m / 10)),

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
 from data.decode import to_pillow, to_pixels
@@ -59,8 +60,6 @@ class CropAndFlip:
 
     def __call__(self, data: bytes) -> Tensor:
         """uint8 [H, W, 3]."""
-        from timm.data.transforms import RandomResizedCropAndInterpolation
-
         image = to_pixels(data).permute(2, 0, 1)
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, _CROP_AREA, _CROP_RATIO)
         mode = random.choice(("bilinear", "bicubic")) if self.interpolation == RANDOM else self.interpolation

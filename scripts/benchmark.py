@@ -14,13 +14,14 @@ import sys
 
 import _root
 import torch
-from measure import infer, optimizer, scaling
+from measure import data, infer, optimizer, scaling
 from measure.report import environment, keep, present
 
 from repopt.errors import UserError, one_line
 
 SUBJECTS = {
     "optimizer": optimizer,
+    "data": data,
     "infer": infer,
     "scaling": scaling,
 }

@@ -1,0 +1,261 @@
+"""Images per second of the training input: from JPEGs to uint8 batches on one core, by preset, against the textbook's
+pipeline; zipped images and worker processes; and small images that live on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
+
+import data
+from data import cifar, digits
+from data.decoded import Collate, Decoded, refuse
+from data.loader import Loader
+from data.on_device import Normalize
+from data.resident import RandomCropFlip, ResidentLoader
+from data.samplers import TrainSampler
+from data.transforms import train_transform
+from data.zipped import CACHE_MODES
+from measure import textbook
+from measure.arguments import positive
+from measure.photographs import photographs
+from measure.report import Row, Tables
+from measure.turns import Step, synchronize, take_turns
+
+BATCH = 32
+IMAGE_SIZE = 224
+
+
+class InMemory:
+    """Encoded images without a disk; `data.encoded.EncodedImages`."""
+
+    def __init__(self, encoded: list[bytes]) -> None:
+        self.encoded, self.labels = encoded, torch.arange(len(encoded))
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of one image."""
+        return self.encoded[index]
+
+    def name(self, index: int) -> str:
+        """Its number."""
+        return str(index)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this subject."""
+    parser.add_argument("--images", type=positive, default=256, help="photographs to make (default: %(default)s)")
+    parser.add_argument("--small-images", type=positive, default=10_000, help="of 32 x 32 (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=40, help="in which all take turns; medians are reported")
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+    """One thread for everything but the worker processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        encoded = photographs(max(arguments.images, BATCH))
+        kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
+        of = f"JPEGs of 500 x 375, {kilobytes:.0f} kB on average"
+        rounds = arguments.rounds
+        with image_files(encoded) as root:
+            return {
+                f"{of} -> uint8 batches of {BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}, one core": presets(
+                    encoded, rounds
+                ),
+                "The same images from files: reading them": reading(root, rounds),
+                "The same images from files: worker processes, raug15": workers(root),
+                "Images of 32 x 32 -> normalised batches on the device, one core": small_images(
+                    arguments.small_images, device, max(3, rounds // 10)
+                ),
+            }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def presets(encoded: list[bytes], rounds: int) -> list[Row]:
+    """A batch by the textbook, by torchvision's v2 transforms on tensors, and by ours."""
+    steps = {
+        "weak: textbook": one_by_one(encoded, textbook.imagenet()),
+        "weak: torchvision v2, uint8 tensors": one_by_one(encoded, torchvision_v2()),
+        "weak": ours(encoded, "weak"),
+        "raug15: textbook": one_by_one(encoded, textbook.imagenet(textbook.raug15)),
+        "raug15": ours(encoded, "raug15"),
+    }
+    seconds = take_turns(steps, torch.device("cpu"), rounds=rounds)
+    rows = []
+    for name, own in seconds.items():
+        reference = seconds[f"{name.partition(':')[0]}: textbook"]
+        rows.append(
+            {
+                "pipeline": name,
+                "images/s": BATCH / own,
+                "ms per image": 1e3 * own / BATCH,
+                "speed / textbook": reference / own,
+            }
+        )
+    return rows
+
+
+def batches(count: int) -> Iterator[list[int]]:
+    """Indices of one batch after the other, without end."""
+    cycle = itertools.cycle(range(count))
+    while True:
+        yield list(itertools.islice(cycle, BATCH))
+
+
+def one_by_one(encoded: list[bytes], transform: Callable[[bytes], Tensor]) -> Step:
+    """The next batch, as a loader's worker makes it of images that it transforms one by one."""
+    indices = batches(len(encoded))
+    return lambda: default_collate([(transform(encoded[index]), index) for index in next(indices)])
+
+
+def torchvision_v2() -> Callable[[bytes], Tensor]:
+    """A JPEG's bytes -> uint8 [3, 224, 224] by torchvision's newer transforms."""
+    varied = v2.Compose([v2.RandomResizedCrop(IMAGE_SIZE, antialias=True), v2.RandomHorizontalFlip()])
+    return lambda encoded: varied(
+        decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+    )
+
+
+def ours(encoded: list[bytes], preset: str) -> Step:
+    """The next batch, as a worker of our loader makes it."""
+    dataset = Decoded(InMemory(encoded), train_transform(data.Augmentation(preset=preset), IMAGE_SIZE, "bilinear"), 0)
+    collate, indices, epochs = Collate(refuse), batches(len(encoded)), itertools.count()
+
+    def step() -> None:
+        epoch = next(epochs)  # other crops and operations every time, as the textbook's generators give
+        collate(dataset.__getitems__([(epoch, index) for index in next(indices)]))
+
+    return step
+
+
+@contextlib.contextmanager
+def image_files(encoded: list[bytes]) -> Iterator[Path]:
+    """A folder with the images in class folders (train/, val/) and in zips with their maps."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for split, images in (("train", encoded), ("val", encoded[:4])):
+            lines = []
+            with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+                for index, image in enumerate(images):
+                    path = Path(f"class{index % 4}", f"{index}.jpg")
+                    (root / split / path).parent.mkdir(parents=True, exist_ok=True)
+                    (root / split / path).write_bytes(image)
+                    archive.writestr(str(path), image)
+                    lines.append(f"{path}\t{index % 4}\n")
+            (root / f"{split}_map.txt").write_text("".join(lines))
+        yield root
+
+
+def reading(root: Path, rounds: int) -> list[Row]:
+    """Bytes of one image from class folders and from a zip in every cache mode; the operating system has cached all."""
+    sources = {"class folders": data.Source("folder", str(root))}
+    for mode in CACHE_MODES:
+        share = " (of 2 processes)" if mode == "part" else ""
+        sources[f"zip, cache {mode}{share}"] = data.Source("folder", str(root), zip_mode=True, cache_mode=mode)
+    opened = {name: data.registry.find(source).open(source, "train", 4, 0, 2) for name, source in sources.items()}
+
+    def every_image(name: str) -> Step:
+        # A process reads those of its own shard, which are what it caches in part.
+        return lambda: [opened[name].read(index) for index in range(0, len(opened[name].labels), 2)]
+
+    seconds = take_turns({name: every_image(name) for name in opened}, torch.device("cpu"), rounds=rounds)
+    count = len(range(0, len(opened["class folders"].labels), 2))
+    return [{"images": name, "us per image": 1e6 * own / count} for name, own in seconds.items()]
+
+
+def workers(root: Path) -> list[Row]:
+    """An epoch with one and two worker processes, the second of two epochs each."""
+    rows: list[Row] = []
+    for count in range(1, min(2, os.cpu_count() or 1) + 1):
+        loader = data.train_loader(
+            data.Source("folder", str(root)),
+            data.Augmentation(preset="raug15"),
+            image_size=IMAGE_SIZE,
+            interpolation="bilinear",
+            batch_size=BATCH,
+            num_classes=4,
+            label_smoothing=0.0,
+            device=torch.device("cpu"),
+            num_workers=count,
+        )
+        epoch_of(loader, 0)  # starts them
+        seconds = min(epoch_of(loader, epoch) for epoch in (1, 2, 3))
+        speed = len(loader) * BATCH / seconds
+        alone = rows[0]["images/s"] if rows else speed
+        rows.append({"workers": count, "images/s": speed, "efficiency": speed / alone / count})
+    return rows
+
+
+def epoch_of(loader: Loader, epoch: int) -> float:
+    """Seconds that a loader takes for an epoch when nothing is done with its batches."""
+    loader.set_epoch(epoch)
+    started = time.perf_counter()
+    for _ in loader:
+        pass
+    return time.perf_counter() - started
+
+
+def small_images(count: int, device: torch.device, rounds: int) -> list[Row]:
+    """An epoch by the textbook, image by image on the CPU, and by ours, in batches where the training is."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    rows = []
+    for name, flip, mean, std in (("cf100", True, cifar.MEAN, cifar.STD), ("digits", False, digits.MEAN, digits.STD)):
+        transform = textbook.small(padding=4, flip=flip, mean=mean, std=std)
+        seconds = take_turns(
+            {"textbook": per_image(pixels, transform, device), "resident": resident(pixels, flip, mean, std, device)},
+            device,
+            rounds=rounds,
+            warm_up=1,
+        )
+        for pipeline, own in seconds.items():
+            speed = seconds["textbook"] / own
+            rows.append({"images": name, "pipeline": pipeline, "images/s": count / own, "speed / textbook": speed})
+    return rows
+
+
+def per_image(pixels: np.ndarray, transform: Callable[[np.ndarray], Tensor], device: torch.device) -> Step:
+    """An epoch of images that are transformed one by one, and brought to the device in batches."""
+
+    def epoch() -> None:
+        for start in range(0, len(pixels) - 127, 128):
+            default_collate([transform(image) for image in pixels[start : start + 128]]).to(device)
+
+    return epoch
+
+
+def resident(
+    pixels: np.ndarray, flip: bool, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> Step:
+    """An epoch of our loader."""
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    loader = ResidentLoader(
+        images,
+        labels,
+        TrainSampler(len(images), 128, 0, 1, 0),
+        Normalize(mean, std, device, layout),
+        crop=RandomCropFlip(images, padding=4, flip=flip, seed=0),
+    )
+    epochs = itertools.count()
+
+    def epoch() -> None:
+        epoch_of(loader, next(epochs))
+        synchronize(device)
+
+    return epoch
