@@ -18,12 +18,13 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from repopt.errors import UserError
@@ -139,8 +140,18 @@ class Branch(ABC):
         """A kernel w to start training from; `searched` are its values in the scale file where it stands in there."""
 
     @abstractmethod
+    def place(self, whole: Tensor, target: Target) -> Tensor:
+        """Where E puts the entries of w: a view into a kernel of the target's shape, its entries in the order of w's.
+
+        It is the adjoint of E, too: of a gradient it is the branch's share.
+        """
+
     def embed(self, kernel: Tensor, target: Target) -> Tensor:
         """E(w), of the target's shape: every entry of w copied to one place of its own, zeros elsewhere."""
+        whole = kernel.new_zeros(target.shape)
+        place = self.place(whole, target)
+        place.copy_(kernel.reshape(place.shape))
+        return whole
 
     @abstractmethod
     def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
@@ -171,14 +182,15 @@ class ConvBranch(Branch):
         return nn.init.kaiming_uniform_(torch.empty(self.kernel_shape(target)), a=math.sqrt(5))
 
     @override
-    def embed(self, kernel: Tensor, target: Target) -> Tensor:
-        return _pad_to(kernel, target.shape)
+    def place(self, whole: Tensor, target: Target) -> Tensor:
+        return _centre_of(whole, self.kernel_shape(target)[2:])
 
     @override
     def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
-        size = self.kernel_shape(target)[2:]
-        per_filter = constant.view(-1, 1, *[1] * len(size)).expand(-1, 1, *size)
-        return GradMult(_pad_to(per_filter, target.shape), None, target.shape)
+        per_filter = constant.new_zeros(target.shape[0], 1, *target.shape[2:])
+        centre = _centre_of(per_filter, self.kernel_shape(target)[2:])
+        centre.copy_(_column(constant, centre).expand_as(centre))
+        return GradMult(per_filter, None, target.shape)
 
 
 @dataclass(frozen=True)
@@ -204,10 +216,10 @@ class IdentityBranch(Branch):
         return searched.clone()
 
     @override
-    def embed(self, kernel: Tensor, target: Target) -> Tensor:
-        out_channels, per_group, *size = target.shape
-        matrices = torch.diag_embed(kernel.view(target.groups, per_group))  # (groups, I, I)
-        return _pad_to(matrices.reshape(out_channels, per_group, *[1] * len(size)), target.shape)
+    def place(self, whole: Tensor, target: Target) -> Tensor:
+        per_group, size = target.shape[1], target.shape[2:]
+        centre = whole[(..., *(k // 2 for k in size))]  # (O, I)
+        return centre.unflatten(0, (target.groups, per_group)).diagonal(dim1=1, dim2=2)  # (groups, I)
 
     @override
     def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
@@ -255,13 +267,8 @@ class Block:
             kernels: w_k by name.
             scales: s_k by name, (O,) each; other entries are ignored.
         """
-        terms = []
-        for branch in self.branches:
-            kernel = kernels[branch.kernel]
-            if branch.scale is not None:
-                kernel = kernel * scales[branch.scale].view(-1, *[1] * (kernel.dim() - 1))
-            terms.append(branch.embed(kernel, self.target))
-        return functools.reduce(torch.add, terms)
+        constants = [None if branch.scale is None else scales[branch.scale] for branch in self.branches]
+        return _Merge.apply(self, *(kernels[branch.kernel] for branch in self.branches), *constants)
 
     def grad_mult(self, scales: Mapping[str, Tensor], degree: int) -> GradMult:
         """Rule of Iteration: ``sum_k |s_k|^(1+d) E_k(1)``.
@@ -280,12 +287,65 @@ class Block:
         return replace(functools.reduce(GradMult.__add__, terms), degree=degree)
 
 
-def _pad_to(kernel: Tensor, shape: Shape) -> Tensor:
-    """`kernel` in the middle of zeros of the spatial size of `shape`; channels stay as they are."""
-    margins = [(whole - size) // 2 for size, whole in zip(kernel.shape[2:], shape[2:], strict=True)]
-    if not any(margins):
-        return kernel
-    return F.pad(kernel, [m for margin in reversed(margins) for m in (margin, margin)])
+class _Merge(torch.autograd.Function):
+    """`Block.merge`: the kernels of the branches and then their scales (None = 1) become the sum.
+
+    Branches are written where they belong, and their gradients read from there; no embedding is made, neither here nor
+    in the backward pass, so that a hyper-search costs little more than the training of a plain network.
+    """
+
+    @staticmethod
+    def forward(block: Block, *tensors: Tensor | None) -> Tensor:
+        target, whole = block.target, None
+        for branch, kernel, scale in _of_branches(block, tensors):
+            scaled = kernel if scale is None else kernel * _column(scale, kernel)
+            if whole is None and scale is not None and kernel.shape == target.shape:
+                whole = scaled
+                continue
+            whole = kernel.new_zeros(target.shape) if whole is None else whole
+            place = branch.place(whole, target)
+            place.add_(scaled.reshape(place.shape))
+        return whole
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        block, *tensors = inputs
+        ctx.block = block
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_kernels: list[Tensor | None] = []
+        of_scales: list[Tensor | None] = []
+        count = len(ctx.block.branches)
+        for index, (branch, kernel, scale) in enumerate(_of_branches(ctx.block, ctx.saved_tensors)):
+            share = branch.place(gradient, ctx.block.target).reshape(kernel.shape)
+            of_kernel = of_scale = None
+            if ctx.needs_input_grad[1 + index]:
+                of_kernel = share * _column(scale, kernel) if scale is not None else share.clone()
+            if ctx.needs_input_grad[1 + count + index]:
+                of_scale = torch.linalg.vecdot(share.flatten(1), kernel.flatten(1))
+            of_kernels.append(of_kernel)
+            of_scales.append(of_scale)
+        return None, *of_kernels, *of_scales
+
+
+def _of_branches(block: Block, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Branch, Tensor, Tensor | None]]:
+    """Every branch with its kernel and its scale, of all kernels and then all scales."""
+    count = len(block.branches)
+    return zip(block.branches, tensors[:count], tensors[count:], strict=True)
+
+
+def _column(values: Tensor, kernel: Tensor) -> Tensor:
+    """(O,) in a shape that multiplies a kernel (O, ...) by filter."""
+    return values.view(-1, *[1] * (kernel.dim() - 1))
+
+
+def _centre_of(whole: Tensor, size: Shape) -> Tensor:
+    """The view of a spatial size in the middle of a kernel (O, I, *k)."""
+    margins = [(k - s) // 2 for k, s in zip(whole.shape[2:], size, strict=True)]
+    return whole[(..., *(slice(m, m + s) for m, s in zip(margins, size, strict=True)))]
 
 
 @functools.cache
@@ -300,8 +360,11 @@ def _check_embedding(branch: Branch, target: Target) -> None:
     probe = Target(target.name, (few_out, few, *size), groups)
     shape = branch.kernel_shape(probe)
     labels = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
-    placed = branch.embed(labels.view(shape), probe)
-    if placed.shape != probe.shape or not torch.equal(placed[placed != 0].sort().values, labels):
+    try:
+        placed = branch.embed(labels.view(shape), probe)
+    except RuntimeError:  # a view of another size, or one whose entries share places
+        placed = torch.empty(0)
+    if not torch.equal(placed[placed != 0].sort().values, labels):
         raise UserError(
             f"branch {branch.kernel!r} cannot be re-parameterized into the optimizer: its embedding must copy every "
             "entry of its kernel to one place of its own (an average pooling, or a 1x1 followed by a 3x3, does not)"

@@ -46,6 +46,8 @@ def test_merge_is_the_sum_over_branches(name):
         b.kernel: torch.randn(b.kernel_shape(block.target), dtype=torch.float64, requires_grad=True)
         for b in block.branches
     }
+    for scale in scales.values():
+        scale.requires_grad_()
     expected = 0
     for branch in block.branches:
         kernel = kernels[branch.kernel]
@@ -54,11 +56,34 @@ def test_merge_is_the_sum_over_branches(name):
         )
     merged = block.merge(kernels, scales)
     torch.testing.assert_close(merged, expected, rtol=1e-14, atol=1e-15)
-    merged.sum().backward()
-    for branch in block.branches:  # every entry is copied to one place
-        kernel = kernels[branch.kernel]
-        s = scales[branch.scale] if branch.scale else torch.ones_like(kernel)
-        torch.testing.assert_close(kernel.grad, column(s, kernel).expand_as(kernel), rtol=1e-14, atol=0)
+    leaves = [*kernels.values(), *(scales[b.scale] for b in block.branches if b.scale)]
+    gradient = torch.randn(block.target.shape, dtype=torch.float64)
+    actual = torch.autograd.grad(merged, leaves, gradient)
+    for one, other in zip(actual, torch.autograd.grad(expected, leaves, gradient), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
+
+
+def test_merging_leaves_kernels_and_gradients_alone():
+    block = Block(Target("w", (4, 4, 1, 1)), (IdentityBranch("i"), ConvBranch("a", "s", size=1)))
+    kernels = {b.kernel: torch.randn(b.kernel_shape(block.target), requires_grad=True) for b in block.branches}
+    before = {name: kernel.detach().clone() for name, kernel in kernels.items()}
+    gradient = torch.randn(block.target.shape)
+    kept = gradient.clone()
+    block.merge(kernels, {"s": torch.ones(4)}).backward(gradient)
+    kernels["i"].grad.add_(1)
+    assert torch.equal(gradient, kept)
+    assert all(torch.equal(kernels[name], kernel) for name, kernel in before.items())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_an_embedding_writes_every_entry_once(name):
+    block = BLOCKS[name].block
+    for branch in block.branches:
+        kernel = torch.randn(branch.kernel_shape(block.target), dtype=torch.float64)
+        whole = branch.embed(kernel, block.target)
+        assert whole.shape == block.target.shape
+        assert torch.equal(branch.place(whole, block.target).reshape(kernel.shape), kernel)
+        assert whole.count_nonzero() == kernel.numel()
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (6, 6, 3), (6, 6, 3, 3), (6, 6, 3, 3, 3)])
@@ -111,16 +136,33 @@ class Pooling(Branch):
     def fresh(self, target, searched):
         return torch.ones(target.shape[0])
 
-    def embed(self, kernel, target):
-        return torch.diag_embed(kernel)[:, :, None, None].expand(target.shape) / 9
+    def place(self, whole, target):
+        return torch.diagonal(whole).mean((0, 1))
 
     def grad_mult(self, constant, target):
         return GradMult(constant.view(-1, 1, 1, 1), None, target.shape)
 
 
-def test_what_is_no_embedding_is_refused():
+@dataclass(frozen=True)
+class Shared(ConvBranch):
+    """All input channels have the same entries: those of one."""
+
+    def place(self, whole, target):
+        return super().place(whole, target)[:, :1].expand(-1, target.shape[1], -1, -1)
+
+
+@dataclass(frozen=True)
+class Partial(ConvBranch):
+    """A place for fewer entries than the kernel has."""
+
+    def place(self, whole, target):
+        return super().place(whole, target)[:, 1:]
+
+
+@pytest.mark.parametrize("branch", [Pooling("pool", None), Shared("w", "s"), Partial("w", "s")])
+def test_what_is_no_embedding_is_refused(branch):
     with pytest.raises(UserError, match="one place of its own"):
-        Block(Target("w", (4, 4, 3, 3)), (Pooling("pool", None),))
+        Block(Target("w", (4, 4, 3, 3)), (branch,))
 
 
 @dataclass(frozen=True)
