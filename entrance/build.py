@@ -15,6 +15,7 @@ from entrance.placement import memory_format_of, precision_of
 from repopt import engine
 from repopt.distributed import World
 from repopt.errors import UserError
+from repopt.logging import logger
 from repopt.models import Arch
 
 
@@ -70,18 +71,37 @@ def clipping(
 
 
 def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
-    """The model as it is trained, in DDP where there are several processes."""
+    """The model as it is trained: compiled where that is worth while, and in DDP where there are several processes."""
     if cfg.TRAIN.SYNC_BN and world.device.type != "cuda":
         raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
+    if cfg.TRAIN.SYNC_BN and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = compiled(cfg, world, model)
     if world.size == 1:
         return model
-    if cfg.TRAIN.SYNC_BN:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = engine.data_parallel(model, world.device)
     # After its first backward pass DDP orders its buckets anew, and with them the sums over processes: so that a step
     # rounds alike whether it is the first of a start or not, there is one pass before, which leaves nothing else.
     images = torch.zeros(2, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, device=world.device)
     model.eval()
-    model(images.contiguous(memory_format=memory_format_of(world))).sum().backward()
+    with torch.compiler.set_stance("force_eager"):  # compiling takes long, and this has a shape of its own
+        model(images.contiguous(memory_format=memory_format_of(world))).sum().backward()
     model.zero_grad(set_to_none=True)
     return model
+
+
+def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
+    """The model under torch.compile, where that is asked for, or not said and worth while."""
+    mode = cfg.TRAIN.COMPILE
+    if mode == "auto":
+        # Checkpointed activations are not compiled: their second run puts batch norms to rest.
+        mode = "default" if world.device.type == "cuda" and not cfg.TRAIN.USE_CHECKPOINT else "off"
+    if mode == "off":
+        return model
+    try:
+        return engine.compiled(model, world.device, mode)
+    except UserError as error:
+        if cfg.TRAIN.COMPILE != "auto":
+            raise
+        logger.warning(f"{error}; so training goes on without")
+        return model

@@ -51,6 +51,7 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     if cfg.DETERMINISTIC:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC  # the fastest of its algorithms: shapes stay the same
     start_log(folder.path, world.rank)
     logger.info(f"main_repopt.py {shlex.join(argv)}")
     logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")

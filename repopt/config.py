@@ -106,6 +106,11 @@ KEYS: dict[str, Key] = {
     "TRAIN.MOST_SKIPPED_STEPS": Key(
         20, "steps left out in a row, because loss or gradients are not finite, that end the run", minimum=1
     ),
+    "TRAIN.COMPILE": Key(
+        "auto",
+        "of the training step: off, or a mode of torch.compile; auto: default on GPUs, off on CPUs",
+        choices=("auto", "off", "default", "reduce-overhead", "max-autotune"),
+    ),
     "TRAIN.SYNC_BN": Key(
         False, "synchronise batch norms over GPUs; else their statistics are averaged before evaluation"
     ),

@@ -14,7 +14,7 @@ import sys
 
 import _root
 import torch
-from measure import data, infer, optimizer, scaling
+from measure import data, hyper_search, infer, optimizer, scaling, training
 from measure.report import environment, keep, present
 
 from repopt.errors import UserError, one_line
@@ -22,6 +22,8 @@ from repopt.errors import UserError, one_line
 SUBJECTS = {
     "optimizer": optimizer,
     "data": data,
+    "hyper-search": hyper_search,
+    "train": training,
     "infer": infer,
     "scaling": scaling,
 }

@@ -53,7 +53,8 @@ def test_processes_exchange_the_same_gradients_in_every_way(tables):
     model = repopt.create_model(NANO, mode="target")
     megabytes = processes.gradient_bytes(model) / 1e6
     assert apart["peak MB per process"] > 3 * megabytes  # parameters, gradients, momentum
-    assert by_setting[processes.AFTERWARDS] > apart["peak MB per process"] + 0.9 * megabytes  # the message
+    assert by_setting[processes.AFTERWARDS] > apart["peak MB per process"]
+    assert by_setting[processes.AFTERWARDS] > 4 * megabytes  # and the message
 
 
 def test_the_all_reduce_is_of_all_gradients(tables):
@@ -99,7 +100,7 @@ def test_operations_are_counted_forward_and_backward():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
     # Backward: gradients of the weights and of the inputs, but not of the images.
-    assert scaling.flops(step) == 3 * forward - first
+    assert step.flops() == 3 * forward - first
     assert all(param.grad is None for param in step.model.parameters())
 
 

@@ -9,13 +9,13 @@ import json
 import re
 from pathlib import Path
 
-import benchmark
 import check_equivalency
 import pytest
 import test_families
 import test_optim
 import torch
 from check_equivalency import BOUND, SIGNS, largest_difference
+from measure.report import as_table
 from test_convert import fenced_code
 
 from repopt.layers import MODES
@@ -55,11 +55,13 @@ def test_links_lead_somewhere():
             assert not function or f"def {function}(" in (DOCS.parent / file).read_text(), f"{path.name}: {test}"
 
 
-def test_performance_is_what_was_measured():
-    measured = json.loads((DOCS.parent / "benchmarks" / "optimizer-cpu.json").read_text())
+@pytest.mark.parametrize("file", sorted((DOCS.parent / "benchmarks").glob("*-*.json")), ids=lambda file: file.stem)
+def test_performance_is_what_was_measured(file):
+    measured = json.loads(file.read_text())
     text = (DOCS / "performance.md").read_text()
-    assert benchmark.as_table(measured["rows"]) in text
-    assert f"`{measured['command']}`, {measured['machine']}" in text
+    for rows in measured["tables"].values():
+        assert as_table(rows) in text
+    assert f"`{measured['command']}`, {measured['machine']}, torch {measured['torch']}" in text
 
 
 def test_law(capsys):

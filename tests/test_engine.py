@@ -623,3 +623,41 @@ def test_throughput():
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     speed = engine.measure_throughput(model, batch_size=4, image_size=8, precision=engine.Precision(CPU), seconds=0.01)
     assert speed > 0
+
+
+class TestCompiled:
+    """A compiled model is trained as the model itself is, which stays what it was."""
+
+    @pytest.mark.parametrize("mode", ["hs", "target"])
+    def test_it_follows_the_eager_one(self, mode):
+        losses = []
+        for change in (lambda model: model, lambda model: engine.compiled(model, CPU)):
+            torch.manual_seed(0)
+            model = repopt.create_model(
+                "RepOpt-VGG-nano", mode=mode, num_classes=10, layers=(2, 1, 1, 1), widths=(0.1, 0.1, 0.1, 0.1)
+            ).double()
+            trained = change(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            images = torch.randn(4, 8, 3, 32, 32, dtype=torch.float64)
+            targets = torch.randint(10, (4, 8))
+            own = [
+                engine.train_one_epoch(
+                    trained,
+                    [batch],
+                    nn.functional.cross_entropy,
+                    optimizer,
+                    batches=1,
+                    precision=engine.Precision(CPU),
+                )
+                for batch in zip(images, targets, strict=True)
+            ]
+            losses.append(torch.tensor([*own, model.eval()(images[0]).sum().item()]))
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)  # the mean of losses is summed in fp32
+
+    def test_where_it_does_not_work_is_one_line(self, monkeypatch):
+        def broken(function, **arguments):
+            raise RuntimeError("no compiler\nfound")
+
+        monkeypatch.setattr(torch, "compile", broken)
+        with pytest.raises(UserError, match=r"^torch.compile does not work here: no compiler found$"):
+            engine.compiled(nn.Linear(2, 2), CPU)

@@ -1,5 +1,6 @@
 """Training, evaluation and measurement of speed: plain functions with explicit arguments."""
 
+from repopt.engine.compilation import COMPILE_MODES, compiled
 from repopt.engine.evaluate import Evaluation, evaluate
 from repopt.engine.interruption import Interrupted
 from repopt.engine.parallel import data_parallel
@@ -12,6 +13,7 @@ from repopt.engine.train import Progress, count_steps, train_one_epoch
 from repopt.engine.training import Training
 
 __all__ = [
+    "COMPILE_MODES",
     "Evaluation",
     "Interrupted",
     "Precision",
@@ -20,6 +22,7 @@ __all__ = [
     "Training",
     "TrainingState",
     "build_schedule",
+    "compiled",
     "count_steps",
     "data_parallel",
     "evaluate",

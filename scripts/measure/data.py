@@ -11,8 +11,9 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +34,13 @@ from data.zipped import CACHE_MODES
 from measure import textbook
 from measure.arguments import positive
 from measure.photographs import photographs
+from measure.placement import memory_format_on
 from measure.report import Row, Tables
 from measure.turns import Step, synchronize, take_turns
 
 BATCH = 32
 IMAGE_SIZE = 224
+SMALL_BATCH = 128  # of images of 32 x 32
 
 
 class InMemory:
@@ -136,9 +139,9 @@ def ours(encoded: list[bytes], preset: str) -> Step:
     dataset = Decoded(InMemory(encoded), train_transform(data.Augmentation(preset=preset), IMAGE_SIZE, "bilinear"), 0)
     collate, indices, epochs = Collate(refuse), batches(len(encoded)), itertools.count()
 
-    def step() -> None:
+    def step() -> tuple[list[Tensor] | None, list[Any]]:
         epoch = next(epochs)  # other crops and operations every time, as the textbook's generators give
-        collate(dataset.__getitems__([(epoch, index) for index in next(indices)]))
+        return collate(dataset.__getitems__([(epoch, index) for index in next(indices)]))
 
     return step
 
@@ -232,30 +235,37 @@ def per_image(pixels: np.ndarray, transform: Callable[[np.ndarray], Tensor], dev
     """An epoch of images that are transformed one by one, and brought to the device in batches."""
 
     def epoch() -> None:
-        for start in range(0, len(pixels) - 127, 128):
-            default_collate([transform(image) for image in pixels[start : start + 128]]).to(device)
+        for start in range(0, len(pixels) - SMALL_BATCH + 1, SMALL_BATCH):
+            default_collate([transform(image) for image in pixels[start : start + SMALL_BATCH]]).to(device)
 
     return epoch
 
 
-def resident(
-    pixels: np.ndarray, flip: bool, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> Step:
+def resident(pixels: np.ndarray, flip: bool, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Step:
     """An epoch of our loader."""
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    loader = ResidentLoader(
-        images,
-        labels,
-        TrainSampler(len(images), 128, 0, 1, 0),
-        Normalize(mean, std, device, layout),
-        crop=RandomCropFlip(images, padding=4, flip=flip, seed=0),
-    )
-    epochs = itertools.count()
+    loader, epochs = resident_loader(pixels, flip, mean, std, device), itertools.count()
 
     def epoch() -> None:
         epoch_of(loader, next(epochs))
         synchronize(device)
 
     return epoch
+
+
+def resident_loader(
+    pixels: np.ndarray,
+    flip: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    batch_size: int = SMALL_BATCH,
+) -> ResidentLoader:
+    """Training batches of images uint8 [N, H, W, 3] on the device; all of them are of class 0."""
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
+    return ResidentLoader(
+        images,
+        torch.zeros(len(images), dtype=torch.int64, device=device),
+        TrainSampler(len(images), batch_size, 0, 1, 0),
+        Normalize(mean, std, device, memory_format_on(device)),
+        crop=RandomCropFlip(images, padding=4, flip=flip, seed=0),
+    )

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import repopt
 from measure.arguments import above_zero, positive
@@ -159,7 +158,7 @@ def growth(
     seconds = take_turns({f"{m} {size}": step for (m, size), step in steps.items()}, device, rounds=rounds)
     rows = {}
     for (model, size), step in steps.items():
-        own, operations = seconds[f"{model} {size}"], flops(step)
+        own, operations = seconds[f"{model} {size}"], step.flops()
         rows[model, size] = {
             "model": model,
             "image size": size,
@@ -171,14 +170,6 @@ def growth(
             "peak extra MB": peak_extra(step, device) / 1e6,
         }
     return rows
-
-
-def flops(step: TrainingStep) -> int:
-    """Floating-point operations of the convolutions and matrix products of a step, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        step.backward()
-    step.zero_grad()
-    return counter.get_total_flops()
 
 
 class Prediction(NamedTuple):

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 import repopt
 from measure.placement import memory_format_on, precision_on
+from repopt.engine import Precision
+from repopt.reparam import key_of
 from repopt.seeding import generator
+
+SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5}
 
 
 def unchanged(model: nn.Module) -> nn.Module:
@@ -18,14 +23,26 @@ def unchanged(model: nn.Module) -> nn.Module:
     return model
 
 
+def initial_scales(model: nn.Module) -> dict[str, Tensor]:
+    """Those that the hyper-search of a model starts from."""
+    return {
+        key_of(path, branch.searched): torch.full(module.block.target.shape[:1], branch.initial)
+        for path, module in repopt.declared_blocks(model)
+        for branch in module.block.branches
+    }
+
+
 class TrainingStep:
-    """A target network and an SGD; a call is a step on images that stay the same.
+    """A network and an SGD; a call is a step on images that stay the same.
 
     Args:
         arch: the model, whose initial weights are the same every time.
         device: where, and thereby in which number and memory format, it is trained.
+        mode: of the model; "target" is trained by RepSGD, the others by SGD.
         batch_size, image_size: images are (batch_size, 3, image_size, image_size).
+        num_classes: of the model.
         seed: of the images and labels.
+        textbook: as textbooks do it: fp32, contiguous, torch's default SGD, and the loss read after every step.
         wrap: makes of the model what is called, such as DDP.
         exchange: is called with the model after the backward pass.
     """
@@ -35,36 +52,60 @@ class TrainingStep:
         arch: str,
         device: torch.device,
         *,
+        mode: str = "target",
         batch_size: int,
         image_size: int,
+        num_classes: int = 1000,
         seed: int = 0,
+        textbook: bool = False,
         wrap: Callable[[nn.Module], nn.Module] = unchanged,
         exchange: Callable[[nn.Module], object] = unchanged,
     ) -> None:
         torch.manual_seed(0)
         layout, source = memory_format_on(device), generator(seed)
-        self.model = repopt.create_model(arch, mode="target").to(device, memory_format=layout)
+        self.device, self._precision, self._reads_loss = device, precision_on(device), textbook
+        if textbook:
+            layout, self._precision = torch.contiguous_format, Precision(device)
+        self.model = repopt.create_model(arch, mode=mode, num_classes=num_classes).to(device, memory_format=layout)
         images = torch.randn(batch_size, 3, image_size, image_size, generator=source)
         self._images = images.to(device).contiguous(memory_format=layout)
-        self._labels = torch.randint(1000, (batch_size,), generator=source).to(device)
-        self._called, self._exchange, self._precision = wrap(self.model), exchange, precision_on(device)
-        self._optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=4e-5, fused=True
-        )
+        self._labels = torch.randint(num_classes, (batch_size,), generator=source).to(device)
+        self._called, self._exchange = wrap(self.model), exchange
+        if textbook:
+            self._optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
+        else:
+            scales = initial_scales(self.model) if mode == "target" else None
+            self._optimizer = repopt.build_optimizer("sgd", self.model, scales, **SGD)
 
-    def backward(self) -> None:
-        """Forward pass, backward pass and exchange: the gradients are there afterwards."""
+    def backward(self) -> Tensor:
+        """Forward pass, backward pass and exchange: the gradients are there afterwards. The loss."""
         with self._precision.autocast():
             loss = cross_entropy(self._called(self._images), self._labels)
         loss.backward()
         self._exchange(self.model)
+        return loss
 
     def __call__(self) -> None:
         """The whole step."""
-        self.backward()
+        loss = self.backward()
         self._optimizer.step()
         self.zero_grad()
+        if self._reads_loss:
+            loss.item()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
         self._optimizer.zero_grad(set_to_none=True)
+
+    def flops(self) -> int:
+        """Floating-point operations of the convolutions and matrix products of a step, forward and backward."""
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            self.backward()
+        self.zero_grad()
+        return counter.get_total_flops()
+
+    def kept_bytes(self) -> int:
+        """Of the network and the optimizer between two steps."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [v for state in self._optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)

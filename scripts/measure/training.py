@@ -1,0 +1,198 @@
+"""Training images per second and memory of RepOpt-VGG and RepVGG, with the share of the device's matrix rate that they
+reach, beside table 2 of the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from measure.arguments import positive
+from measure.compiling import MODES, under
+from measure.report import Row, Tables
+from measure.training_step import TrainingStep
+from measure.turns import peak_extra, take_turns, timed
+from repopt.errors import UserError
+
+ARCHS = ("RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2")
+PAPER = Path(__file__).resolve().parents[1] / "paper_tables.json"
+REPOPT, REPVGG = "RepOpt", "RepVGG"
+MODE_OF = {REPOPT: "target", REPVGG: "repvgg"}
+
+Make = Callable[[int], TrainingStep]
+"""A step on batches of so many images."""
+
+
+class Memory(NamedTuple):
+    """Bytes of a training, which grow with its batches."""
+
+    fixed: float
+    per_image: float
+
+    def largest_batch(self, available: float) -> int:
+        """Images of a batch that fit."""
+        return max(0, int((available - self.fixed) / self.per_image))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this subject."""
+    parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="models (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, help="default: 32 on GPUs, as in the paper; 8 on CPUs")
+    parser.add_argument("--image-size", type=positive, default=224, help="default: %(default)s")
+    parser.add_argument("--compile", choices=MODES, help="default: default on GPUs, off on CPUs")
+    parser.add_argument("--rounds", type=positive, default=5, help="in which all take turns; medians are reported")
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+    """One architecture after the other: its network, its baseline, and the textbook's loop take turns."""
+    gpu = device.type == "cuda"
+    batch_size = arguments.batch_size or (32 if gpu else 8)
+    if batch_size < 4:
+        raise UserError(f"--batch-size {batch_size}: at least 4, for half of it is measured too")
+    mode = arguments.compile or ("default" if gpu else "off")
+    peak, available = matrix_rate(device), memory_of(device)
+    rows, largest, beside = [], [], []
+    for arch in arguments.arch:
+        makes = {kind: maker(arch, kind, device, arguments.image_size, mode) for kind in MODE_OF}
+        plain = maker(arch, REPOPT, device, arguments.image_size, mode, textbook=True)
+        memories = {kind: memory(make, batch_size) for kind, make in makes.items()}
+        own = speeds(makes | {"textbook": plain}, batch_size, arguments.rounds, peak)
+        rows += [
+            {
+                "model": arch,
+                "training": kind,
+                **row,
+                "MB per image": memories[kind].per_image / 1e6 if kind in memories else None,
+            }
+            for kind, row in own.items()
+        ]
+        most = {kind: found.largest_batch(available) for kind, found in memories.items()}
+        if gpu:
+            for kind, make in makes.items():
+                most[kind], row = at_most(make, most[kind], arguments.rounds, peak)
+                largest.append({"model": arch, "training": kind, **row})
+        beside.append(beside_the_paper(arch, own, most))
+    of = f"images of {arguments.image_size} x {arguments.image_size}, compile {mode}"
+    tables = {f"Batches of {batch_size} {of}; the device's measured peak is {peak / 1e12:.2f} TFLOP/s": rows}
+    if gpu:
+        tables[f"The largest batches that fit, {of}"] = largest
+    how = "tried" if gpu else f"computed from the memory per image for {available / 2**30:.0f} GiB"
+    tables[f"Table 2 of the paper (GPUs of type 2080Ti, batches of 32) and here; largest batches here are {how}"] = (
+        beside
+    )
+    return tables
+
+
+def maker(arch: str, kind: str, device: torch.device, size: int, mode: str, *, textbook: bool = False) -> Make:
+    """Makes the step of a network by its batch size, as `main_repopt.py` trains it or as textbooks do."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        return under("off" if textbook else mode, model, device)
+
+    def make(batch_size: int) -> TrainingStep:
+        _forget(device)
+        return TrainingStep(
+            arch,
+            device,
+            mode=MODE_OF[kind],
+            batch_size=batch_size,
+            image_size=size,
+            textbook=textbook,
+            wrap=wrap,
+        )
+
+    return make
+
+
+def _forget(device: torch.device) -> None:
+    """Free what was measured before, programs included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def memory(make: Make, batch_size: int) -> Memory:
+    """Of a step, by what it takes with a batch and with half of one."""
+    peaks = []
+    for size in (batch_size, batch_size // 2):
+        step = make(size)
+        step()  # makes the optimizer's state, and compiles
+        peaks.append(step.kept_bytes() + peak_extra(step, step.device))
+        del step
+    per_image = (peaks[0] - peaks[1]) / (batch_size - batch_size // 2)
+    if per_image <= 0:
+        raise UserError(
+            "so few and small images take no memory beside the weights': enlarge --batch-size, --image-size"
+        )
+    return Memory(peaks[0] - batch_size * per_image, per_image)
+
+
+def speeds(makes: Mapping[str, Make], batch_size: int, rounds: int, peak: float) -> dict[str, Row]:
+    """Images per second by kind; all kinds take turns."""
+    steps = {kind: make(batch_size) for kind, make in makes.items()}
+    flops = {kind: step.flops() for kind, step in steps.items()}
+    seconds = take_turns(steps, next(iter(steps.values())).device, rounds=rounds, warm_up=2)
+    return {
+        kind: {
+            "batch": batch_size,
+            "images/s": batch_size / own,
+            "speed / RepVGG": seconds[REPVGG] / own if REPVGG in seconds else None,
+            "MFU %": 100 * flops[kind] / own / peak,
+        }
+        for kind, own in seconds.items()
+    }
+
+
+def at_most(make: Make, batch_size: int, rounds: int, peak: float) -> tuple[int, Row]:
+    """The largest batch that really fits, from a computed one on downwards, and its row."""
+    while batch_size >= 4:
+        try:
+            return batch_size, speeds({"": make}, batch_size, rounds, peak)[""]
+        except torch.cuda.OutOfMemoryError:
+            batch_size = int(batch_size * 0.97)
+    raise UserError("not even a batch of 4 images fits on this GPU")
+
+
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s of large matrix products in the number format of training."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(functools.partial(torch.mm, a, b), device) for _ in range(20))
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def beside_the_paper(arch: str, own: Mapping[str, Row], most: Mapping[str, int]) -> Row:
+    """RepOpt over RepVGG in speed and largest batch, there and here."""
+    table = json.loads(PAPER.read_text())["table2_imagenet_2080ti"]
+    there, baseline = (
+        dict(zip(table["columns"], table.get(name, ()), strict=False))
+        for name in (arch, arch.replace(REPOPT + "-VGG", REPVGG))
+    )
+
+    def ratio(column: str) -> float | None:
+        return there[column] / baseline[column] if there and baseline else None
+
+    return {
+        "model": arch,
+        "speed / RepVGG: paper": ratio("train samples/s/GPU @BS=32"),
+        "speed / RepVGG: here": own[REPOPT]["speed / RepVGG"],
+        "largest batch: paper": there.get("MaxBS"),
+        "largest batch: here": most[REPOPT],
+        "largest batch / RepVGG: paper": ratio("MaxBS"),
+        "largest batch / RepVGG: here": most[REPOPT] / most[REPVGG],
+    }

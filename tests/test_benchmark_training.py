@@ -1,0 +1,99 @@
+"""`benchmark.py hyper-search` and `train` measure networks that are the same function, and count what they say."""
+
+import argparse
+import json
+
+import benchmark
+import pytest
+import torch
+from measure import hyper_search, training
+from measure.training_step import TrainingStep
+
+import repopt
+from repopt.errors import UserError
+
+CPU = torch.device("cpu")
+NANO = "RepOpt-VGG-nano"
+
+
+def run(subject, *arguments):
+    parser = argparse.ArgumentParser()
+    subject.add_arguments(parser)
+    return subject.run(parser.parse_args(arguments), CPU)
+
+
+def test_hyper_search(monkeypatch):
+    monkeypatch.setattr(hyper_search, "SIZES", {32: 2})
+    monkeypatch.setattr(hyper_search, "BATCH", 4)
+    steps, search = run(hyper_search, "--arch", NANO, "--rounds", "1", "--steps", "2").values()
+    kinds = ["plain network, RepSGD", "hyper-search, branches merged", "hyper-search, branch by branch"]
+    assert [row["step"] for row in steps] == kinds
+    assert steps[0]["time / plain network"] == 1
+    textbook, ours = search
+    assert textbook["speed / textbook"] == 1
+    minutes = f"extrapolated minutes of {hyper_search.STEPS:,} steps"
+    assert ours[minutes] == pytest.approx(ours["ms per step"] / 6e4 * 390 * 240)
+
+
+def test_both_ways_of_searching_are_one_function():
+    models = [repopt.create_model(NANO, mode="hs", num_classes=10).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    hyper_search.one_by_one(models[1])
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(models[0](images), models[1](images), rtol=1e-10, atol=1e-10)
+
+
+def test_train():
+    tables = run(training, "--arch", NANO, "--batch-size", "4", "--image-size", "160", "--rounds", "1")
+    rows, beside = tables.values()
+    assert [(row["training"], row["batch"]) for row in rows] == [("RepOpt", 4), ("RepVGG", 4), ("textbook", 4)]
+    repopt_row, repvgg_row, _ = rows
+    assert repopt_row["speed / RepVGG"] == pytest.approx(repopt_row["images/s"] / repvgg_row["images/s"])
+    assert 0 < repopt_row["MB per image"] < repvgg_row["MB per image"]
+    (row,) = beside
+    assert row["largest batch / RepVGG: here"] > 1
+    assert row["speed / RepVGG: paper"] is None  # nano is none of the paper's
+
+
+def test_the_papers_ratios():
+    own = {"RepOpt": {"speed / RepVGG": 2.0}}
+    row = training.beside_the_paper("RepOpt-VGG-B1", own, {"RepOpt": 30, "RepVGG": 20})
+    assert row["speed / RepVGG: paper"] == 380 / 213
+    assert row["largest batch / RepVGG: paper"] == 260 / 198
+    assert row["largest batch: paper"] == 260
+    assert row["largest batch / RepVGG: here"] == 1.5
+
+
+def test_the_papers_numbers_are_the_published_ones(shared):
+    published = json.loads((shared / "contract" / "paper_tables.json").read_text())
+    assert json.loads(training.PAPER.read_text()) == published
+
+
+def test_memory_grows_with_the_batch():
+    memory = training.memory(lambda size: TrainingStep(NANO, CPU, batch_size=size, image_size=160), 8)
+    model = repopt.create_model(NANO, mode="target")
+    weights = 4 * sum(param.numel() for param in model.parameters())
+    assert 1.9 * weights < memory.fixed < 4.5 * weights  # weights, momentum, some gradients, what convolutions need
+    with pytest.raises(UserError, match="enlarge"):
+        training.memory(lambda size: TrainingStep(NANO, CPU, batch_size=size, image_size=32), 4)
+    assert memory.largest_batch(memory.fixed + 10.5 * memory.per_image) == 10
+    assert memory.largest_batch(0) == 0
+
+
+def test_the_textbooks_step_and_ours_do_the_same():
+    steps = [TrainingStep(NANO, CPU, mode=m, batch_size=4, image_size=32, textbook=t) for m, t in PAIRS]
+    for step in steps:
+        step()
+    plain, textbook = (step.model.state_dict() for step in steps)
+    for name, value in plain.items():
+        torch.testing.assert_close(value, textbook[name], rtol=1e-4, atol=1e-5)
+
+
+PAIRS = [("repvgg", False), ("repvgg", True)]
+
+
+@pytest.mark.parametrize("subject", ["train", "hyper-search"])
+def test_mistakes_are_one_line(monkeypatch, capsys, subject):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", subject, "--arch", "RepOpt-VGG-nona"])
+    assert benchmark.main() == 2
+    assert "did you mean 'RepOpt-VGG-nano'" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,50 @@
+"""What a configuration builds."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from entrance import build
+from repopt import config, engine
+from repopt.distributed import World
+from repopt.errors import UserError
+from repopt.logging import logger
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "checkpointed", "mode"),
+    [
+        ("auto", CPU, False, None),
+        ("auto", GPU, False, "default"),
+        ("auto", GPU, True, None),
+        ("off", GPU, False, None),
+        ("default", CPU, False, "default"),
+        ("reduce-overhead", GPU, True, "reduce-overhead"),
+    ],
+)
+def test_where_a_training_is_compiled(monkeypatch, choice, device, checkpointed, mode):
+    asked = []
+    monkeypatch.setattr(engine, "compiled", lambda model, where, mode: asked.append((where, mode)) or nn.Identity())
+    cfg, _ = config.build({"TRAIN.COMPILE": choice, "TRAIN.USE_CHECKPOINT": checkpointed})
+    model = nn.Linear(2, 2)
+    trained = build.compiled(cfg, World(0, 1, device), model)
+    assert asked == ([(device, mode)] if mode else [])
+    assert (trained is model) == (mode is None)
+
+
+def test_where_compiling_does_not_work(monkeypatch, caplog):
+    def broken(*arguments):
+        raise UserError("torch.compile does not work here: no compiler found")
+
+    monkeypatch.setattr(engine, "compiled", broken)
+    monkeypatch.setattr(logger, "propagate", True)
+    model = nn.Linear(2, 2)
+    with caplog.at_level(logging.WARNING, logger.name):
+        assert build.compiled(config.build({}).cfg, World(0, 1, GPU), model) is model
+    assert "no compiler found; so training goes on without" in caplog.text
+    with pytest.raises(UserError, match="no compiler found"):
+        build.compiled(config.build({"TRAIN.COMPILE": "default"}).cfg, World(0, 1, CPU), model)
