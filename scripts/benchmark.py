@@ -1,6 +1,6 @@
 """Speed and memory, as ratios measured side by side in one run.
 
-    python scripts/benchmark.py optimizer | data | hyper-search | train | infer | scaling    [--device cuda] [--help]
+    python scripts/benchmark.py optimizer | data | hyper-search | train | infer | scaling | start-up    [--device cuda] [--help]
 
 What is compared takes turns, round after round, so that what else the machine does meets all alike; times are medians.
 The result is printed as tables, and written to benchmarks/<subject>-<cpu or cuda>.json with the machine, the versions
@@ -14,7 +14,7 @@ import sys
 
 import _root
 import torch
-from measure import data, hyper_search, infer, optimizer, scaling, training
+from measure import data, hyper_search, infer, optimizer, scaling, start_up, training
 from measure.report import environment, keep, present
 
 from repopt.errors import UserError, one_line
@@ -26,6 +26,7 @@ SUBJECTS = {
     "train": training,
     "infer": infer,
     "scaling": scaling,
+    "start-up": start_up,
 }
 
 

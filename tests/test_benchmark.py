@@ -6,7 +6,7 @@ import re
 import benchmark
 import pytest
 import torch
-from measure import optimizer
+from measure import optimizer, start_up
 from measure.report import as_table
 from measure.turns import peak_extra
 
@@ -46,3 +46,11 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmark.py", "optimizer", "--arch", "RepOpt-VGG-nona"])
     assert benchmark.main() == 2
     assert "did you mean 'RepOpt-VGG-nano'" in capsys.readouterr().err
+
+
+def test_start_up_counts_the_cpu_seconds_of_other_processes():
+    idle, busy = (
+        start_up.cpu_seconds(["-c", f"import time\nwhile time.process_time() < {seconds}: pass"]) for seconds in (0, 1)
+    )
+    assert busy > 1
+    assert idle < busy

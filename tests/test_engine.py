@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import ClassVar
@@ -628,6 +629,7 @@ def test_throughput():
 class TestCompiled:
     """A compiled model is trained as the model itself is, which stays what it was."""
 
+    @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
     @pytest.mark.parametrize("mode", ["hs", "target"])
     def test_it_follows_the_eager_one(self, mode):
         losses = []

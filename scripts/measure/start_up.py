@@ -1,0 +1,57 @@
+"""CPU seconds until the command line answers, beside the import of torch."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+
+import _root
+import torch
+from tqdm import tqdm
+
+from measure.arguments import positive
+from measure.report import Tables
+
+COMMANDS = {
+    "import torch": ["-c", "import torch"],
+    "import timm": ["-c", "import timm"],
+    "import repopt": ["-c", "import repopt"],
+    "import repopt; repopt.create_model": ["-c", "import repopt; repopt.create_model"],
+    "main_repopt.py --help": ["main_repopt.py", "--help"],
+    "main_repopt.py --flag (which there is not)": ["main_repopt.py", "--flag"],
+    "main_repopt.py --arch B1 (which there is not)": ["main_repopt.py", "--arch", "B1"],
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this subject."""
+    parser.add_argument("--rounds", type=positive, default=5, help="in which all take turns; medians are reported")
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+    """All commands take turns."""
+    times: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for _ in tqdm(range(arguments.rounds), unit="round", disable=None, leave=False):
+        for name, command in COMMANDS.items():
+            times[name].append(cpu_seconds(command))
+    seconds = {name: statistics.median(own) for name, own in times.items()}
+    rows = [
+        {"command": name, "CPU s": own, "CPU s more than import torch": own - seconds["import torch"]}
+        for name, own in seconds.items()
+    ]
+    return {"A new process": rows}
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """Of a Python process, in user and system mode."""
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = used()
+    subprocess.run([sys.executable, *command], cwd=_root.ROOT, capture_output=True, check=False)
+    return used() - before
