@@ -1,6 +1,8 @@
 """Speed and memory, as ratios measured side by side in one run.
 
-    python scripts/benchmark.py optimizer | data | hyper-search | train | infer | scaling | start-up    [--device cuda] [--help]
+    python scripts/benchmark.py SUBJECT [--device cuda] [--help]
+
+Subjects: optimizer, data, hyper-search, train, infer, scaling, start-up; `SUBJECT --help` says what each measures.
 
 What is compared takes turns, round after round, so that what else the machine does meets all alike; times are medians.
 The result is printed as tables, and written to benchmarks/<subject>-<cpu or cuda>.json with the machine, the versions
