@@ -1,4 +1,4 @@
-"""Encoded bytes -> an image, by Pillow; or of plain JPEGs the same pixels, sooner, by torchvision."""
+"""Encoded bytes -> an image, by Pillow; or of plain JPEGs the same pixels, sooner, by simplejpeg."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import io
 import struct
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
-_FRAMES = (0xC0, 0xC1, 0xC2)  # markers of the frames that are not lossless, arithmetically coded or hierarchical
+_FRAMES = {0xC0, 0xC1, 0xC2}  # markers of the frames that are not lossless, arithmetically coded or hierarchical
+_BEFORE = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}  # of what stands before a frame: tables, applications' data
 _FRAME = struct.Struct(">BHHB")  # bits, height, width, components
 
 
@@ -42,9 +43,8 @@ def to_pixels(data: bytes) -> Tensor:
     """
     bits, height, width, components = _jpeg_frame(data)
     if bits == 8 and components in (1, 3) and height * width <= _most_pixels():
-        with contextlib.suppress(RuntimeError):  # it is damaged, and Pillow says how
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0)
+        with contextlib.suppress(ValueError):  # it is damaged, and Pillow says how
+            return torch.from_numpy(simplejpeg.decode_jpeg(data))
     return torch.from_numpy(np.array(to_pillow(data)))
 
 
@@ -56,7 +56,10 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int, int]:
     """Bits, height, width and components that a JPEG declares; zeros for what is none, or no plain one."""
     at = 2
     while data[:2] == b"\xff\xd8" and at + 4 + _FRAME.size <= len(data) and data[at] == 0xFF:
-        if data[at + 1] in _FRAMES:
+        marker = data[at + 1]
+        if marker in _FRAMES:
             return _FRAME.unpack_from(data, at + 4)
+        if marker not in _BEFORE:  # decoders skip bytes that fill, for example, and might come to another frame
+            break
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return 0, 0, 0, 0

@@ -62,6 +62,8 @@ class CropAndFlip:
         """uint8 [H, W, 3]."""
         image = to_pixels(data).permute(2, 0, 1)
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, _CROP_AREA, _CROP_RATIO)
+        height, width = max(1, height), max(1, width)  # of an image of a pixel or two it may be less
+        top, left = min(top, image.shape[1] - height), min(left, image.shape[2] - width)
         mode = random.choice(("bilinear", "bicubic")) if self.interpolation == RANDOM else self.interpolation
         image = _resize(image[:, top : top + height, left : left + width], self.image_size, mode)
         if torch.rand(1) < 0.5:  # from the generator that torchvision draws from

@@ -98,6 +98,11 @@ def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
         mode = "default" if world.device.type == "cuda" and not cfg.TRAIN.USE_CHECKPOINT else "off"
     if mode == "off":
         return model
+    if mode != "default" and cfg.TRAIN.ACCUMULATION_STEPS > 1:
+        raise UserError(
+            f"TRAIN.COMPILE {mode} runs CUDA graphs, whose gradients do not outlive the next batch: TRAIN.COMPILE "
+            "default goes with TRAIN.ACCUMULATION_STEPS"
+        )
     try:
         return engine.compiled(model, world.device, mode)
     except UserError as error:

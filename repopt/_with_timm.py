@@ -22,19 +22,27 @@ def watch() -> None:
 class _AfterTimm(MetaPathFinder):
     """Finds nothing by itself; lets the import of timm end with that of our models."""
 
+    def __init__(self) -> None:
+        self._looks = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "timm":
+        if fullname != "timm" or self._looks:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._looks = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._looks = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            if self in sys.meta_path:  # others may have looked timm up without importing it
+                sys.meta_path.remove(self)
             importlib.import_module("repopt.models")
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -261,14 +261,17 @@ class Block:
         return {b.kernel: b.fresh(self.target, None if b.scale else searched.get(b.kernel)) for b in self.branches}
 
     def merge(self, kernels: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor:
-        """Rule of Initialization: ``sum_k s_k E_k(w_k)``, (O, I, *k).
+        """Rule of Initialization: ``sum_k s_k E_k(w_k)``, (O, I, *k); it can be differentiated once.
 
         Args:
             kernels: w_k by name.
             scales: s_k by name, (O,) each; other entries are ignored.
         """
-        constants = [None if branch.scale is None else scales[branch.scale] for branch in self.branches]
-        return _Merge.apply(self, *(kernels[branch.kernel] for branch in self.branches), *constants)
+        tensors = [kernels[branch.kernel] for branch in self.branches]
+        tensors += [None if branch.scale is None else scales[branch.scale] for branch in self.branches]
+        if torch.compiler.is_compiling():  # a compiler makes one loop of the sum
+            return functools.reduce(torch.add, (b.embed(_scaled(k, s), self.target) for b, k, s in _of(self, tensors)))
+        return _Merge.apply(self, *tensors)
 
     def grad_mult(self, scales: Mapping[str, Tensor], degree: int) -> GradMult:
         """Rule of Iteration: ``sum_k |s_k|^(1+d) E_k(1)``.
@@ -297,9 +300,9 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(block: Block, *tensors: Tensor | None) -> Tensor:
         target, whole = block.target, None
-        for branch, kernel, scale in _of_branches(block, tensors):
-            scaled = kernel if scale is None else kernel * _column(scale, kernel)
-            if whole is None and scale is not None and kernel.shape == target.shape:
+        for branch, kernel, scale in _of(block, tensors):
+            scaled = _scaled(kernel, scale)
+            if whole is None and scale is not None and _fills(branch, scaled, target):
                 whole = scaled
                 continue
             whole = kernel.new_zeros(target.shape) if whole is None else whole
@@ -319,22 +322,31 @@ class _Merge(torch.autograd.Function):
         of_kernels: list[Tensor | None] = []
         of_scales: list[Tensor | None] = []
         count = len(ctx.block.branches)
-        for index, (branch, kernel, scale) in enumerate(_of_branches(ctx.block, ctx.saved_tensors)):
+        for index, (branch, kernel, scale) in enumerate(_of(ctx.block, ctx.saved_tensors)):
             share = branch.place(gradient, ctx.block.target).reshape(kernel.shape)
             of_kernel = of_scale = None
             if ctx.needs_input_grad[1 + index]:
-                of_kernel = share * _column(scale, kernel) if scale is not None else share.clone()
+                of_kernel = share.clone() if scale is None else _scaled(share, scale)
             if ctx.needs_input_grad[1 + count + index]:
-                of_scale = torch.linalg.vecdot(share.flatten(1), kernel.flatten(1))
+                of_scale = torch.linalg.vecdot(*(t.reshape(len(kernel), -1) for t in (share, kernel)))
             of_kernels.append(of_kernel)
             of_scales.append(of_scale)
         return None, *of_kernels, *of_scales
 
 
-def _of_branches(block: Block, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Branch, Tensor, Tensor | None]]:
+def _of(block: Block, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Branch, Tensor, Tensor | None]]:
     """Every branch with its kernel and its scale, of all kernels and then all scales."""
     count = len(block.branches)
     return zip(block.branches, tensors[:count], tensors[count:], strict=True)
+
+
+def _fills(branch: Branch, kernel: Tensor, target: Target) -> bool:
+    """Whether a branch's kernel is a whole kernel as it lies."""
+    return kernel.shape == target.shape and branch.place(kernel, target).is_set_to(kernel)
+
+
+def _scaled(kernel: Tensor, scale: Tensor | None) -> Tensor:
+    return kernel if scale is None else kernel * _column(scale, kernel)
 
 
 def _column(values: Tensor, kernel: Tensor) -> Tensor:

@@ -63,6 +63,46 @@ def test_merge_is_the_sum_over_branches(name):
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
 
 
+@dataclass(frozen=True)
+class Transposed(ConvBranch):
+    """Lies across the target kernel."""
+
+    def place(self, whole, target):
+        return whole.transpose(2, 3)
+
+
+@dataclass(frozen=True)
+class PerChannel(ConvBranch):
+    """One number per filter, with a scale."""
+
+    def kernel_shape(self, target):
+        return target.shape[:1]
+
+    def place(self, whole, target):
+        return whole[:, 0, 1, 1]
+
+    def grad_mult(self, constant, target):
+        kernel = constant.new_zeros(target.shape[0], 1, 3, 3)
+        kernel[:, :, 1, 1] = constant[:, None]
+        return GradMult(kernel, None, target.shape)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_branches_of_other_kinds_are_merged_as_they_are_embedded(monkeypatch, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    block = Block(Target("w", (3, 1, 3, 3)), (Transposed("a", "s", size=3), PerChannel("b", "t")))
+    kernels = {b.kernel: torch.randn(b.kernel_shape(block.target), requires_grad=True) for b in block.branches}
+    scales = {b.scale: torch.randn(3, requires_grad=True) for b in block.branches}
+    expected = (column(scales["s"], kernels["a"]) * kernels["a"]).transpose(2, 3).clone()
+    expected[:, 0, 1, 1] += scales["t"] * kernels["b"]
+    merged = block.merge(kernels, scales)
+    torch.testing.assert_close(merged, expected)
+    leaves, gradient = [*kernels.values(), *scales.values()], torch.randn(3, 1, 3, 3)
+    torch.testing.assert_close(
+        torch.autograd.grad(merged, leaves, gradient), torch.autograd.grad(expected, leaves, gradient)
+    )
+
+
 def test_merging_leaves_kernels_and_gradients_alone():
     block = Block(Target("w", (4, 4, 1, 1)), (IdentityBranch("i"), ConvBranch("a", "s", size=1)))
     kernels = {b.kernel: torch.randn(b.kernel_shape(block.target), requires_grad=True) for b in block.branches}

@@ -87,7 +87,15 @@ def test_nothing_is_imported_before_it_is_needed(code, absent):
     assert python(f"{code}\nimport sys; print(sorted({absent} & set(sys.modules)))").splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("order", ["import repopt, timm", "import timm, repopt", "import repopt.engine, timm"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import repopt, timm",
+        "import timm, repopt",
+        "import repopt.engine, timm",
+        "import repopt, importlib.util; importlib.util.find_spec('timm'); import timm",
+    ],
+)
 def test_models_stand_in_timms_registry_in_whatever_order_the_two_are_imported(order):
     assert "repopt_vgg_b1" in python(f"{order}; print(timm.list_models('repopt_vgg*'))")
 

@@ -18,7 +18,8 @@ def compiled(model: nn.Module, device: torch.device, mode: str = "default") -> n
     Args:
         model: on `device`.
         device: a GPU or the CPU.
-        mode: of torch.compile; "reduce-overhead" launches CUDA graphs.
+        mode: of torch.compile; "reduce-overhead" and "max-autotune" launch CUDA graphs, under which gradients cannot
+            be accumulated over batches.
 
     Raises:
         UserError: torch.compile does not work here (it needs a C++ compiler on CPUs, triton on GPUs).

@@ -69,6 +69,7 @@ def steps(
     arch: str, device: torch.device, modes: list[str], *, batch_size: int, image_size: int, rounds: int
 ) -> list[Row]:
     """The plain network's step, and that of the hyper-search in both ways, under every mode of torch.compile."""
+    torch.compiler.reset()  # it gives up at the ninth program of one function
     kinds = {
         "plain network, RepSGD": ("target", unchanged),
         "hyper-search, branches merged": ("hs", unchanged),
@@ -104,6 +105,7 @@ def steps(
 
 def searches(arch: str, device: torch.device, modes: list[str], *, per_turn: int, rounds: int) -> list[Row]:
     """Some steps of the search by the textbook and by ours, and what all of its steps would take."""
+    torch.compiler.reset()
     pixels = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
     contenders: dict[str, Step] = {"textbook": textbook_search(arch, pixels, device, per_turn)}
     for mode in modes:

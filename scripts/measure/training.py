@@ -114,8 +114,9 @@ def maker(arch: str, kind: str, device: torch.device, size: int, mode: str, *, t
 
 
 def _forget(device: torch.device) -> None:
-    """Free what was measured before, programs included."""
+    """Free what was measured before; and its programs, for torch.compile gives up at the ninth of one function."""
     gc.collect()
+    torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -3,6 +3,7 @@ import random
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from torchvision import transforms as T
@@ -114,6 +115,16 @@ def test_raug15_is_weak_followed_by_two_operations(image, monkeypatch):
     assert torch.equal(draws(transform, image), 255 - weak)
 
 
+@pytest.mark.parametrize("preset", ["weak", "raug15"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (300, 1)])
+def test_images_of_hardly_a_pixel(preset, size):
+    colour = Image.new("RGB", size, (9, 99, 199))
+    made = draws(train_transform(Augmentation(preset=preset), 8, "random"), colour, range(60))
+    assert made.shape == (60, 8, 8, 3)
+    if preset == "weak":
+        assert (made == torch.tensor([9, 99, 199])).all()
+
+
 def test_random_interpolation_draws_both(photograph):
     image = photograph(3, 50, 50)
 
@@ -167,31 +178,27 @@ def jpegs(photograph):
 
 
 def test_pixels_are_pillows_whatever_decodes_them(photograph, monkeypatch):
-    by_torchvision = []
-    decode_jpeg = decode.decode_jpeg
-    monkeypatch.setattr(decode, "decode_jpeg", lambda *args: by_torchvision.append(name) or decode_jpeg(*args))
+    by_pillow = []
+    to_pillow = decode.to_pillow
+    monkeypatch.setattr(decode, "to_pillow", lambda data: by_pillow.append(name) or to_pillow(data))
     for name, data in jpegs(photograph):
         pixels = decode.to_pixels(data)
         assert pixels.dtype == torch.uint8
-        assert np.array_equal(pixels, np.asarray(decode.to_pillow(data))), name
-    plain = [
-        "baseline",
-        "no subsampling",
-        "half subsampling",
-        "progressive",
-        "grey",
-        "rgb",
-        "exif",
-        "restarts",
-        "comment",
-    ]
-    assert by_torchvision == plain
+        assert np.array_equal(pixels, np.asarray(to_pillow(data))), name
+    assert by_pillow == ["cmyk", "bytes before", "png", "palette", "webp"]
+
+
+@pytest.mark.parametrize("skipped", [b"\xff\xff\xc0", b"\xff\x01", b"\xff\xd0", b"\xff\xc3\x00\x11", b"\x00"])
+def test_a_frame_that_a_decoder_may_not_see_is_not_believed(skipped):
+    frame = b"\xff\xc0\x00\x11\x08\x00\x01\x00\x01\x03" + bytes(99)
+    assert decode._jpeg_frame(b"\xff\xd8" + frame) == (8, 1, 1, 3)
+    assert decode._jpeg_frame(b"\xff\xd8" + skipped + frame) == (0, 0, 0, 0)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_too_many_pixels_never_reach_a_decoder(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    monkeypatch.setattr(decode, "decode_jpeg", None)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)
     for kind in ("JPEG", "PNG"):
         with pytest.raises(OSError, match="1600 pixels, more than the limit of 1000"):
             decode.to_pixels(encoded(Image.new("RGB", (40, 40)), kind))
