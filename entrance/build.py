@@ -92,10 +92,7 @@ def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
 
 def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
     """The model under torch.compile, where that is asked for, or not said and worth while."""
-    mode = cfg.TRAIN.COMPILE
-    if mode == "auto":
-        # Checkpointed activations are not compiled: their second run puts batch norms to rest.
-        mode = "default" if world.device.type == "cuda" and not cfg.TRAIN.USE_CHECKPOINT else "off"
+    mode = compile_mode(cfg, world)
     if mode == "off":
         return model
     if mode != "default" and cfg.TRAIN.ACCUMULATION_STEPS > 1:
@@ -110,3 +107,11 @@ def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
             raise
         logger.warning(f"{error}; so training goes on without")
         return model
+
+
+def compile_mode(cfg: CfgNode, world: World) -> str:
+    """Of torch.compile, or "off"."""
+    if cfg.TRAIN.COMPILE != "auto":
+        return cfg.TRAIN.COMPILE
+    # Checkpointed activations are not compiled: their second run puts batch norms to rest.
+    return "default" if world.device.type == "cuda" and not cfg.TRAIN.USE_CHECKPOINT else "off"

@@ -16,6 +16,7 @@ import sys
 
 import _root
 import torch
+import torch._dynamo
 from measure import data, hyper_search, infer, optimizer, scaling, start_up, training
 from measure.report import environment, keep, present
 
@@ -45,6 +46,8 @@ def main() -> int:
     torch.manual_seed(0)
     try:
         device = device_of(arguments.device)
+        torch.backends.cudnn.benchmark = True  # as in a training
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on eagerly, without a word
         tables = SUBJECTS[arguments.subject].run(arguments, device)
     except UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)

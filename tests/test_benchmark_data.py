@@ -4,31 +4,34 @@ import argparse
 import io
 
 import numpy as np
+import pytest
 import torch
 from measure import data as subject
 from measure import textbook
 from measure.photographs import SIZE, photographs
 from PIL import Image
 
-from data import cifar
-
 CPU = torch.device("cpu")
 
 
-def test_every_pipeline_is_a_row(monkeypatch):
+def test_every_pipeline_is_a_row():
     threads = torch.get_num_threads()
     parser = argparse.ArgumentParser()
     subject.add_arguments(parser)
     tables = subject.run(parser.parse_args(["--images", "64", "--small-images", "256", "--rounds", "1"]), CPU)
     presets, reading, workers, small = tables.values()
-    names = ["weak: textbook", "weak: torchvision v2, uint8 tensors", "weak", "raug15: textbook", "raug15"]
+    names = ["weak: textbook", "weak: torchvision v2, uint8", "weak: uint8", "weak: normalised"]
+    names += ["raug15: textbook", "raug15: uint8", "raug15: normalised"]
     assert [row["pipeline"] for row in presets] == names
-    assert [row["speed / textbook"] for row in presets if "textbook" in row["pipeline"]] == [1, 1]
+    for rows in (presets[:4], presets[4:]):
+        for row in rows:
+            assert row["images/s"] * row["ms per image"] == pytest.approx(1000)
+            assert row["speed / textbook"] == pytest.approx(row["images/s"] / rows[0]["images/s"])
     assert [row["images"] for row in reading] == [
         "class folders",
         *(f"zip, cache {mode}" for mode in ("no", "full", "part (of 2 processes)")),
     ]
-    assert [row["workers"] for row in workers] == [1, 2][: len(workers)]
+    assert [row["worker processes"] for row in workers] == [1, 2][: len(workers)]
     assert [(row["images"], row["pipeline"]) for row in small] == [
         (images, pipeline) for images in ("cf100", "digits") for pipeline in ("textbook", "resident")
     ]
@@ -47,29 +50,24 @@ def test_batches_are_alike():
     buffer = io.BytesIO()
     Image.new("RGB", SIZE, (200, 100, 50)).save(buffer, "JPEG")
     encoded = [buffer.getvalue()] * 3
-    made = []
-    step = subject.one_by_one(encoded, textbook.imagenet())
-    images, labels = step()
-    assert images.shape == (subject.BATCH, 3, 224, 224)
-    assert labels.tolist() == [k % 3 for k in range(subject.BATCH)]
+    normalised = [
+        subject.one_by_one(encoded, textbook.imagenet())()[0],
+        subject.ours(encoded, "weak", normalised=True)(),
+    ]
+    plain = [subject.one_by_one(encoded, subject.torchvision_v2())()[0], subject.ours(encoded, "weak")()]
+    assert [images.dtype for images in (*normalised, *plain)] == [torch.float32] * 2 + [torch.uint8] * 2
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    made.append((images * std + mean) * 255)
-    images, _ = subject.one_by_one(encoded, subject.torchvision_v2())()
-    made.append(images)
-    (images, labels, indices), unreadable = subject.ours(encoded, "weak")()
-    assert labels.tolist() == indices.tolist() == [k % 3 for k in range(subject.BATCH)]
-    assert not unreadable
-    made.append(images.permute(0, 3, 1, 2))
-    for images in made:
+    for images in (*((images * std + mean) * 255 for images in normalised), *plain):
+        assert images.shape == (subject.BATCH, 3, 224, 224)
         assert (images.float() - torch.tensor([200.0, 100, 50]).view(3, 1, 1)).abs().max() < 2
 
 
 def test_small_images_are_cropped_alike():
     pixels = np.zeros((256, 32, 32, 3), np.uint8)
     pixels[:, 8:24, 8:24] = 255  # lies within every crop
-    transform = textbook.small(padding=4, flip=True, mean=cifar.MEAN, std=cifar.STD)
+    transform = textbook.small("cf100")
     one = torch.stack([transform(image) for image in pixels])
-    loader = subject.resident_loader(pixels, True, cifar.MEAN, cifar.STD, CPU)
+    loader = subject.resident_loader("cf100", pixels, CPU)
     other = torch.cat([images for images, _ in loader])
     assert one.shape == other.shape
     torch.testing.assert_close(one.sum((0, 2, 3)), other.sum((0, 2, 3)), rtol=1e-4, atol=0)

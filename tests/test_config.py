@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from repopt import config
+from repopt.engine import COMPILE_MODES
 from repopt.errors import UserError
 from repopt.models import parse_arch
 
@@ -208,3 +209,7 @@ def test_help(capsys):
     text = capsys.readouterr().out
     assert "--cache-mode no|full|part" in text
     assert "--scales-path" in text
+
+
+def test_compile_modes_are_those_that_the_engine_knows():
+    assert config.KEYS["TRAIN.COMPILE"].choices == ("auto", "off", *COMPILE_MODES)

@@ -48,3 +48,10 @@ def test_where_compiling_does_not_work(monkeypatch, caplog):
     assert "no compiler found; so training goes on without" in caplog.text
     with pytest.raises(UserError, match="no compiler found"):
         build.compiled(config.build({"TRAIN.COMPILE": "default"}).cfg, World(0, 1, CPU), model)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_do_not_go_with_accumulation(mode):
+    cfg = config.build({"TRAIN.COMPILE": mode, "TRAIN.ACCUMULATION_STEPS": 2}).cfg
+    with pytest.raises(UserError, match=f"TRAIN.COMPILE {mode} runs CUDA graphs"):
+        build.compiled(cfg, World(0, 1, GPU), nn.Linear(2, 2))

@@ -55,6 +55,16 @@ def test_imports_go_down(path):
             assert LEVEL[rest[0]] <= LEVEL[own], f"{own} imports {module}, which is above it"
 
 
+@pytest.mark.parametrize(
+    ("folder", "above"),
+    [("data", {"configs", "entrance", "main_repopt", "scripts"}), ("entrance", {"main_repopt", "scripts"})],
+)
+def test_imports_of_the_upper_floors_go_down(folder, above):
+    scripts = {path.stem for path in (ROOT / "scripts").iterdir()}
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not {module.split(".")[0] for module in imported(path)} & (above | scripts), path
+
+
 def test_configuration_stays_at_the_entrance():
     for path in FILES:
         assert part_of(path) == "config" or not {"yacs", "repopt.config"} & set(imported(path)), path

@@ -6,27 +6,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
 import tempfile
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
-from torchvision.io import ImageReadMode, decode_jpeg
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 import data
-from data import cifar, digits
+from data.decode import to_pixels
 from data.decoded import Collate, Decoded, refuse
-from data.loader import Loader
+from data.encoded import EncodedImages
 from data.on_device import Normalize
+from data.registry import IMAGENET_MEAN, IMAGENET_STD
 from data.resident import RandomCropFlip, ResidentLoader
 from data.samplers import TrainSampler
 from data.transforms import train_transform
@@ -36,7 +36,7 @@ from measure.arguments import positive
 from measure.photographs import photographs
 from measure.placement import memory_format_on
 from measure.report import Row, Tables
-from measure.turns import Step, synchronize, take_turns
+from measure.turns import Step, take_turns
 
 BATCH = 32
 IMAGE_SIZE = 224
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
                     encoded, rounds
                 ),
                 "The same images from files: reading them": reading(root, rounds),
-                "The same images from files: worker processes, raug15": workers(root),
+                "The same images from files: worker processes, raug15": workers(root, rounds),
                 "Images of 32 x 32 -> normalised batches on the device, one core": small_images(
                     arguments.small_images, device, max(3, rounds // 10)
                 ),
@@ -90,13 +90,19 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
 
 
 def presets(encoded: list[bytes], rounds: int) -> list[Row]:
-    """A batch by the textbook, by torchvision's v2 transforms on tensors, and by ours."""
+    """A batch by the textbook, by torchvision's v2 transforms on tensors, and by ours.
+
+    The textbook's is normalised, by the same core; ours is where the training is, so that it is measured with and
+    without.
+    """
     steps = {
         "weak: textbook": one_by_one(encoded, textbook.imagenet()),
-        "weak: torchvision v2, uint8 tensors": one_by_one(encoded, torchvision_v2()),
-        "weak": ours(encoded, "weak"),
+        "weak: torchvision v2, uint8": one_by_one(encoded, torchvision_v2()),
+        "weak: uint8": ours(encoded, "weak"),
+        "weak: normalised": ours(encoded, "weak", normalised=True),
         "raug15: textbook": one_by_one(encoded, textbook.imagenet(textbook.raug15)),
-        "raug15": ours(encoded, "raug15"),
+        "raug15: uint8": ours(encoded, "raug15"),
+        "raug15: normalised": ours(encoded, "raug15", normalised=True),
     }
     seconds = take_turns(steps, torch.device("cpu"), rounds=rounds)
     rows = []
@@ -129,21 +135,27 @@ def one_by_one(encoded: list[bytes], transform: Callable[[bytes], Tensor]) -> St
 def torchvision_v2() -> Callable[[bytes], Tensor]:
     """A JPEG's bytes -> uint8 [3, 224, 224] by torchvision's newer transforms."""
     varied = v2.Compose([v2.RandomResizedCrop(IMAGE_SIZE, antialias=True), v2.RandomHorizontalFlip()])
-    return lambda encoded: varied(
-        decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-    )
+    return lambda encoded: varied(to_pixels(encoded).permute(2, 0, 1))
 
 
-def ours(encoded: list[bytes], preset: str) -> Step:
-    """The next batch, as a worker of our loader makes it."""
-    dataset = Decoded(InMemory(encoded), train_transform(data.Augmentation(preset=preset), IMAGE_SIZE, "bilinear"), 0)
-    collate, indices, epochs = Collate(refuse), batches(len(encoded)), itertools.count()
+def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Callable[[], Tensor]:
+    """The next batch, as a worker of our loader makes it; or as it arrives at the training."""
+    dataset, indices, epochs = decoded(InMemory(encoded), preset), batches(len(encoded)), itertools.count()
+    collate, cpu = Collate(refuse), torch.device("cpu")
+    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, cpu, torch.contiguous_format)
 
-    def step() -> tuple[list[Tensor] | None, list[Any]]:
+    def step() -> Tensor:
         epoch = next(epochs)  # other crops and operations every time, as the textbook's generators give
-        return collate(dataset.__getitems__([(epoch, index) for index in next(indices)]))
+        (images, *_), _ = collate(dataset.__getitems__([(epoch, index) for index in next(indices)]))
+        images = images.permute(0, 3, 1, 2)
+        return normalize(images) if normalised else images
 
     return step
+
+
+def decoded(images: EncodedImages, preset: str) -> Decoded:
+    """The images as a worker decodes and augments them."""
+    return Decoded(images, train_transform(data.Augmentation(preset=preset), IMAGE_SIZE, "bilinear"), 0)
 
 
 @contextlib.contextmanager
@@ -166,11 +178,10 @@ def image_files(encoded: list[bytes]) -> Iterator[Path]:
 
 def reading(root: Path, rounds: int) -> list[Row]:
     """Bytes of one image from class folders and from a zip in every cache mode; the operating system has cached all."""
-    sources = {"class folders": data.Source("folder", str(root))}
+    opened = {"class folders": opened_at(root)}
     for mode in CACHE_MODES:
         share = " (of 2 processes)" if mode == "part" else ""
-        sources[f"zip, cache {mode}{share}"] = data.Source("folder", str(root), zip_mode=True, cache_mode=mode)
-    opened = {name: data.registry.find(source).open(source, "train", 4, 0, 2) for name, source in sources.items()}
+        opened[f"zip, cache {mode}{share}"] = opened_at(root, zip_mode=True, cache_mode=mode)
 
     def every_image(name: str) -> Step:
         # A process reads those of its own shard, which are what it caches in part.
@@ -181,58 +192,57 @@ def reading(root: Path, rounds: int) -> list[Row]:
     return [{"images": name, "us per image": 1e6 * own / count} for name, own in seconds.items()]
 
 
-def workers(root: Path) -> list[Row]:
-    """An epoch with one and two worker processes, the second of two epochs each."""
-    rows: list[Row] = []
+def opened_at(root: Path, **how: Any) -> EncodedImages:
+    """The training images of a folder, for the first of two processes."""
+    source = data.Source("folder", str(root), **how)
+    return data.registry.find(source).open(source, "train", 4, 0, 2)
+
+
+def workers(root: Path, rounds: int) -> list[Row]:
+    """uint8 batches of raug15 from one and two worker processes; nothing is done with them."""
+    images = opened_at(root)
+    loaders = {}
     for count in range(1, min(2, os.cpu_count() or 1) + 1):
-        loader = data.train_loader(
-            data.Source("folder", str(root)),
-            data.Augmentation(preset="raug15"),
-            image_size=IMAGE_SIZE,
-            interpolation="bilinear",
-            batch_size=BATCH,
-            num_classes=4,
-            label_smoothing=0.0,
-            device=torch.device("cpu"),
+        epoch = [[(0, i) for i in batch.tolist()] for batch in torch.arange(len(images.labels)).split(BATCH)]
+        loaders[str(count)] = DataLoader(
+            decoded(images, "raug15"),
+            batch_sampler=epoch,
+            collate_fn=Collate(refuse),
             num_workers=count,
+            persistent_workers=True,
         )
-        epoch_of(loader, 0)  # starts them
-        seconds = min(epoch_of(loader, epoch) for epoch in (1, 2, 3))
-        speed = len(loader) * BATCH / seconds
-        alone = rows[0]["images/s"] if rows else speed
-        rows.append({"workers": count, "images/s": speed, "efficiency": speed / alone / count})
-    return rows
-
-
-def epoch_of(loader: Loader, epoch: int) -> float:
-    """Seconds that a loader takes for an epoch when nothing is done with its batches."""
-    loader.set_epoch(epoch)
-    started = time.perf_counter()
-    for _ in loader:
-        pass
-    return time.perf_counter() - started
+    seconds = take_turns(
+        {name: functools.partial(list, loader) for name, loader in loaders.items()},
+        torch.device("cpu"),
+        rounds=max(3, rounds // 4),
+        warm_up=1,
+    )
+    return [
+        {
+            "worker processes": int(name),
+            "images/s": len(images.labels) / own,
+            "efficiency": seconds["1"] / own / int(name),
+        }
+        for name, own in seconds.items()
+    ]
 
 
 def small_images(count: int, device: torch.device, rounds: int) -> list[Row]:
     """An epoch by the textbook, image by image on the CPU, and by ours, in batches where the training is."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     rows = []
-    for name, flip, mean, std in (("cf100", True, cifar.MEAN, cifar.STD), ("digits", False, digits.MEAN, digits.STD)):
-        transform = textbook.small(padding=4, flip=flip, mean=mean, std=std)
-        seconds = take_turns(
-            {"textbook": per_image(pixels, transform, device), "resident": resident(pixels, flip, mean, std, device)},
-            device,
-            rounds=rounds,
-            warm_up=1,
-        )
+    for name in ("cf100", "digits"):
+        contenders = {"textbook": per_image(name, pixels, device), "resident": resident(name, pixels, device)}
+        seconds = take_turns(contenders, device, rounds=rounds, warm_up=1)
         for pipeline, own in seconds.items():
             speed = seconds["textbook"] / own
             rows.append({"images": name, "pipeline": pipeline, "images/s": count / own, "speed / textbook": speed})
     return rows
 
 
-def per_image(pixels: np.ndarray, transform: Callable[[np.ndarray], Tensor], device: torch.device) -> Step:
+def per_image(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
     """An epoch of images that are transformed one by one, and brought to the device in batches."""
+    transform = textbook.small(dataset)
 
     def epoch() -> None:
         for start in range(0, len(pixels) - SMALL_BATCH + 1, SMALL_BATCH):
@@ -241,31 +251,28 @@ def per_image(pixels: np.ndarray, transform: Callable[[np.ndarray], Tensor], dev
     return epoch
 
 
-def resident(pixels: np.ndarray, flip: bool, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Step:
+def resident(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
     """An epoch of our loader."""
-    loader, epochs = resident_loader(pixels, flip, mean, std, device), itertools.count()
+    loader, epochs = resident_loader(dataset, pixels, device), itertools.count()
 
     def epoch() -> None:
-        epoch_of(loader, next(epochs))
-        synchronize(device)
+        loader.set_epoch(next(epochs))
+        for _ in loader:
+            pass
 
     return epoch
 
 
 def resident_loader(
-    pixels: np.ndarray,
-    flip: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    batch_size: int = SMALL_BATCH,
+    dataset: str, pixels: np.ndarray, device: torch.device, batch_size: int = SMALL_BATCH
 ) -> ResidentLoader:
-    """Training batches of images uint8 [N, H, W, 3] on the device; all of them are of class 0."""
+    """Training batches, as of a data set, of images uint8 [N, H, W, 3] on the device; all of them are of class 0."""
+    row = data.registry.DATASETS[dataset]
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
     return ResidentLoader(
         images,
         torch.zeros(len(images), dtype=torch.int64, device=device),
         TrainSampler(len(images), batch_size, 0, 1, 0),
-        Normalize(mean, std, device, memory_format_on(device)),
-        crop=RandomCropFlip(images, padding=4, flip=flip, seed=0),
+        Normalize(row.mean, row.std, device, memory_format_on(device)),
+        crop=RandomCropFlip(images, padding=row.padding, flip=row.flip, seed=0),
     )

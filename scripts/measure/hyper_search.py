@@ -9,51 +9,53 @@ import functools
 import itertools
 import os
 import types
-from collections.abc import Iterator
 
+import _root
 import numpy as np
 import torch
 from check_equivalency import branch_by_branch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import repopt
 from data import cifar
 from measure import textbook
 from measure.arguments import positive
-from measure.compiling import MODES, under
+from measure.compiling import MODES, mode_on, under
 from measure.data import resident_loader
 from measure.placement import memory_format_on, precision_on
 from measure.report import Row, Tables
-from measure.training_step import SGD, TrainingStep, unchanged
+from measure.training_step import SGD, TrainingStep
 from measure.turns import Step, peak_extra, take_turns
-from repopt import engine
+from repopt import config, engine
 from repopt.layers import RepConv2d
 
 SIZES = {32: 128, 224: 8}  # pixels: images in a batch
-BATCH = 128  # of the published search,
-STEPS = 50_000 // BATCH * 240  # which has so many steps
-CLIP = 5.0
+RECIPE = config.parse(["--cfg", str(_root.ROOT / "configs/hyper_search/b1.yaml")]).cfg
+BATCH = RECIPE.DATA.BATCH_SIZE
+STEPS = 50_000 // BATCH * RECIPE.TRAIN.EPOCHS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this subject."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="model (default: %(default)s)")
-    parser.add_argument("--compile", nargs="*", choices=MODES, default=["off"], help="modes of torch.compile, or off")
-    parser.add_argument("--rounds", type=positive, default=8, help="in which all take turns; medians are reported")
-    parser.add_argument("--steps", type=positive, help="of the search in a turn (default: 125 on GPUs, 2 on CPUs)")
+    parser.add_argument("--compile", nargs="+", choices=MODES, help="default: default on GPUs, off on CPUs")
+    parser.add_argument("--rounds", type=positive, default=5, help="in which all take turns; medians are reported")
+    parser.add_argument("--steps", type=positive, help="of the search in a turn (default: 200 on GPUs, 4 on CPUs)")
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
     """Both."""
-    arch, rounds = arguments.arch, arguments.rounds
-    tables = {}
+    arch, rounds, modes = arguments.arch, arguments.rounds, arguments.compile or [mode_on(device)]
+    tables: dict[str, list[Row]] = {}
     for size, batch_size in SIZES.items():
         title = f"A step of {arch}, batches of {batch_size} images of {size} x {size}"
-        tables[title] = steps(arch, device, arguments.compile, batch_size=batch_size, image_size=size, rounds=rounds)
-    per_turn = arguments.steps or (125 if device.type == "cuda" else 2)
+        tables[title] = []
+        for mode in modes:
+            tables[title] += steps(arch, device, mode, batch_size=batch_size, image_size=size, rounds=rounds)
+    per_turn = arguments.steps or (200 if device.type == "cuda" else 4)
     title = f"The hyper-search of {arch} on CIFAR-100: {per_turn} steps of {BATCH} images in a turn, {rounds} turns"
-    tables[title] = searches(arch, device, arguments.compile, per_turn=per_turn, rounds=rounds)
+    tables[title] = searches(arch, device, modes, per_turn=per_turn, rounds=rounds)
     return tables
 
 
@@ -65,42 +67,30 @@ def one_by_one(model: nn.Module) -> nn.Module:
     return model
 
 
-def steps(
-    arch: str, device: torch.device, modes: list[str], *, batch_size: int, image_size: int, rounds: int
-) -> list[Row]:
-    """The plain network's step, and that of the hyper-search in both ways, under every mode of torch.compile."""
-    torch.compiler.reset()  # it gives up at the ninth program of one function
-    kinds = {
-        "plain network, RepSGD": ("target", unchanged),
-        "hyper-search, branches merged": ("hs", unchanged),
-        "hyper-search, branch by branch": ("hs", one_by_one),
+def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_size: int, rounds: int) -> list[Row]:
+    """The plain network's step, and that of the hyper-search in both ways, under a mode of torch.compile."""
+    torch.compiler.reset()  # it keeps eight programs of one function
+    shape = {"batch_size": batch_size, "image_size": image_size, "num_classes": cifar.NUM_CLASSES, "compile_mode": mode}
+    plain = TrainingStep(arch, device, **shape)
+    merged = TrainingStep(arch, device, mode="hs", **shape)
+    apart = TrainingStep(arch, device, mode="hs", **shape)
+    one_by_one(apart.model)
+    contenders = {
+        "plain network, RepSGD": plain,
+        "hyper-search, branches merged": merged,
+        "hyper-search, branch by branch": apart,
     }
-    contenders = {}
-    for mode, (kind, (form, change)) in itertools.product(modes, kinds.items()):
-        contenders[kind, mode] = TrainingStep(
-            arch,
-            device,
-            mode=form,
-            batch_size=batch_size,
-            image_size=image_size,
-            num_classes=100,
-            wrap=lambda model, change=change, mode=mode: under(mode, change(model), device),
-        )
-    seconds = take_turns({str(key): step for key, step in contenders.items()}, device, rounds=rounds, warm_up=3)
-    rows = []
-    for key, step in contenders.items():
-        kind, mode = key
-        own = seconds[str(key)]
-        rows.append(
-            {
-                "step": kind,
-                "compile": mode,
-                "ms": 1e3 * own,
-                "time / plain network": own / seconds[str((next(iter(kinds)), mode))],
-                "peak extra MB": peak_extra(step, device) / 1e6,
-            }
-        )
-    return rows
+    seconds = take_turns(contenders, device, rounds=rounds, settle=True)
+    return [
+        {
+            "step": name,
+            "compile": mode,
+            "ms": 1e3 * seconds[name],
+            "time / plain network": seconds[name] / seconds["plain network, RepSGD"],
+            "peak extra MB": peak_extra(step, device) / 1e6,
+        }
+        for name, step in contenders.items()
+    ]
 
 
 def searches(arch: str, device: torch.device, modes: list[str], *, per_turn: int, rounds: int) -> list[Row]:
@@ -127,43 +117,42 @@ class _Images(Dataset):
 
     def __init__(self, pixels: np.ndarray) -> None:
         self._pixels = pixels
-        self._transform = textbook.small(padding=4, flip=True, mean=cifar.MEAN, std=cifar.STD)
+        self._transform = textbook.small("cf100")
 
     def __len__(self) -> int:
         return len(self._pixels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(self._pixels[index]), index % 100
+        return self._transform(self._pixels[index]), index % cifar.NUM_CLASSES
+
+
+def criterion() -> nn.Module:
+    """The search's loss."""
+    return nn.CrossEntropyLoss(label_smoothing=RECIPE.MODEL.LABEL_SMOOTHING)
 
 
 def textbook_search(arch: str, pixels: np.ndarray, device: torch.device, count: int) -> Step:
     """So many steps, eagerly in fp32, branch by branch; images one by one in worker processes; the loss is read."""
     torch.manual_seed(0)
-    model = one_by_one(repopt.create_model(arch, mode="hs", num_classes=100)).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), **SGD)
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    model = one_by_one(repopt.create_model(arch, mode="hs", num_classes=cifar.NUM_CLASSES)).to(device)
+    optimizer, loss_of = torch.optim.SGD(model.parameters(), **SGD), criterion()
+    images_of_a_turn = _Images(pixels)
     loader = DataLoader(
-        _Images(pixels),
+        images_of_a_turn,
         BATCH,
-        shuffle=True,
-        drop_last=True,
+        sampler=RandomSampler(images_of_a_turn, num_samples=BATCH * count),
         num_workers=min(8, os.cpu_count() or 1),
         pin_memory=device.type == "cuda",
+        persistent_workers=True,  # which are idle while others have their turn
     )
-
-    def endless() -> Iterator[list[Tensor]]:
-        while True:
-            yield from loader
-
-    batches = endless()
 
     def steps() -> None:
         model.train()
-        for images, labels in itertools.islice(batches, count):
-            loss = criterion(model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
+        for images, labels in loader:
+            loss = loss_of(model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            nn.utils.clip_grad_norm_(model.parameters(), RECIPE.TRAIN.CLIP_GRAD)
             optimizer.step()
             loss.item()
 
@@ -173,17 +162,18 @@ def textbook_search(arch: str, pixels: np.ndarray, device: torch.device, count: 
 def our_search(arch: str, pixels: np.ndarray, device: torch.device, count: int, mode: str) -> Step:
     """So many steps of `main_repopt.py`: its loader, loop, safeguard, clipping and optimizer."""
     torch.manual_seed(0)
-    model = repopt.create_model(arch, mode="hs", num_classes=100).to(device, memory_format=memory_format_on(device))
-    loader = resident_loader(pixels[: BATCH * count], True, cifar.MEAN, cifar.STD, device, batch_size=BATCH)
+    model = repopt.create_model(arch, mode="hs", num_classes=cifar.NUM_CLASSES)
+    model.to(device, memory_format=memory_format_on(device))
+    loader = resident_loader("cf100", pixels[: BATCH * count], device, batch_size=BATCH)
     train = functools.partial(
         engine.train_one_epoch,
         under(mode, model, device),
         loader,
-        nn.CrossEntropyLoss(label_smoothing=0.1),
+        criterion(),
         repopt.build_optimizer("sgd", model, None, **SGD),
         batches=count,
         precision=precision_on(device),
-        clip=functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), CLIP),
+        clip=functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), RECIPE.TRAIN.CLIP_GRAD),
     )
     epochs = itertools.count()
 

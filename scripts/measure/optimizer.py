@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import repopt
+from measure.arguments import positive
+from measure.placement import memory_format_on
 from measure.report import Tables
 from measure.turns import peak_extra, take_turns
 from repopt.optim import RULES
@@ -37,7 +39,7 @@ class Contender(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this subject."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="whose parameters are stepped")
-    parser.add_argument("--rounds", type=int, default=30, help="in which all take turns; medians are reported")
+    parser.add_argument("--rounds", type=positive, default=30, help="in which all take turns; medians are reported")
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
@@ -46,7 +48,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
     scales = {name: 0.5 + torch.rand_like(scale) for name, scale in repopt.extract_scales(search).items()}
     del search
     model = repopt.create_model(arguments.arch, mode="target")
-    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    model.to(device, memory_format=memory_format_on(device))
     for param in model.parameters():
         param.grad = torch.randn_like(param)
     size = sum(param.nbytes for param in model.parameters())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from entrance.placement import memory_format_of
+from entrance.placement import memory_format_of, precision_of
+from repopt import config
 from repopt.distributed import World
 from repopt.engine import Precision
 
 
 def precision_on(device: torch.device) -> Precision:
     """Autocast to bf16 on GPUs, fp32 on CPUs, where bf16 convolutions of this torch have corrupted memory."""
-    return Precision(device, torch.bfloat16 if device.type == "cuda" else None)
+    return precision_of(config.build({}).cfg, World(0, 1, device))
 
 
 def memory_format_on(device: torch.device) -> torch.memory_format:

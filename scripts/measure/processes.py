@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from measure.compiling import mode_on
 from measure.training_step import TrainingStep, unchanged
 from measure.turns import peak_extra, times_in_turns
 from repopt.engine import data_parallel
@@ -114,7 +115,7 @@ def _work(rank: int, size: int, kind: str, load: Load, folder: str) -> None:
 
     def built(setting: Setting) -> TrainingStep:
         shape = {"batch_size": load.batch_size, "image_size": load.image_size}
-        return TrainingStep(load.arch, device, **shape, seed=rank, **setting._asdict())
+        return TrainingStep(load.arch, device, **shape, seed=rank, compile_mode=mode_on(device), **setting._asdict())
 
     peaks = {name: peak_extra(partial(_two_steps, built, setting), device) for name, setting in settings.items()}
     steps = {name: built(setting) for name, setting in settings.items()}

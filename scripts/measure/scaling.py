@@ -12,6 +12,7 @@ import torch
 
 import repopt
 from measure.arguments import above_zero, positive
+from measure.compiling import mode_on
 from measure.processes import AFTERWARDS, ALONE, APART, BARE, DDP, Load, Measured, gradient_bytes, measure
 from measure.report import Row, Tables
 from measure.training_step import TrainingStep
@@ -154,7 +155,11 @@ def growth(
         batch_size: images per step.
         rounds: in which all take turns.
     """
-    steps = {pair: TrainingStep(pair[0], device, batch_size=batch_size, image_size=pair[1]) for pair in pairs}
+    mode = mode_on(device)
+    steps = {
+        (arch, size): TrainingStep(arch, device, batch_size=batch_size, image_size=size, compile_mode=mode)
+        for arch, size in pairs
+    }
     seconds = take_turns({f"{m} {size}": step for (m, size), step in steps.items()}, device, rounds=rounds)
     rows = {}
     for (model, size), step in steps.items():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torchvision import transforms as T
 
 from data.raug15 import MAX_MAGNITUDE, NUM_OPERATIONS
-from data.registry import IMAGENET_MEAN, IMAGENET_STD
+from data.registry import DATASETS, IMAGENET_MEAN, IMAGENET_STD
 
 Operation = Callable[[Image.Image, int], Image.Image]
 
@@ -83,8 +83,11 @@ def imagenet(*then: Callable[[Image.Image], Image.Image], size: int = 224) -> Ca
     return lambda data: varied(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def small(*, padding: int, flip: bool, mean: Sequence[float], std: Sequence[float]) -> T.Compose:
-    """uint8 array [32, 32, 3] -> normalised float32 [3, 32, 32]: a crop of the padded image, and a flip."""
-    flips = [T.RandomHorizontalFlip()] if flip else []
-    crop = T.RandomCrop(32, padding=padding)
-    return T.Compose([Image.fromarray, crop, *flips, T.ToTensor(), T.Normalize(mean, std)])
+def small(dataset: str) -> T.Compose:
+    """uint8 array [32, 32, 3] -> normalised float32 [3, 32, 32]: a crop of the padded image, and a flip, if the set's
+    images are mirrored.
+    """
+    row = DATASETS[dataset]
+    flips = [T.RandomHorizontalFlip()] if row.flip else []
+    crop = T.RandomCrop(row.info.image_size, padding=row.padding)
+    return T.Compose([Image.fromarray, crop, *flips, T.ToTensor(), T.Normalize(row.mean, row.std)])

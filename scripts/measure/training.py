@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from measure.arguments import positive
-from measure.compiling import MODES, under
+from measure.compiling import MODES, mode_on
 from measure.report import Row, Tables
 from measure.training_step import TrainingStep
 from measure.turns import peak_extra, take_turns, timed
@@ -58,7 +57,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
     batch_size = arguments.batch_size or (32 if gpu else 8)
     if batch_size < 4:
         raise UserError(f"--batch-size {batch_size}: at least 4, for half of it is measured too")
-    mode = arguments.compile or ("default" if gpu else "off")
+    mode = arguments.compile or mode_on(device)
     peak, available = matrix_rate(device), memory_of(device)
     rows, largest, beside = [], [], []
     for arch in arguments.arch:
@@ -77,9 +76,11 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
         ]
         most = {kind: found.largest_batch(available) for kind, found in memories.items()}
         if gpu:
-            for kind, make in makes.items():
-                most[kind], row = at_most(make, most[kind], arguments.rounds, peak)
-                largest.append({"model": arch, "training": kind, **row})
+            of_largest = {k: at_most(make, most[k], arguments.rounds, peak) for k, make in makes.items()}
+            most = {kind: row["batch"] for kind, row in of_largest.items()}
+            for kind, row in of_largest.items():
+                ratio = row["images/s"] / of_largest[REPVGG]["images/s"]
+                largest.append({"model": arch, "training": kind, **row, "speed / RepVGG": ratio})
         beside.append(beside_the_paper(arch, own, most))
     of = f"images of {arguments.image_size} x {arguments.image_size}, compile {mode}"
     tables = {f"Batches of {batch_size} {of}; the device's measured peak is {peak / 1e12:.2f} TFLOP/s": rows}
@@ -95,9 +96,6 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
 def maker(arch: str, kind: str, device: torch.device, size: int, mode: str, *, textbook: bool = False) -> Make:
     """Makes the step of a network by its batch size, as `main_repopt.py` trains it or as textbooks do."""
 
-    def wrap(model: nn.Module) -> nn.Module:
-        return under("off" if textbook else mode, model, device)
-
     def make(batch_size: int) -> TrainingStep:
         _forget(device)
         return TrainingStep(
@@ -107,7 +105,7 @@ def maker(arch: str, kind: str, device: torch.device, size: int, mode: str, *, t
             batch_size=batch_size,
             image_size=size,
             textbook=textbook,
-            wrap=wrap,
+            compile_mode="off" if textbook else mode,
         )
 
     return make
@@ -139,25 +137,25 @@ def memory(make: Make, batch_size: int) -> Memory:
 
 def speeds(makes: Mapping[str, Make], batch_size: int, rounds: int, peak: float) -> dict[str, Row]:
     """Images per second by kind; all kinds take turns."""
+    flops = {kind: make(2).flops() / 2 for kind, make in makes.items()}  # of an image: few need little memory
     steps = {kind: make(batch_size) for kind, make in makes.items()}
-    flops = {kind: step.flops() for kind, step in steps.items()}
-    seconds = take_turns(steps, next(iter(steps.values())).device, rounds=rounds, warm_up=2)
+    seconds = take_turns(steps, next(iter(steps.values())).device, rounds=rounds, warm_up=2, settle=True)
     return {
         kind: {
             "batch": batch_size,
             "images/s": batch_size / own,
             "speed / RepVGG": seconds[REPVGG] / own if REPVGG in seconds else None,
-            "MFU %": 100 * flops[kind] / own / peak,
+            "MFU %": 100 * flops[kind] * batch_size / own / peak,
         }
         for kind, own in seconds.items()
     }
 
 
-def at_most(make: Make, batch_size: int, rounds: int, peak: float) -> tuple[int, Row]:
-    """The largest batch that really fits, from a computed one on downwards, and its row."""
+def at_most(make: Make, batch_size: int, rounds: int, peak: float) -> Row:
+    """That of the largest batch that really fits, from a computed one on downwards."""
     while batch_size >= 4:
         try:
-            return batch_size, speeds({"": make}, batch_size, rounds, peak)[""]
+            return speeds({"": make}, batch_size, rounds, peak)[""]
         except torch.cuda.OutOfMemoryError:
             batch_size = int(batch_size * 0.97)
     raise UserError("not even a batch of 4 images fits on this GPU")
@@ -190,6 +188,8 @@ def beside_the_paper(arch: str, own: Mapping[str, Row], most: Mapping[str, int])
 
     return {
         "model": arch,
+        "images/s: paper": there.get("train samples/s/GPU @BS=32"),
+        "images/s: here": own[REPOPT]["images/s"],
         "speed / RepVGG: paper": ratio("train samples/s/GPU @BS=32"),
         "speed / RepVGG: here": own[REPOPT]["speed / RepVGG"],
         "largest batch: paper": there.get("MaxBS"),

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 import repopt
+from measure.compiling import under
 from measure.placement import memory_format_on, precision_on
 from repopt.engine import Precision
 from repopt.reparam import key_of
@@ -43,6 +44,7 @@ class TrainingStep:
         num_classes: of the model.
         seed: of the images and labels.
         textbook: as textbooks do it: fp32, contiguous, torch's default SGD, and the loss read after every step.
+        compile_mode: of torch.compile, or "off".
         wrap: makes of the model what is called, such as DDP.
         exchange: is called with the model after the backward pass.
     """
@@ -58,6 +60,7 @@ class TrainingStep:
         num_classes: int = 1000,
         seed: int = 0,
         textbook: bool = False,
+        compile_mode: str = "off",
         wrap: Callable[[nn.Module], nn.Module] = unchanged,
         exchange: Callable[[nn.Module], object] = unchanged,
     ) -> None:
@@ -70,7 +73,7 @@ class TrainingStep:
         images = torch.randn(batch_size, 3, image_size, image_size, generator=source)
         self._images = images.to(device).contiguous(memory_format=layout)
         self._labels = torch.randint(num_classes, (batch_size,), generator=source).to(device)
-        self._called, self._exchange = wrap(self.model), exchange
+        self._called, self._exchange = wrap(under(compile_mode, self.model, device)), exchange
         if textbook:
             self._optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
         else:
@@ -105,7 +108,7 @@ class TrainingStep:
         return counter.get_total_flops()
 
     def kept_bytes(self) -> int:
-        """Of the network and the optimizer between two steps."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        """Of the network, the optimizer and the images between two steps."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), self._images, self._labels]
         tensors += [v for state in self._optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         return sum(tensor.nbytes for tensor in tensors)

@@ -17,10 +17,10 @@ Step = Callable[[], Any]
 
 
 def take_turns(
-    contenders: Mapping[str, Step], device: torch.device, *, rounds: int, warm_up: int = 3
+    contenders: Mapping[str, Step], device: torch.device, *, rounds: int, warm_up: int = 3, settle: bool = False
 ) -> dict[str, float]:
     """Median seconds of each contender's step, by name. Arguments: as of `times_in_turns`."""
-    times = times_in_turns(contenders, device, rounds=rounds, warm_up=warm_up)
+    times = times_in_turns(contenders, device, rounds=rounds, warm_up=warm_up, settle=settle)
     return {name: statistics.median(own) for name, own in times.items()}
 
 
@@ -30,6 +30,7 @@ def times_in_turns(
     *,
     rounds: int,
     warm_up: int = 3,
+    settle: bool = False,
     before: Step = lambda: None,
     bar: bool = True,
 ) -> dict[str, list[float]]:
@@ -43,6 +44,7 @@ def times_in_turns(
         device: is waited for after every step.
         rounds: that are measured.
         warm_up: rounds before.
+        settle: whether each does a step before the one that is measured, so that it finds caches as in a row of steps.
         before: is called before every step, outside its time (a barrier).
         bar: whether a terminal shows progress.
     """
@@ -54,6 +56,8 @@ def times_in_turns(
     order = random.Random(0)
     for _ in tqdm(range(rounds), desc="measuring", unit="round", disable=hidden, leave=False):
         for name in order.sample(list(contenders), len(contenders)):
+            if settle:
+                contenders[name]()
             before()
             times[name].append(timed(contenders[name], device))
     return times
