@@ -20,7 +20,7 @@ def test_every_pipeline_is_a_row():
     subject.add_arguments(parser)
     tables = subject.run(parser.parse_args(["--images", "64", "--small-images", "256", "--rounds", "1"]), CPU)
     presets, reading, workers, small = tables.values()
-    names = ["weak: textbook", "weak: torchvision v2, uint8", "weak: uint8", "weak: normalised"]
+    names = ["weak: textbook", "weak: our decoder, torchvision v2", "weak: uint8", "weak: normalised"]
     names += ["raug15: textbook", "raug15: uint8", "raug15: normalised"]
     assert [row["pipeline"] for row in presets] == names
     for rows in (presets[:4], presets[4:]):

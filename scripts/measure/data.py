@@ -97,7 +97,7 @@ def presets(encoded: list[bytes], rounds: int) -> list[Row]:
     """
     steps = {
         "weak: textbook": one_by_one(encoded, textbook.imagenet()),
-        "weak: torchvision v2, uint8": one_by_one(encoded, torchvision_v2()),
+        "weak: our decoder, torchvision v2": one_by_one(encoded, torchvision_v2()),
         "weak: uint8": ours(encoded, "weak"),
         "weak: normalised": ours(encoded, "weak", normalised=True),
         "raug15: textbook": one_by_one(encoded, textbook.imagenet(textbook.raug15)),
