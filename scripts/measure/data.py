@@ -70,21 +70,16 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        encoded = photographs(max(arguments.images, BATCH))
+        encoded, rounds = photographs(max(arguments.images, BATCH)), arguments.rounds
         kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
-        of = f"JPEGs of 500 x 375, {kilobytes:.0f} kB on average"
-        rounds = arguments.rounds
+        title = f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}, one core"
+        tables = {title: presets(encoded, rounds)}
         with image_files(encoded) as root:
-            return {
-                f"{of} -> uint8 batches of {BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}, one core": presets(
-                    encoded, rounds
-                ),
-                "The same images from files: reading them": reading(root, rounds),
-                "The same images from files: worker processes, raug15": workers(root, rounds),
-                "Images of 32 x 32 -> normalised batches on the device, one core": small_images(
-                    arguments.small_images, device, max(3, rounds // 10)
-                ),
-            }
+            tables["The same images from files: reading them"] = reading(root, rounds)
+            tables["The same images from files: worker processes, raug15, uint8"] = workers(root, rounds)
+        title = "Images of 32 x 32 -> normalised batches on the device, one core"
+        tables[title] = small_images(arguments.small_images, device, max(3, rounds // 10))
+        return tables
     finally:
         torch.set_num_threads(threads)
 
