@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
     try:
         encoded, rounds = photographs(max(arguments.images, BATCH)), arguments.rounds
         kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
-        title = f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}, one core"
+        batch = f"{BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}"
+        title = f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {batch}, one core"
         tables = {title: presets(encoded, rounds)}
         with image_files(encoded) as root:
             tables["The same images from files: reading them"] = reading(root, rounds)
