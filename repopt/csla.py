@@ -342,7 +342,10 @@ def _of(block: Block, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Branch
 
 def _fills(branch: Branch, kernel: Tensor, target: Target) -> bool:
     """Whether a branch's kernel is a whole kernel as it lies."""
-    return kernel.shape == target.shape and branch.place(kernel, target).is_set_to(kernel)
+    if kernel.shape != target.shape:
+        return False
+    place = branch.place(kernel, target)
+    return (place.shape, place.stride(), place.storage_offset()) == (kernel.shape, kernel.stride(), 0)
 
 
 def _scaled(kernel: Tensor, scale: Tensor | None) -> Tensor:

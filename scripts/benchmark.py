@@ -47,8 +47,9 @@ def main() -> int:
     try:
         device = device_of(arguments.device)
         torch.backends.cudnn.benchmark = True  # as in a training
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on eagerly, without a word
-        tables = SUBJECTS[arguments.subject].run(arguments, device)
+        # Instead of going on eagerly, without a word.
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            tables = SUBJECTS[arguments.subject].run(arguments, device)
     except UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2

@@ -144,17 +144,17 @@ def test_random_interpolation_draws_both(photograph):
 @pytest.mark.parametrize("photo_size", [(90, 60), (300, 200)])
 def test_statistics_are_those_of_pillows_pipeline(photograph, photo_size):
     """Crops, mirrorings and pixels of many images, against torchvision's classic transforms on Pillow images."""
-    image = photograph(5, *photo_size)
+    image, count = photograph(5, *photo_size), 1000
     classic = T.Compose([T.RandomResizedCrop(24), T.RandomHorizontalFlip(), T.PILToTensor()])
-    expected = torch.stack([classic(image) for _ in range(3000)]).permute(0, 2, 3, 1).double()
-    actual = draws(train_transform(Augmentation(preset="weak"), 24, "bilinear"), image, range(3000)).double()
+    expected = torch.stack([classic(image) for _ in range(count)]).permute(0, 2, 3, 1).double()
+    actual = draws(train_transform(Augmentation(preset="weak"), 24, "bilinear"), image, range(count)).double()
     # By place and channel: the mean over images within 5 standard errors, in 24 x 24 x 3 places.
-    error = (expected.var(0) / 3000 + actual.var(0) / 3000).sqrt()
+    error = (expected.var(0) / count + actual.var(0) / count).sqrt()
     assert ((expected.mean(0) - actual.mean(0)).abs() < 5 * error).all()
     torch.testing.assert_close(actual.std(0), expected.std(0), rtol=0.1, atol=1)
     # Mirrored as often as not: the halves of an image and of its mirror image have the same means.
     left, right = actual[:, :, :12].mean((1, 2, 3)), actual[:, :, 12:].mean((1, 2, 3))
-    assert ((left - right).mean().abs() < 5 * (left - right).std() / 3000**0.5).all()
+    assert ((left - right).mean().abs() < 5 * (left - right).std() / count**0.5).all()
 
 
 def jpegs(photograph):
