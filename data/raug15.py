@@ -83,7 +83,7 @@ def _slide(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     for offset, weight in weights.items():  # as differences, so that what is even stays what it is
         tap = stretches.index_select(0, (starts + offset) * depth).float()
         total = torch.addcmul(total, tap.sub_(base), torch.from_numpy(weight).float()[:, None])
-    slid = total.clamp_(0, 255).numpy().astype(np.uint8)
+    slid = _truncated(total.numpy())
     # The nearest places outside have met the border's pixels.
     first, end = np.ceil(-shifts - 0.5).astype(int), np.ceil(length - shifts - 0.5).astype(int)
     columns = np.stack([first - 4, first - 3, first - 2, first - 1, end, end + 1, end + 2, end + 3])
@@ -130,7 +130,7 @@ def _sharpness(pixels: Pixels, factor: float) -> Pixels:
     return sharp
 
 
-def _truncated(values: np.ndarray) -> Pixels:
+def _truncated(values: np.ndarray) -> np.ndarray:
     return values.clip(0, 255, out=values).astype(np.uint8)
 
 

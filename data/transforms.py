@@ -60,22 +60,22 @@ class CropAndFlip:
 
     def __call__(self, data: bytes) -> Tensor:
         """uint8 [H, W, 3]."""
-        image = to_pixels(data).permute(2, 0, 1)
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, _CROP_AREA, _CROP_RATIO)
+        pixels = to_pixels(data)
+        chw = pixels.permute(2, 0, 1)
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(chw, _CROP_AREA, _CROP_RATIO)
         height, width = max(1, height), max(1, width)  # of an image of a pixel or two it may be less
-        top, left = min(top, image.shape[1] - height), min(left, image.shape[2] - width)
+        top, left = min(top, len(pixels) - height), min(left, pixels.shape[1] - width)
         mode = random.choice(("bilinear", "bicubic")) if self.interpolation == RANDOM else self.interpolation
-        image = _resize(image[:, top : top + height, left : left + width], self.image_size, mode)
+        pixels = _resize(pixels[top : top + height, left : left + width], self.image_size, mode)
         if torch.rand(1) < 0.5:  # from the generator that torchvision draws from
-            image = image.flip(2)
-        pixels = image.permute(1, 2, 0)
+            pixels = pixels.flip(1)
         return pixels if self.then is None else torch.from_numpy(self.then(pixels.numpy()))
 
 
-def _resize(image: Tensor, size: int, mode: str) -> Tensor:
-    """uint8 [3, size, size] whose memory is [size, size, 3], of [3, H, W] of the same kind; as Pillow does it."""
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # channels_last, which unsqueezing alone would not be
-    return F.interpolate(batch, (size, size), mode=mode, antialias=True)[0]
+def _resize(pixels: Tensor, size: int, mode: str) -> Tensor:
+    """uint8 [size, size, 3] of [H, W, 3], as Pillow does it."""
+    batch = pixels[None].permute(0, 3, 1, 2)  # channels_last
+    return F.interpolate(batch, (size, size), mode=mode, antialias=True)[0].permute(1, 2, 0)
 
 
 def eval_transform(image_size: int, interpolation: str, *, crop: bool) -> Transform:

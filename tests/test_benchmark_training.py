@@ -78,15 +78,13 @@ def test_memory_grows_with_the_batch():
 
 
 def test_the_textbooks_step_and_ours_do_the_same():
-    steps = [TrainingStep(NANO, CPU, mode=m, batch_size=4, image_size=32, textbook=t) for m, t in PAIRS]
+    shape = {"mode": "repvgg", "batch_size": 4, "image_size": 32}
+    steps = [TrainingStep(NANO, CPU, **shape, textbook=textbook) for textbook in (False, True)]
     for step in steps:
         step()
     plain, textbook = (step.model.state_dict() for step in steps)
     for name, value in plain.items():
         torch.testing.assert_close(value, textbook[name], rtol=1e-4, atol=1e-5)
-
-
-PAIRS = [("repvgg", False), ("repvgg", True)]
 
 
 @pytest.mark.parametrize("subject", ["train", "hyper-search"])

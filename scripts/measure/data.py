@@ -91,28 +91,31 @@ def presets(encoded: list[bytes], rounds: int) -> list[Row]:
     The textbook's is normalised, by the same core; ours is where the training is, so that it is measured with and
     without.
     """
-    steps = {
-        "weak: textbook": one_by_one(encoded, textbook.imagenet()),
-        "weak: our decoder, torchvision v2": one_by_one(encoded, torchvision_v2()),
-        "weak: uint8": ours(encoded, "weak"),
-        "weak: normalised": ours(encoded, "weak", normalised=True),
-        "raug15: textbook": one_by_one(encoded, textbook.imagenet(textbook.raug15)),
-        "raug15: uint8": ours(encoded, "raug15"),
-        "raug15: normalised": ours(encoded, "raug15", normalised=True),
+    pipelines = {
+        "weak": {
+            "textbook": one_by_one(encoded, textbook.imagenet()),
+            "our decoder, torchvision v2": one_by_one(encoded, torchvision_v2()),
+            "uint8": ours(encoded, "weak"),
+            "normalised": ours(encoded, "weak", normalised=True),
+        },
+        "raug15": {
+            "textbook": one_by_one(encoded, textbook.imagenet(textbook.raug15)),
+            "uint8": ours(encoded, "raug15"),
+            "normalised": ours(encoded, "raug15", normalised=True),
+        },
     }
+    steps = {f"{preset}: {name}": step for preset, own in pipelines.items() for name, step in own.items()}
     seconds = take_turns(steps, torch.device("cpu"), rounds=rounds)
-    rows = []
-    for name, own in seconds.items():
-        reference = seconds[f"{name.partition(':')[0]}: textbook"]
-        rows.append(
-            {
-                "pipeline": name,
-                "images/s": BATCH / own,
-                "ms per image": 1e3 * own / BATCH,
-                "speed / textbook": reference / own,
-            }
-        )
-    return rows
+    return [
+        {
+            "pipeline": f"{preset}: {name}",
+            "images/s": BATCH / seconds[f"{preset}: {name}"],
+            "ms per image": 1e3 * seconds[f"{preset}: {name}"] / BATCH,
+            "speed / textbook": seconds[f"{preset}: textbook"] / seconds[f"{preset}: {name}"],
+        }
+        for preset, own in pipelines.items()
+        for name in own
+    ]
 
 
 def batches(count: int) -> Iterator[list[int]]:
