@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from data.decoded import Blank, DecodedLoader, Mend, refuse, replace
 from data.loader import Loader
 from data.on_device import Erase, Mix, Normalize
 from data.resident import RandomCropFlip, ResidentLoader
-from data.samplers import EvalSampler, TrainSampler
+from data.samplers import EvalSampler, Sampler, SampleSampler, TrainSampler
 from data.types import Augmentation, Info, Source
 from repopt.errors import UserError
 
@@ -138,23 +139,102 @@ def eval_loader(
         UserError: as `describe`; an interpolation that does not exist; an image size that does not fit the data set;
             more classes than `num_classes`.
     """
+    return _unvaried_loader(
+        source,
+        "val",
+        lambda num_images: EvalSampler(num_images, batch_size, rank, world_size),
+        mend=_mend(source, Blank(image_size)),
+        image_size=image_size,
+        interpolation=interpolation,
+        crop=crop,
+        num_classes=num_classes,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        memory_format=memory_format,
+    )
+
+
+def calibration_loader(
+    source: Source,
+    *,
+    images: int,
+    seed: int,
+    batch_size: int,
+    image_size: int,
+    interpolation: str,
+    crop: bool,
+    num_classes: int,
+    device: torch.device,
+    num_workers: int = 8,
+    pin_memory: bool = True,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Loader:
+    """Some training images, transformed as in evaluation, the same on every rank: for choosing ranges of numbers.
+
+    Args:
+        source: where the images come from.
+        images: how many are drawn.
+        seed: which ones.
+        batch_size: most images per batch.
+        image_size, interpolation, crop, num_classes, device, num_workers, pin_memory, memory_format: as `eval_loader`.
+
+    Raises:
+        UserError: as `eval_loader`.
+    """
+    return _unvaried_loader(
+        dataclasses.replace(source, cache_mode="no"),  # these few are read but once
+        "train",
+        lambda num_images: SampleSampler(num_images, batch_size, images, seed),
+        mend=_mend(source, replace),
+        image_size=image_size,
+        interpolation=interpolation,
+        crop=crop,
+        num_classes=num_classes,
+        device=device,
+        rank=0,
+        world_size=1,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        memory_format=memory_format,
+    )
+
+
+def _unvaried_loader(
+    source: Source,
+    split: str,
+    sampler_of: Callable[[int], Sampler],
+    *,
+    mend: Mend,
+    image_size: int,
+    interpolation: str,
+    crop: bool,
+    num_classes: int,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    memory_format: torch.memory_format,
+) -> Loader:
     row = _find(source, image_size, interpolation)
     normalize = Normalize(row.mean, row.std, device, memory_format)
 
     if isinstance(row, registry.Resident):
-        images, labels = row.load(source, "val", image_size, num_classes)
+        images, labels = row.load(source, split, image_size, num_classes)
         _check_labels(labels, num_classes, source)
-        sampler = EvalSampler(len(labels), batch_size, rank, world_size)
-        return ResidentLoader(images.to(device), labels.to(device), sampler, normalize)
+        return ResidentLoader(images.to(device), labels.to(device), sampler_of(len(labels)), normalize)
 
-    files = row.open(source, "val", num_classes, rank, world_size)
+    files = row.open(source, split, num_classes, rank, world_size)
     _check_labels(files.labels, num_classes, source)
     return DecodedLoader(
         files,
         transforms.eval_transform(image_size, interpolation, crop=crop),
-        EvalSampler(len(files.labels), batch_size, rank, world_size),
+        sampler_of(len(files.labels)),
         normalize,
-        mend=_mend(source, Blank(image_size)),
+        mend=mend,
         device=device,
         seed=0,  # nothing is random
         num_workers=num_workers,

@@ -96,3 +96,21 @@ class EvalSampler:
         assert not seen, "an evaluation is gone through whole"
         shard = torch.arange(self.num_images)[self.rank :: self.world_size]
         return shard.split(self.batch_size) if len(shard) else ()
+
+
+@dataclass(frozen=True)
+class SampleSampler:
+    """Some images, drawn by the seed alone, the same for every rank; all where there are no more."""
+
+    num_images: int
+    batch_size: int
+    most: int
+    seed: int
+    world_size: ClassVar[int] = 1
+    sharded: ClassVar[bool] = False
+
+    def batches(self, epoch: int, seen: Position = ()) -> Sequence[Tensor]:
+        """The same batches in every epoch."""
+        assert not seen, "a sample is gone through whole"
+        drawn = torch.randperm(self.num_images, generator=seeding.generator(self.seed, seeding.SAMPLE))[: self.most]
+        return drawn.split(self.batch_size)

@@ -27,29 +27,39 @@ def training_loader(cfg: CfgNode, world: World, augmentation: data.Augmentation)
         batch_size=cfg.DATA.BATCH_SIZE,
         label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
         seed=cfg.SEED,
-        **loading(cfg, world),
+        rank=world.rank,
+        world_size=world.size,
+        **_loading(cfg, world),
     )
 
 
 def eval_loader(cfg: CfgNode, world: World) -> data.Loader:
     """Evaluation batches of this process."""
-    return data.eval_loader(
-        source_of(cfg),
-        image_size=cfg.DATA.TEST_SIZE,
-        batch_size=cfg.DATA.TEST_BATCH_SIZE,
-        crop=cfg.TEST.CROP,
-        **loading(cfg, world),
+    return data.eval_loader(source_of(cfg), rank=world.rank, world_size=world.size, **_evaluating(cfg, world))
+
+
+def calibration_loader(cfg: CfgNode, world: World) -> data.Loader:
+    """Training images as in evaluation, the same in every process."""
+    return data.calibration_loader(
+        source_of(cfg), images=cfg.QUANT.CALIBRATION_IMAGES, seed=cfg.SEED, **_evaluating(cfg, world)
     )
 
 
-def loading(cfg: CfgNode, world: World) -> dict[str, Any]:
-    """What training and evaluation loaders have in common."""
+def _evaluating(cfg: CfgNode, world: World) -> dict[str, Any]:
+    return {
+        "image_size": cfg.DATA.TEST_SIZE,
+        "batch_size": cfg.DATA.TEST_BATCH_SIZE,
+        "crop": cfg.TEST.CROP,
+        **_loading(cfg, world),
+    }
+
+
+def _loading(cfg: CfgNode, world: World) -> dict[str, Any]:
+    """What all loaders have in common."""
     return {
         "interpolation": cfg.DATA.INTERPOLATION,
         "num_classes": cfg.MODEL.NUM_CLASSES,
         "device": world.device,
-        "rank": world.rank,
-        "world_size": world.size,
         "num_workers": cfg.DATA.NUM_WORKERS,
         "pin_memory": cfg.DATA.PIN_MEMORY,
         "memory_format": memory_format_of(world),

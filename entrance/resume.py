@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,11 @@ def find_checkpoint(cfg: CfgNode, folder: RunFolder) -> Path | None:
     if cfg.MODEL.RESUME:
         logger.warning(f"this run goes on from its own {own}, not from {cfg.MODEL.RESUME}")
     return own
+
+
+def goes_on(content: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a checkpoint is a place in a training; else it gives its weights alone."""
+    return content is not None and "optimizer" in content
 
 
 OF_A_START = ("MODEL.RESUME", "OUTPUT", "TAG", "EVAL_MODE")  # keys that differ without a meaning for the training

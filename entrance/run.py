@@ -8,9 +8,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import data
@@ -19,7 +20,7 @@ from entrance.build import clipping, distribute, training_state
 from entrance.loaders import eval_loader, training_loader
 from entrance.placement import memory_format_of, precision_of, to_device
 from entrance.resolve import resolve
-from entrance.resume import check_same_run, find_checkpoint, find_scales
+from entrance.resume import check_same_run, find_checkpoint, find_scales, goes_on
 from repopt import checkpoint, config, engine
 from repopt.distributed import World, decided_by_first, world
 from repopt.errors import UserError
@@ -44,18 +45,7 @@ def start(settings: config.Settings, argv: Sequence[str]) -> bool:
 
 def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     """Train, or evaluate, or measure throughput, as the command line `argv` says; whether it came to its end."""
-    Path(cfg.OUTPUT).mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(Path(cfg.OUTPUT), keep=cfg.SAVE_KEEP)
-    if not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE):
-        decided_by_first(folder.lock)
-    if cfg.DETERMINISTIC:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC  # the fastest of its algorithms: shapes stay the same
-    start_log(folder.path, world.rank)
-    logger.info(f"main_repopt.py {shlex.join(argv)}")
-    logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
-    torch.manual_seed(cfg.SEED)
+    folder = begin(config.MAIN.name, cfg, world, argv)
     model = repopt.create_model(
         arch.model, mode=arch.mode, num_classes=cfg.MODEL.NUM_CLASSES, use_checkpoint=cfg.TRAIN.USE_CHECKPOINT
     )
@@ -70,6 +60,23 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
             logger.info(stopped)
             return False
     return True
+
+
+def begin(program: str, cfg: CfgNode, world: World, argv: Sequence[str]) -> RunFolder:
+    """The folder of a run, locked if it writes there; its log begins, and torch is set as the configuration says."""
+    Path(cfg.OUTPUT).mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(Path(cfg.OUTPUT), keep=cfg.SAVE_KEEP)
+    if not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE):
+        decided_by_first(folder.lock)
+    if cfg.DETERMINISTIC:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC  # the fastest of its algorithms: shapes stay the same
+    start_log(folder.path, world.rank)
+    logger.info(f"{program} {shlex.join(argv)}")
+    logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
+    torch.manual_seed(cfg.SEED)
+    return folder
 
 
 def report_throughput(cfg: CfgNode, world: World, model: nn.Module) -> None:
@@ -99,25 +106,38 @@ def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
 
 def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunFolder) -> None:
     """Train from the beginning, or on from a checkpoint."""
-    settings = config.as_dict(cfg)
     resume = decided_by_first(lambda: find_checkpoint(cfg, folder))
+    if resume:
+        logger.info(f"resumed: {resume}")
     content = checkpoint.read(resume) if resume else None
-    goes_on = content is not None and "optimizer" in content  # else it gives its weights alone
-    if goes_on:
+    if goes_on(content):
         check_same_run(arch, cfg, content)
     scales = find_scales(arch, cfg, model, content)
     if scales is not None and content is None:
         repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
-    model = to_device(model, world)
+    fit(arch, cfg, world, to_device(model, world), scales, folder, content)
+
+
+def fit(
+    arch: Arch,
+    cfg: CfgNode,
+    world: World,
+    model: nn.Module,
+    scales: Mapping[str, Tensor] | None,
+    folder: RunFolder,
+    content: Mapping[str, Any] | None,
+) -> None:
+    """Train a model that is on its device, on from the content of a checkpoint where there is one."""
+    settings = config.as_dict(cfg)
     augmentation = data.Augmentation(**{f.name: cfg.AUG[f.name.upper()] for f in fields(data.Augmentation)})
     train_loader, val_loader = training_loader(cfg, world, augmentation), eval_loader(cfg, world)
-    if goes_on and content.get("data") not in (None, train_loader.fingerprint):
+    if goes_on(content) and content.get("data") not in (None, train_loader.fingerprint):
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
     state = training_state(arch, cfg, world, model, scales, batches=len(train_loader))
     state.data = train_loader.fingerprint
     if content is not None:
         state.restore(content, rank=world.rank, processes=world.size)
-        logger.info(f"resumed {resume} after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
+        logger.info(f"goes on after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
     if world.is_main:
         (folder.path / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     logger.info(

@@ -146,7 +146,38 @@ KEYS: dict[str, Key] = {
     "DETERMINISTIC": Key(False, "deterministic algorithms on GPUs: the same weights in every run, bit for bit; slower"),
     "EVAL_MODE": Key(False, "evaluate only", flag="--eval"),
     "THROUGHPUT_MODE": Key(False, "measure the inference throughput only", flag="--throughput"),
+    "QUANT.METHOD": Key(
+        None,
+        "to INT8 after training (ptq) or by training on (qat), by scripts/quantize.py",
+        str,
+        choices=(None, "ptq", "qat"),
+        fixed=True,
+    ),
+    "QUANT.PRESET": Key("default", "how numbers become integers: a row of repopt/quantize.py", fixed=True),
+    "QUANT.CALIBRATION_IMAGES": Key(1024, "training images, as in evaluation, that choose the ranges", minimum=1),
 }
+
+
+class Program(NamedTuple):
+    """A command line that configures a run.
+
+    Attributes:
+        name, description: for its help and messages.
+        flags: the keys that they set.
+        recipe: that is read where --cfg names none.
+    """
+
+    name: str
+    description: str
+    flags: Mapping[str, str]
+    recipe: str | None = None
+
+
+MAIN = Program(
+    "main_repopt.py",
+    "Search scales (-hs), train a plain network with them (-target), evaluate it, measure its speed.",
+    {key.flag: name for name, key in KEYS.items() if key.flag},
+)
 
 
 class Settings(NamedTuple):
@@ -156,16 +187,16 @@ class Settings(NamedTuple):
     given: set[str]
 
 
-def parse(argv: Sequence[str] | None = None) -> Settings:
+def parse(argv: Sequence[str] | None = None, program: Program = MAIN) -> Settings:
     """The configuration that a command line asks for.
 
     Raises:
         UserError: an unknown flag or key (with the nearest one), a value of the wrong kind, a recipe that is not there.
     """
-    flags = {key.flag: name for name, key in KEYS.items() if key.flag}
+    flags = program.flags
     parser = _Parser(
-        prog="main_repopt.py",
-        description="Search scales (-hs), train a plain network with them (-target), evaluate it, measure its speed.",
+        prog=program.name,
+        description=program.description,
         epilog="Any key of repopt/config.py is set by --opts or a recipe; --opts wins over flags, flags over --cfg.",
         allow_abbrev=False,
     )
@@ -176,7 +207,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         else:
             shown = "|".join(filter(None, key.choices)) if key.choices else name.split(".")[-1]
             parser.add_argument(flag, dest=name, help=key.meaning, metavar=shown)
-    parser.add_argument("--cfg", metavar="FILE", help="YAML recipe")
+    known = f" (default: {program.recipe})" if program.recipe else ""
+    parser.add_argument("--cfg", metavar="FILE", help=f"YAML recipe{known}", default=program.recipe)
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by old launchers; LOCAL_RANK counts")
     parser.add_argument(
         "--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help="any other key and its value"

@@ -118,6 +118,25 @@ class Deployable(nn.Module, ABC):
         """The plain module of the same function in eval mode."""
 
 
+class Around(nn.Module):
+    """A module that runs another one in a form of its own, with the very parameters of that one.
+
+    The rules and optimizers look through it: names are those within.
+
+    Args:
+        around: the other; no submodule of this one.
+    """
+
+    def __init__(self, around: nn.Module) -> None:
+        super().__init__()
+        self._around = (around,)
+
+    @property
+    def around(self) -> nn.Module:
+        """The other one."""
+        return self._around[0]
+
+
 def batch_norm_as_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale and shift, (C,) each, that a batch norm in eval mode applies."""
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from repopt.csla import GradMult
 from repopt.errors import UserError, shown, unknown
-from repopt.layers import Mode, RepConv2d
+from repopt.layers import Around, Mode, RepConv2d
 from repopt.optim import REFUSED, RULES, Implementation
 
 Scales = Mapping[str, Tensor]
@@ -23,9 +23,12 @@ _SCALE_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where `torch.compile` or DistributedDataParallel is around it: names are those within."""
-    while isinstance(model, (OptimizedModule, DistributedDataParallel)):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    """The model itself, where `torch.compile`, DistributedDataParallel or `Around` is: names are those within."""
+    while isinstance(model, (OptimizedModule, DistributedDataParallel, Around)):
+        if isinstance(model, Around):
+            model = model.around
+        else:
+            model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
     return model
 
 

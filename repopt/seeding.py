@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 # The purposes that draw from the same (seed, epoch): their own streams, or crops would correlate with the order.
-ORDER, CROP, TRANSFORM, ERASE, MIX, MODEL = range(6)
+ORDER, CROP, TRANSFORM, ERASE, MIX, MODEL, SAMPLE = range(7)
 
 
 def derive(*numbers: int) -> int:

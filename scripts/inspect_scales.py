@@ -20,7 +20,7 @@ from plots import Range, plot_scales
 from torch import Tensor, nn
 
 import repopt
-from repopt.errors import UserError
+from repopt.errors import UserError, run_command
 from repopt.models import list_archs
 from repopt.reparam import key_of
 
@@ -34,16 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", metavar="MODEL", help="whose scales they are, such as RepOpt-VGG-B1")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("output/inspect"), help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    try:
-        inspect(arguments.file, arguments.arch, arguments.out)
-    except UserError as error:
-        message = str(error)
-    except OSError as error:  # no permission, no space, a path that is none
-        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-    else:
-        return 0
-    print(f"inspect_scales.py: {message}", file=sys.stderr)
-    return 2
+    return run_command("inspect_scales.py", lambda: inspect(arguments.file, arguments.arch, arguments.out))
 
 
 def inspect(file: Path, arch: str | None, out: Path) -> None:

@@ -17,7 +17,7 @@ FLOORS = [
     {"layers"},
     {"reparam"},
     {"models"},
-    {"torchfile", "checkpoint", "run_folder", "scales", "deploy", "convert"},
+    {"torchfile", "checkpoint", "run_folder", "scales", "deploy", "convert", "quantize", "export"},
     {"engine"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

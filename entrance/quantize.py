@@ -1,0 +1,190 @@
+"""To INT8: a trained checkpoint in, a quantized network and its files out (scripts/quantize.py)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+import data
+import repopt
+from entrance.loaders import calibration_loader, eval_loader
+from entrance.placement import to_device
+from entrance.resolve import resolve
+from entrance.resume import check_same_run, find_scales
+from entrance.run import begin, fit
+from repopt import checkpoint, config, engine, export, quantize
+from repopt.distributed import World, decided_by_first, world
+from repopt.errors import UserError, shown
+from repopt.logging import logger
+from repopt.models import Arch, list_archs, parse_arch
+from repopt.run_folder import RunFolder
+
+QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safetensors", "fp32.onnx", "int8.onnx"
+
+# What training for INT8 goes without, and what these keys may be: autocast rounds otherwise, and the exported graph is
+# changed between training and evaluation.
+QAT_TAKES = {
+    "TRAIN.EMA_ALPHA": (0.0,),
+    "TRAIN.USE_CHECKPOINT": (False,),
+    "TRAIN.SYNC_BN": (False,),
+    "TRAIN.COMPILE": ("off", "auto"),
+    "AMP_OPT_LEVEL": ("O0", ""),
+}
+
+
+def start(settings: config.Settings, argv: Sequence[str]) -> bool:
+    """Do what the command line `argv`, read as `settings`, says; whether it came to its end.
+
+    It does not where a signal stopped the training, which is saved then.
+
+    Raises:
+        UserError: a mistake of the user's.
+        OSError: of the machine: no permission, no space, a path that is none.
+    """
+    cfg, given = settings
+    if not cfg.QUANT.METHOD:
+        raise UserError("how to quantize? --method ptq (after training) or --method qat (by training on)")
+    if not cfg.MODEL.RESUME:
+        raise UserError("a trained network is needed: --resume FILE")
+    quantize.find_preset(cfg.QUANT.PRESET)
+    if "TAG" not in given:
+        cfg.TAG = f"{cfg.QUANT.METHOD}-{cfg.QUANT.PRESET}"
+    arch = parse_arch(cfg.MODEL.ARCH)
+    if cfg.QUANT.METHOD == "qat":
+        settle_for_qat(cfg)
+    with world() as here:
+        return run(arch, resolve(arch, settings), here, argv)
+
+
+def settle_for_qat(cfg: CfgNode) -> None:
+    """Refuse what quantization-aware training does not take, and decide what was left open."""
+    for name, allowed in QAT_TAKES.items():
+        if (value := config.lookup(cfg, name)) not in allowed:
+            raise UserError(f"--method qat takes {name} {allowed[0]} only, not {value}")
+    cfg.TRAIN.COMPILE, cfg.AMP_OPT_LEVEL = "off", "O0"
+
+
+def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
+    """Quantize, evaluate before and after, and write the files; whether it came to its end."""
+    artifacts = Path(cfg.OUTPUT, "artifacts")
+    decided_by_first(lambda: export.refuse_existing(artifacts))
+    folder = begin("quantize.py", cfg, world, argv)
+    model, content = trained_model(arch, cfg)
+    images = torch.zeros(2, 3, cfg.DATA.TEST_SIZE, cfg.DATA.TEST_SIZE, device=world.device)
+    loader = eval_loader(cfg, world)
+    model = to_device(model, world)
+    results = {"fp32": evaluated("fp32", model, loader, world)}
+    float_network = repopt.deploy(model)
+    if cfg.QUANT.METHOD == "ptq":
+        observed = quantize.prepare_ptq(model, images, cfg.QUANT.PRESET)
+        calibrate(observed, cfg, world)
+    else:
+        scales = find_scales(arch, cfg, model, content)
+        observed = quantize.prepare_qat(model, images, cfg.QUANT.PRESET)
+        calibrate(observed, cfg, world)
+        if not train(arch, cfg, world, observed, scales, folder):
+            return False
+    int8 = quantize.convert(observed)
+    results["INT8"] = evaluated("INT8, torch", int8, loader, world)
+    written = decided_by_first(lambda: write_artifacts(artifacts, cfg, observed, float_network, int8, loader))
+    results["INT8, onnxruntime"] = evaluated(
+        "INT8, onnxruntime", export.OnnxNetwork(written / INT8_ONNX), loader, world
+    )
+    decided_by_first(lambda: finish(written, artifacts, results))
+    return True
+
+
+def trained_model(arch: Arch, cfg: CfgNode) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of --resume, and all that its checkpoint holds.
+
+    Raises:
+        UserError: it is no checkpoint, or one of another network.
+    """
+    content = checkpoint.read(cfg.MODEL.RESUME)
+    trained = config.lookup(content.get("config"), "MODEL.ARCH")
+    if trained is not None and list_archs().get(str(trained)) != arch:
+        raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of {shown(trained)}, not of {cfg.MODEL.ARCH}")
+    model = repopt.create_model(arch.model, mode=arch.mode, num_classes=cfg.MODEL.NUM_CLASSES)
+    repopt.load_weights(model, checkpoint.state_dict_of(content))
+    return model, content
+
+
+def evaluated(name: str, model: nn.Module, loader: data.Loader, world: World) -> engine.Evaluation:
+    """The accuracy of a network, logged."""
+    batches = tqdm(loader, desc=name, unit="batch", leave=False, disable=None if world.is_main else True)
+    result = engine.evaluate(model, batches, engine.Precision(world.device))
+    assert result is not None, "nothing stops it"
+    logger.info(f"{name}: {result}")
+    return result
+
+
+def calibrate(observed: quantize.Observed, cfg: CfgNode, world: World) -> None:
+    """Let the network see the images that choose its ranges."""
+    loader = calibration_loader(cfg, world)
+    batches = tqdm(loader, desc="calibration", unit="batch", leave=False, disable=None if world.is_main else True)
+    quantize.calibrate(observed, (images for images, _ in batches))
+
+
+def train(
+    arch: Arch,
+    cfg: CfgNode,
+    world: World,
+    observed: quantize.Observed,
+    scales: Mapping[str, Tensor] | None,
+    folder: RunFolder,
+) -> bool:
+    """Train on what has been prepared, or go on from this run's own checkpoint; whether it came to its end."""
+    own = decided_by_first(folder.resumable)
+    content = checkpoint.read(own) if own else None
+    if content is not None:
+        check_same_run(arch, cfg, content)
+    try:
+        fit(arch, cfg, world, observed, scales, folder, content)
+    except engine.Interrupted as stopped:
+        logger.info(stopped)
+        return False
+    return True
+
+
+def write_artifacts(
+    path: Path,
+    cfg: CfgNode,
+    observed: quantize.Observed,
+    float_network: nn.Module,
+    int8: quantize.Int8,
+    loader: data.Loader,
+) -> Path:
+    """Write the files of both networks to a folder beside `path`, and check them; that folder."""
+    beside = path.with_name(f"{path.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    images = next(iter(loader))[0].cpu()
+    checkpoint.write({"model": observed.state_dict(), "config": config.as_dict(cfg)}, beside / QUANTIZED)
+    export.write_safetensors(float_network.cpu(), beside / FP32_SAFETENSORS)
+    for network, name in ((float_network.cpu(), FP32_ONNX), (int8.cpu(), INT8_ONNX)):
+        difference = export.write_onnx(network, images, beside / name)
+        logger.info(f"{name}: onnxruntime's outputs differ from torch's by {difference:.1e} (relative)")
+    return beside
+
+
+def finish(written: Path, path: Path, results: Mapping[str, engine.Evaluation]) -> None:
+    """Compare the networks, and let the files have their place."""
+    lines = ["| network | top-1 (%) | top-5 (%) | loss | file (MB) |", "|---|---|---|---|---|"]
+    files = {"fp32": FP32_ONNX, "INT8, onnxruntime": INT8_ONNX}
+    for name, result in results.items():
+        size = f"{(written / files[name]).stat().st_size / 1e6:.2f}" if name in files else "–"
+        lines.append(f"| {name} | {result.top1:.2f} | {result.top5:.2f} | {result.loss:.4f} | {size} |")
+    table = "\n".join(lines)
+    (written / "results.md").write_text(table + "\n")
+    (written / "results.json").write_text(json.dumps({n: r._asdict() for n, r in results.items()}, indent=1) + "\n")
+    written.replace(path)
+    runs = export.operations(path / INT8_ONNX)
+    logger.info(f"{table}\nonnxruntime runs {runs['QLinearConv']} convolutions on integers; the files are in {path}")

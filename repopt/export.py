@@ -1,0 +1,219 @@
+"""A network as files that other software runs: ONNX, safetensors, torch.export packages.
+
+Needs an extra: requirements-deploy.txt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from repopt.errors import UserError, one_line
+from repopt.quantize import Int8
+
+try:
+    import onnx
+    import onnxruntime
+    from onnxscript import opset20 as op
+    from safetensors.torch import save as as_safetensors
+except ImportError as error:
+    raise UserError(f"exporting needs more (pip install -r requirements-deploy.txt): {one_line(error)}") from None
+
+OPSET = 20
+INPUT, OUTPUT = "images", "logits"
+LARGEST_DIFFERENCE = {False: 1e-3, True: 0.1}  # of float networks, and of INT8 ones: where a number is about halfway
+# between two integers, float and integer arithmetic round it to different ones.
+
+
+def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
+    """Write a network as ONNX, for batches of any size, and check what onnxruntime makes of it.
+
+    Args:
+        model: a deployed network, or `Int8`, whose integers are QuantizeLinear and DequantizeLinear pairs.
+        images: (N, C, H, W), on which both are compared; height and width are fixed.
+        path: of the file; there is none yet.
+
+    Returns:
+        The difference of the outputs: root of the mean square, relative to that of torch's.
+
+    Raises:
+        UserError: the file exists; an operation cannot be exported; onnxruntime computes something else.
+    """
+    with new_file(path) as beside:
+        example = images[:1].expand(2, *images.shape[1:]).contiguous()  # a batch of one would be taken for a constant
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about itself
+                torch.onnx.export(
+                    model,
+                    (example,),
+                    beside,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    input_names=[INPUT],
+                    output_names=[OUTPUT],
+                    dynamic_shapes=({0: Dim("batch")},),
+                    custom_translation_table=_TRANSLATIONS,
+                    external_data=False,
+                    verbose=False,
+                )
+        except Exception as error:  # of many kinds, with the exporter's own words
+            raise UserError(f"{type(model).__name__} cannot be exported to ONNX: {_cause(error)}") from error
+        difference = relative_difference(OnnxNetwork(beside)(images), model(images))
+        if not difference <= LARGEST_DIFFERENCE[isinstance(model, Int8)]:
+            raise UserError(
+                f"onnxruntime's outputs differ from torch's by {difference:.2g}: {path.name} is not written"
+            )
+    return difference
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file that onnxruntime runs on the CPU, (N, C, H, W) -> (N, num_classes), always in eval mode.
+
+    Args:
+        path: of the file.
+        threads: of onnxruntime; None = as many as torch uses.
+
+    Raises:
+        UserError: no such file, or no network that onnxruntime can run.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+        super().__init__()
+        self._session = _session(Path(path), threads=threads or torch.get_num_threads())
+        self.training = False
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        (outputs,) = self._session.run(None, {self._session.get_inputs()[0].name: x.cpu().numpy()})
+        return torch.from_numpy(outputs).to(x.device)
+
+
+def operations(path: str | os.PathLike[str]) -> Counter[str]:
+    """What onnxruntime really runs of an ONNX file on this CPU: ``QLinearConv`` is a convolution of integers."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder, "optimized.onnx")
+        _session(Path(path), threads=1, optimized=optimized)
+        return Counter(node.op_type for node in onnx.load(optimized, load_external_data=False).graph.node)
+
+
+def write_safetensors(model: nn.Module, path: Path) -> None:
+    """Write the weights of a network by name.
+
+    Raises:
+        UserError: the file exists.
+    """
+    with new_file(path) as beside:
+        beside.write_bytes(as_safetensors({name: value.contiguous() for name, value in model.state_dict().items()}))
+
+
+def write_package(model: nn.Module, images: Tensor, path: Path) -> None:
+    """Write a network as a torch.export program (``.pt2``), for batches of any size; `torch.export.load` reads it.
+
+    Raises:
+        UserError: the file exists; an operation cannot be exported.
+    """
+    with new_file(path) as beside:
+        torch.export.save(_program(model, images), beside)
+
+
+def write_compiled(model: nn.Module, images: Tensor, path: Path) -> None:
+    """Compile a network ahead of time for this machine's kind (AOTInductor, ``.pt2``).
+
+    `torch._inductor.aoti_load_package` runs it without Python's torch.
+
+    Raises:
+        UserError: the file exists; it cannot be exported or compiled.
+    """
+    with new_file(path) as beside, torch._inductor.config.patch(freezing=True):
+        try:
+            torch._inductor.aoti_compile_and_package(_program(model, images), package_path=str(beside))
+        except Exception as error:  # whatever a missing or broken compiler makes of it
+            raise UserError(f"{type(model).__name__} cannot be compiled: {_cause(error)}") from error
+
+
+def relative_difference(outputs: Tensor, reference: Tensor) -> float:
+    """The root of the mean square of the difference, relative to that of the reference."""
+    return ((outputs - reference).square().mean() / reference.square().mean()).sqrt().item()
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` if all goes well.
+
+    Raises:
+        UserError: there is such a file.
+    """
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_stem(f"{path.stem}.writing")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path) -> None:
+    """Nothing is written over.
+
+    Raises:
+        UserError: there is such a file or folder.
+    """
+    if path.exists():
+        raise UserError(f"{str(path)!r} exists, and is not written over: move it away, or write elsewhere")
+
+
+def _program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    example = images[:1].expand(2, *images.shape[1:]).contiguous()
+    try:
+        return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
+    except Exception as error:
+        raise UserError(f"{type(model).__name__} cannot be exported: {_cause(error)}") from error
+
+
+def _session(path: Path, *, threads: int, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    if not path.is_file():
+        raise UserError(f"there is no file {str(path)!r}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own kinds, which have no common base
+        raise UserError(f"onnxruntime cannot run {str(path)!r}: {one_line(error)}") from None
+
+
+def _cause(error: BaseException) -> str:
+    """What is at the bottom of a chain of errors, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)
+
+
+def _quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: Any) -> Any:
+    """torch's operation. The exporter's own translation forgets the range, where it is not all that the type holds."""
+
+    def constant(number: int) -> Any:
+        return op.Cast(op.Constant(value_int=number), to=dtype)
+
+    quantized = op.QuantizeLinear(x, scale, constant(zero_point))
+    if (quant_min, quant_max) in _WHOLE_RANGES:
+        return quantized
+    return op.Clip(quantized, constant(quant_min), constant(quant_max))
+
+
+_WHOLE_RANGES = {(0, 255), (-128, 127)}
+_TRANSLATIONS = {torch.ops.quantized_decomposed.quantize_per_tensor.default: _quantize_per_tensor}

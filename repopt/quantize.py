@@ -1,0 +1,318 @@
+"""INT8 by torchao's PT2E flow: post-training quantization (PTQ) and quantization-aware training (QAT).
+
+    observed = prepare_ptq(model, images, "default")      # or prepare_qat, then train it
+    calibrate(observed, batches)
+    int8 = convert(observed)
+
+All that is known of torchao stands here. It is an extra: requirements-deploy.txt.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from repopt.deploy import deploy
+from repopt.errors import UserError, one_line, unknown
+from repopt.layers import Around
+from repopt.reparam import declared_blocks
+
+try:
+    _talkative = logging.getLogger("torch.utils._pytree")
+    _level = _talkative.level
+    _talkative.setLevel(logging.ERROR)  # at its import torchao registers an enum in a way that torch warns about
+    from torchao.quantization import pt2e
+    from torchao.quantization.pt2e import quantizer as ao
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+    _talkative.setLevel(_level)
+except ImportError as error:
+    raise UserError(f"quantization needs torchao (pip install -r requirements-deploy.txt): {one_line(error)}") from None
+
+_CALLS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
+_NORMS = (torch.ops.aten.batch_norm.default,)
+_ACTIVATIONS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How numbers become integers.
+
+    Attributes:
+        meaning: in a line.
+        activations, weights: ranges of the integers; a range around 0 is symmetric, one from 0 on is affine.
+        per_channel: whether every output channel's weights have a scale of their own.
+        histogram: whether PTQ chooses the activations' range by their histogram, instead of from smallest to largest.
+        runs_here: whether onnxruntime runs it on a CPU.
+    """
+
+    meaning: str
+    activations: tuple[int, int] = (0, 255)
+    weights: tuple[int, int] = (-127, 127)
+    per_channel: bool = True
+    histogram: bool = True
+    runs_here: bool = True
+
+
+PRESETS = {
+    "default": Preset("8-bit weights per channel, 8-bit activations by histogram"),
+    "fbgemm": Preset("8-bit weights per channel, 7-bit activations by histogram", (0, 127), (-128, 127)),
+    "per_tensor": Preset(
+        "8-bit weights per tensor, 8-bit activations from smallest to largest", per_channel=False, histogram=False
+    ),
+    "tensorrt": Preset(
+        "8-bit weights per channel, 8-bit activations around 0 by histogram", (-128, 127), runs_here=False
+    ),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """A preset by name; UserError with the nearest one."""
+    if name not in PRESETS:
+        raise unknown("quantization preset", name, PRESETS)
+    return PRESETS[name]
+
+
+class Observed(Around):
+    """A network exported for quantization, (N, C, H, W) -> (N, num_classes), H and W fixed; its ranges are observed.
+
+    With `fake` it computes as the INT8 network will, and is trained (QAT): its parameters are those of `around`, and a
+    training mode observes activations, while an evaluation leaves their ranges as they are. Without, it computes in
+    float (PTQ).
+
+    Args:
+        graph: prepared by torchao.
+        around: the network that was exported.
+        example: an input, (1, C, H, W).
+        fake: whether it is for QAT.
+    """
+
+    def __init__(self, graph: fx.GraphModule, around: nn.Module, example: Tensor, *, fake: bool) -> None:
+        super().__init__(around)
+        own = dict(graph.named_parameters())
+        assert all(own[name] is param for name, param in around.named_parameters()), "torchao copied parameters"
+        self.network, self.fake = graph, fake
+        self.register_buffer("example", torch.zeros_like(example), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.network(x)
+
+    def train(self, mode: bool = True) -> Observed:
+        """Whether batch norms take their statistics from the batch, and activations are observed.
+
+        The ranges of weights are always those of the present weights.
+        """
+        self.training = mode
+        (pt2e.move_exported_model_to_train if mode else pt2e.move_exported_model_to_eval)(self.network)
+        if self.fake:
+            for observer in self._of_activations():
+                (pt2e.enable_observer if mode else pt2e.disable_observer)(observer)
+                scale, zero_point = observer.calculate_qparams()  # the ranges may be averages over processes
+                observer.scale.copy_(scale)
+                observer.zero_point.copy_(zero_point)
+        return self
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Observe without quantizing yet, as in an evaluation otherwise."""
+        self.eval()
+        if self.fake:
+            self.network.apply(pt2e.disable_fake_quant)
+        self.network.apply(pt2e.enable_observer)
+        yield
+        if self.fake:
+            self.network.apply(pt2e.enable_fake_quant)
+        self.eval()
+
+    def _of_activations(self) -> Iterator[pt2e.FakeQuantizeBase]:
+        for module in self.network.modules():
+            if isinstance(module, pt2e.FakeQuantizeBase) and module.activation_post_process.averaging_constant != 1:
+                yield module
+
+
+class Int8(nn.Module):
+    """A quantized network as torch computes it: in float, with all that is rounded where the integers are.
+
+    Args:
+        graph: converted by torchao.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.network = pt2e.move_exported_model_to_eval(graph)
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.network(x)
+
+    def train(self, mode: bool = True) -> Int8:
+        """It stays as it is."""
+        assert not mode, "an INT8 network is not trained"
+        return self
+
+
+def prepare_ptq(model: nn.Module, images: Tensor, preset: str) -> Observed:
+    """A deployed copy of a model whose ranges are observed, for `calibrate` and `convert`.
+
+    Args:
+        model: any of ours, or any that torch.export takes; it stays as it is.
+        images: (N, C, H, W), whose height and width the network will take.
+        preset: one of `PRESETS`.
+
+    Raises:
+        UserError: an unknown preset; a model that cannot be exported.
+    """
+    deployed = deploy(model)
+    graph = prepare_pt2e(exported(deployed, images), _Chains(find_preset(preset), fake=False))
+    return Observed(graph, deployed, images[:1], fake=False)
+
+
+def prepare_qat(model: nn.Module, images: Tensor, preset: str) -> Observed:
+    """A copy of a model to be trained as the INT8 network that it will be: `calibrate` it, train it, `convert` it.
+
+    A target network keeps its batch norms, and its optimizer is built as always, of what this returns
+    (``build_optimizer(name, observed, scales)``). In any other mode the branches are folded first, and their batch
+    norms with them.
+
+    Args, Raises: as of `prepare_ptq`.
+    """
+    if all(block.mode == "target" for _, block in declared_blocks(model)) and any(declared_blocks(model)):
+        trained = copy.deepcopy(model)
+    else:
+        trained = deploy(model).requires_grad_()
+    trained.train()
+    graph = prepare_qat_pt2e(exported(trained, images), _Chains(find_preset(preset), fake=True))
+    return Observed(graph, trained, images[:1], fake=True)
+
+
+@torch.no_grad()
+def calibrate(observed: Observed, batches: Iterable[Tensor]) -> None:
+    """Let a network observe images, (N, C, H, W) each.
+
+    Raises:
+        UserError: there are none.
+    """
+    seen = 0
+    with observed.calibrating():
+        for images in batches:
+            observed(images)
+            seen += len(images)
+    if not seen:
+        raise UserError("there are no images to calibrate with")
+
+
+@torch.no_grad()
+def convert(observed: Observed) -> Int8:
+    """The INT8 network of a calibrated or trained one, which stays as it is."""
+    observed = copy.deepcopy(observed).eval()
+    if observed.fake:
+        observed(observed.example)  # the ranges of the last weights
+    graph = convert_pt2e(observed.network)
+    for node in graph.graph.nodes:
+        if node.target in _CALLS:
+            _round_bias(graph, *node.args[:3])
+    return Int8(graph)
+
+
+def exported(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """The graph of a model's operations, for batches of any size.
+
+    Raises:
+        UserError: there is an operation that cannot be exported.
+    """
+    pair = torch.cat([images[:1], images[:1]])  # a batch of one would be taken for a constant
+    try:
+        return torch.export.export(model, (pair,), dynamic_shapes=({0: Dim("batch")},)).module()
+    except Exception as error:  # of many kinds, with the tracer's own words
+        raise UserError(f"{type(model).__name__} cannot be exported: {one_line(error)}") from error
+
+
+class _Chains(ao.Quantizer):
+    """Marks what becomes integers: convolutions and linear layers, each with the batch norm and ReLU behind it.
+
+    Their inputs, weights and outputs are quantized; biases, and all else between, stay as they are, and so does what
+    the network gives.
+    """
+
+    def __init__(self, preset: Preset, *, fake: bool) -> None:
+        super().__init__()
+        self._activations, self._weights = _specs(preset, fake=fake)
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Mark the graph's nodes."""
+        for node in model.graph.nodes:
+            if node.target not in _CALLS:
+                continue
+            image, kernel = node.args[:2]
+            last = _behind(_behind(node, _NORMS), _ACTIVATIONS)
+            node.meta[Q_ANNOTATION_KEY] = ao.QuantizationAnnotation(
+                input_qspec_map={image: self._activations, kernel: self._weights}, _annotated=True
+            )
+            if any(user.op != "output" for user in last.users):
+                annotation = last.meta.setdefault(Q_ANNOTATION_KEY, ao.QuantizationAnnotation(_annotated=True))
+                annotation.output_qspec = self._activations
+        return model
+
+    def validate(self, model: fx.GraphModule) -> None:
+        """Nothing is left to check."""
+
+
+def _round_bias(graph: fx.GraphModule, image: fx.Node, kernel: fx.Node, bias: fx.Node | None = None) -> None:
+    """Let a bias be what integer arithmetic makes of it: so many times the scale of an input times that of a weight."""
+    if bias is not None:
+        step = image.args[1] * _value(graph, kernel.args[1])
+        own = _value(graph, bias)
+        own.copy_((own / step).round() * step)
+
+
+def _value(graph: fx.GraphModule, argument: Any) -> Any:
+    """A number, or the tensor that a node stands for."""
+    return operator.attrgetter(argument.target)(graph) if isinstance(argument, fx.Node) else argument
+
+
+def _behind(node: fx.Node, operations: tuple[Any, ...]) -> fx.Node:
+    """The only user of a node, where it is one of these operations; else the node itself."""
+    user = next(iter(node.users)) if len(node.users) == 1 else node
+    return user if user.target in operations else node
+
+
+def _specs(preset: Preset, *, fake: bool) -> tuple[ao.QuantizationSpec, ao.QuantizationSpec]:
+    """Of activations and weights, as torchao takes them."""
+    if fake:
+        per_tensor, per_channel = pt2e.MovingAverageMinMaxObserver, pt2e.MovingAveragePerChannelMinMaxObserver
+        activations = _fake(per_tensor, 0.01)
+        weights = _fake(per_channel if preset.per_channel else per_tensor, 1.0)  # those of the last step alone
+    else:
+        activations = pt2e.HistogramObserver if preset.histogram else pt2e.MinMaxObserver
+        weights = pt2e.PerChannelMinMaxObserver if preset.per_channel else pt2e.MinMaxObserver
+    symmetric = preset.activations[0] < 0
+    return (
+        ao.QuantizationSpec(
+            torch.int8 if symmetric else torch.uint8,
+            activations,
+            *preset.activations,
+            qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
+        ),
+        ao.QuantizationSpec(
+            torch.int8,
+            weights,
+            *preset.weights,
+            qscheme=torch.per_channel_symmetric if preset.per_channel else torch.per_tensor_symmetric,
+            ch_axis=0 if preset.per_channel else None,
+        ),
+    )
+
+
+def _fake(observer: type, averaging_constant: float) -> Any:
+    fused = pt2e.FusedMovingAvgObsFakeQuantize
+    return fused.with_args(observer=observer, averaging_constant=averaging_constant)
