@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from yacs.config import CfgNode
 
 import data
 import repopt
+from entrance import trained
 from entrance.loaders import calibration_loader, eval_loader
 from entrance.placement import to_device
 from entrance.resolve import resolve
@@ -22,9 +22,9 @@ from entrance.resume import check_same_run, find_scales
 from entrance.run import begin, fit
 from repopt import checkpoint, config, engine, export, quantize
 from repopt.distributed import World, decided_by_first, world
-from repopt.errors import UserError, shown
+from repopt.errors import UserError
 from repopt.logging import logger
-from repopt.models import Arch, list_archs, parse_arch
+from repopt.models import Arch, parse_arch
 from repopt.run_folder import RunFolder
 
 QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safetensors", "fp32.onnx", "int8.onnx"
@@ -77,21 +77,18 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     artifacts = Path(cfg.OUTPUT, "artifacts")
     decided_by_first(lambda: export.refuse_existing(artifacts))
     folder = begin("quantize.py", cfg, world, argv)
-    model, content = trained_model(arch, cfg)
+    source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH)
+    model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
     images = torch.zeros(2, 3, cfg.DATA.TEST_SIZE, cfg.DATA.TEST_SIZE, device=world.device)
     loader = eval_loader(cfg, world)
-    model = to_device(model, world)
     results = {"fp32": evaluated("fp32", model, loader, world)}
     float_network = repopt.deploy(model)
-    if cfg.QUANT.METHOD == "ptq":
-        observed = quantize.prepare_ptq(model, images, cfg.QUANT.PRESET)
-        calibrate(observed, cfg, world)
-    else:
-        scales = find_scales(arch, cfg, model, content)
-        observed = quantize.prepare_qat(model, images, cfg.QUANT.PRESET)
-        calibrate(observed, cfg, world)
-        if not train(arch, cfg, world, observed, scales, folder):
-            return False
+    qat = cfg.QUANT.METHOD == "qat"
+    scales = find_scales(arch, cfg, model, source.content) if qat else None
+    observed = quantize.prepare(model, images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
+    calibrate(observed, cfg, world)
+    if qat and not train(arch, cfg, world, observed, scales, folder):
+        return False
     int8 = quantize.convert(observed)
     results["INT8"] = evaluated("INT8, torch", int8, loader, world)
     written = decided_by_first(lambda: write_artifacts(artifacts, cfg, observed, float_network, int8, loader))
@@ -100,21 +97,6 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     )
     decided_by_first(lambda: finish(written, artifacts, results))
     return True
-
-
-def trained_model(arch: Arch, cfg: CfgNode) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of --resume, and all that its checkpoint holds.
-
-    Raises:
-        UserError: it is no checkpoint, or one of another network.
-    """
-    content = checkpoint.read(cfg.MODEL.RESUME)
-    trained = config.lookup(content.get("config"), "MODEL.ARCH")
-    if trained is not None and list_archs().get(str(trained)) != arch:
-        raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of {shown(trained)}, not of {cfg.MODEL.ARCH}")
-    model = repopt.create_model(arch.model, mode=arch.mode, num_classes=cfg.MODEL.NUM_CLASSES)
-    repopt.load_weights(model, checkpoint.state_dict_of(content))
-    return model, content
 
 
 def evaluated(name: str, model: nn.Module, loader: data.Loader, world: World) -> engine.Evaluation:

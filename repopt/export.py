@@ -117,7 +117,7 @@ def write_safetensors(model: nn.Module, path: Path) -> None:
         beside.write_bytes(as_safetensors({name: value.contiguous() for name, value in model.state_dict().items()}))
 
 
-def write_package(model: nn.Module, images: Tensor, path: Path) -> None:
+def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
     """Write a network as a torch.export program (``.pt2``), for batches of any size; `torch.export.load` reads it.
 
     Raises:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from repopt.checkpoint import load_weights
 from repopt.deploy import deploy
 from repopt.errors import UserError, one_line, unknown
 from repopt.layers import Around
@@ -112,8 +113,7 @@ class Observed(Around):
 
         The ranges of weights are always those of the present weights.
         """
-        self.training = mode
-        (pt2e.move_exported_model_to_train if mode else pt2e.move_exported_model_to_eval)(self.network)
+        self._switch(mode)
         if self.fake:
             for observer in self._of_activations():
                 (pt2e.enable_observer if mode else pt2e.disable_observer)(observer)
@@ -125,14 +125,15 @@ class Observed(Around):
     @contextmanager
     def calibrating(self) -> Iterator[None]:
         """Observe without quantizing yet, as in an evaluation otherwise."""
-        self.eval()
-        if self.fake:
-            self.network.apply(pt2e.disable_fake_quant)
+        self._switch(training=False)
         self.network.apply(pt2e.enable_observer)
+        self.network.apply(pt2e.disable_fake_quant)
         yield
-        if self.fake:
-            self.network.apply(pt2e.enable_fake_quant)
-        self.eval()
+        self.network.apply(pt2e.enable_fake_quant)
+
+    def _switch(self, training: bool) -> None:
+        self.training = training
+        (pt2e.move_exported_model_to_train if training else pt2e.move_exported_model_to_eval)(self.network)
 
     def _of_activations(self) -> Iterator[pt2e.FakeQuantizeBase]:
         for module in self.network.modules():
@@ -159,6 +160,18 @@ class Int8(nn.Module):
         """It stays as it is."""
         assert not mode, "an INT8 network is not trained"
         return self
+
+
+def prepare(model: nn.Module, images: Tensor, method: str, preset: str) -> Observed:
+    """`prepare_ptq` or `prepare_qat`, by the name of the method.
+
+    Raises:
+        UserError: an unknown method, and as they do.
+    """
+    methods = {"ptq": prepare_ptq, "qat": prepare_qat}
+    if method not in methods:
+        raise unknown("quantization method", method, methods)
+    return methods[method](model, images, preset)
 
 
 def prepare_ptq(model: nn.Module, images: Tensor, preset: str) -> Observed:
@@ -212,6 +225,18 @@ def calibrate(observed: Observed, batches: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
+def load(observed: Observed, state: Mapping[str, Tensor]) -> None:
+    """Take over the state dict of a network that was prepared alike, whose ranges are known.
+
+    Raises:
+        UserError: it is another's.
+    """
+    with observed.calibrating():
+        observed(observed.example)  # only then has what observers keep its shape
+    load_weights(observed, state)
+
+
+@torch.no_grad()
 def convert(observed: Observed) -> Int8:
     """The INT8 network of a calibrated or trained one, which stays as it is."""
     observed = copy.deepcopy(observed).eval()
@@ -221,6 +246,7 @@ def convert(observed: Observed) -> Int8:
     for node in graph.graph.nodes:
         if node.target in _CALLS:
             _round_bias(graph, *node.args[:3])
+    _forget_unused(graph)
     return Int8(graph)
 
 
@@ -273,6 +299,15 @@ def _round_bias(graph: fx.GraphModule, image: fx.Node, kernel: fx.Node, bias: fx
         step = image.args[1] * _value(graph, kernel.args[1])
         own = _value(graph, bias)
         own.copy_((own / step).round() * step)
+
+
+def _forget_unused(graph: fx.GraphModule) -> None:
+    """Keep the tensors that the graph uses: not the float weights that integers have replaced."""
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in graph.state_dict() if name not in used]:
+        path, _, leaf = name.rpartition(".")
+        delattr(graph.get_submodule(path), leaf)
+    graph.delete_all_unused_submodules()
 
 
 def _value(graph: fx.GraphModule, argument: Any) -> Any:

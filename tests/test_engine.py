@@ -240,7 +240,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
 
 
 def test_randomness_differs_by_batch_epoch_and_process(tmp_path, monkeypatch):
-    monkeypatch.setattr("repopt.engine.training.distribute_bn", lambda *_, **__: None)
+    monkeypatch.setattr("repopt.engine.training.average_statistics", lambda model: None)
     drawn = []
 
     def draw():

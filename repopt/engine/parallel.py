@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,3 +31,24 @@ def data_parallel(
             gradient_as_bucket_view=bucket_view,
             static_graph=static_graph,
         )
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module) -> None:
+    """Let what a model measures be the mean over all processes: statistics of batch norms, ranges of activations.
+
+    They are its floating-point buffers. Those that are equal in all processes, as constants are, stay so bit for bit.
+    """
+    of_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            of_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in of_dtype.values():
+        own = torch.cat([buffer.flatten() for buffer in buffers])
+        of_first = own.clone()
+        dist.broadcast(of_first, src=0)
+        difference = own - of_first
+        dist.all_reduce(difference)
+        means = (of_first + difference / dist.get_world_size()).split([buffer.numel() for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))

@@ -8,7 +8,6 @@ from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, Protocol
 
-from timm.utils import distribute_bn
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from repopt import seeding
 from repopt.distributed import Vote, World, gather
 from repopt.engine.evaluate import Evaluation, evaluate
 from repopt.engine.interruption import Interrupted, stop_requests
+from repopt.engine.parallel import average_statistics
 from repopt.engine.safeguard import Safeguard
 from repopt.engine.state import TrainingState
 from repopt.engine.train import Progress, count_steps, train_one_epoch
@@ -254,7 +254,7 @@ class Training:
             self._interrupt()
         if self.world.size > 1:
             for averaged in state.models().values():
-                distribute_bn(averaged, self.world.size, reduce=True)
+                average_statistics(averaged)
         if epoch % self.eval_period and epoch != self.epochs:
             return []
         results = {}

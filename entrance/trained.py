@@ -1,0 +1,112 @@
+"""A trained network from its checkpoint: as it was trained, or as it was quantized."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from yacs.config import CfgNode
+
+import repopt
+from repopt import checkpoint, config
+from repopt.errors import UserError, shown
+from repopt.models import Arch, list_archs, parse_arch
+from repopt.models.network import Network
+
+if TYPE_CHECKING:
+    from repopt import quantize
+
+
+class Trained(NamedTuple):
+    """A checkpoint, and whose it is.
+
+    Attributes:
+        path: of the file.
+        name: of the architecture, as ``--arch`` takes it.
+        arch: what it stands for.
+        content: of the file.
+    """
+
+    path: str
+    name: str
+    arch: Arch
+    content: Mapping[str, Any]
+
+    def setting(self, key: str) -> Any:
+        """What the run that wrote it was configured with; None where it does not say."""
+        return config.lookup(self.content.get("config"), key)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is of scripts/quantize.py."""
+        return self.setting("QUANT.METHOD") is not None
+
+    def network(self, num_classes: int | None = None) -> Network:
+        """The trained network, in eval mode.
+
+        Args:
+            num_classes: outputs of its classifier; None = as many as its weights say.
+
+        Raises:
+            UserError: the weights are not those of its architecture; or it is quantized.
+        """
+        if self.quantized:
+            raise UserError(f"{self.path!r} holds a quantized network: give the checkpoint that it was made of")
+        weights = checkpoint.state_dict_of(self.content)
+        if num_classes is None:
+            with torch.device("meta"):
+                classifier = f"{self._fresh(1).classifier_name}.weight"
+            num_classes = len(weights[classifier]) if classifier in weights and weights[classifier].dim() else 1
+        model = self._fresh(num_classes)
+        repopt.load_weights(model, weights)
+        return model.eval()
+
+    def int8_network(self) -> quantize.Int8:
+        """The quantized network, for images of `image_size`.
+
+        Raises:
+            UserError: the content is not what scripts/quantize.py writes.
+        """
+        from repopt import quantize  # an extra
+
+        cfg = self._settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET")
+        images = torch.zeros(1, 3, self.image_size, self.image_size)
+        observed = quantize.prepare(self._fresh(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
+        quantize.load(observed, checkpoint.state_dict_of(self.content))
+        return quantize.convert(observed)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images on which the run evaluated; the default where it does not say."""
+        sizes = self._settings("DATA.IMG_SIZE", "DATA.TEST_SIZE").DATA
+        return sizes.TEST_SIZE or sizes.IMG_SIZE
+
+    def _settings(self, *keys: str) -> CfgNode:
+        """The defaults, and these keys as the content says, checked."""
+        kept = {key: self.setting(key) for key in keys}
+        return config.build({key: value for key, value in kept.items() if value is not None}).cfg
+
+    def _fresh(self, num_classes: int) -> Network:
+        return repopt.create_model(self.arch.model, mode=self.arch.mode, num_classes=num_classes)
+
+
+def read(path: str | os.PathLike[str], name: str | None = None) -> Trained:
+    """A checkpoint, ours or one that holds weights alone.
+
+    Args:
+        path: of the file.
+        name: of its architecture; None = as the checkpoint says.
+
+    Raises:
+        UserError: it is no checkpoint, or one of another architecture; or nothing says of which.
+    """
+    path, content = os.fspath(path), checkpoint.read(path)
+    own = config.lookup(content.get("config"), "MODEL.ARCH")
+    if name is None and own is None:
+        raise UserError(f"{path!r} does not say of which network it is: give --arch")
+    arch = parse_arch(str(own) if name is None else name)
+    if own is not None and list_archs().get(str(own)) != arch:
+        raise UserError(f"{path!r} is a checkpoint of {shown(own)}, not of {name}")
+    return Trained(path, str(own) if name is None else name, arch, content)

@@ -1,0 +1,80 @@
+"""Write a trained or quantized network as files that other software runs.
+
+    python scripts/export.py --resume FILE [--arch ARCH] [--out DIR] [--formats onnx safetensors pt2 compiled]
+
+FILE is a checkpoint of main_repopt.py or of the published release (with --arch), or one of scripts/quantize.py
+(quantized.pth, or a checkpoint of its training), which gives an INT8 network. Branches and batch norms are folded. The
+files are fp32.onnx or int8.onnx and so on; none is written over.
+
+    onnx         for batches of any size, INT8 as QuantizeLinear and DequantizeLinear pairs (QDQ); onnxruntime's outputs
+                 are compared with torch's before it is done
+    safetensors  the weights by name
+    pt2          torch.export's program
+    compiled     a package of AOTInductor for this kind of machine; not of an INT8 network, which it computes in float
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import _root  # noqa: F401
+
+FORMATS = ("onnx", "safetensors", "pt2", "compiled")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; 0, or 2 after a mistake of the user, which is one line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="FILE", required=True, help="the checkpoint")
+    parser.add_argument("--arch", help="whose weights they are, such as RepOpt-VGG-B1-target; if FILE does not say")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="default: a folder 'export' beside FILE")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "safetensors"])
+    parser.add_argument("--image-size", type=int, help="height and width (default: as FILE says, else 224)")
+    arguments = parser.parse_args(argv)
+    from repopt.errors import run_command
+
+    return run_command("export.py", lambda: export_all(arguments))
+
+
+def export_all(arguments: argparse.Namespace) -> None:
+    """Write the files.
+
+    Raises:
+        UserError: no such checkpoint, a file that exists, a network or operation that cannot be exported.
+    """
+    import torch
+
+    import repopt
+    from entrance import trained
+    from repopt import export
+    from repopt.errors import UserError
+
+    source = trained.read(arguments.resume, arguments.arch)
+    kind = "int8" if source.quantized else "fp32"
+    if source.quantized and "compiled" in arguments.formats:
+        raise UserError("a compiled package computes an INT8 network in float: export it as onnx")
+    out = arguments.out or Path(arguments.resume).parent / "export"
+    writers = {
+        "onnx": (out / f"{kind}.onnx", export.write_onnx),
+        "safetensors": (out / f"{kind}.safetensors", lambda model, images, path: export.write_safetensors(model, path)),
+        "pt2": (out / f"{kind}.pt2", export.write_program),
+        "compiled": (out / f"{kind}-compiled.pt2", export.write_compiled),
+    }
+    chosen = [writers[name] for name in arguments.formats]
+    for path, _ in chosen:
+        export.refuse_existing(path)
+    size = arguments.image_size or source.image_size
+    if source.quantized and size != source.image_size:
+        raise UserError(f"--image-size {size}: the network was quantized for {source.image_size}")
+    network = source.int8_network() if source.quantized else repopt.deploy(source.network())
+    images = torch.randn(8, 3, size, size)
+    for path, write in chosen:
+        write(network, images, path)
+        print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
