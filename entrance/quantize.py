@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,12 @@ from entrance.run import begin, fit
 from repopt import checkpoint, config, engine, export, quantize
 from repopt.distributed import World, decided_by_first, world
 from repopt.errors import UserError
-from repopt.logging import logger
+from repopt.logging import as_json, logger
 from repopt.models import Arch, parse_arch
 from repopt.run_folder import RunFolder
 
 QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safetensors", "fp32.onnx", "int8.onnx"
+RESULTS, SIGNAL_TO_NOISE = "results.json", "signal_to_noise.json"
 
 # What training for INT8 goes without, and what these keys may be: autocast rounds otherwise, and the exported graph is
 # changed between training and evaluation.
@@ -150,6 +152,8 @@ def write_artifacts(
     beside.mkdir()
     images = next(iter(loader))[0].cpu()
     checkpoint.write({"model": observed.state_dict(), "config": config.as_dict(cfg)}, beside / QUANTIZED)
+    ratios = quantize.signal_to_noise(observed.cpu(), int8.cpu(), images)
+    write_json(ratios, beside / SIGNAL_TO_NOISE)
     export.write_safetensors(float_network.cpu(), beside / FP32_SAFETENSORS)
     for network, name in ((float_network.cpu(), FP32_ONNX), (int8.cpu(), INT8_ONNX)):
         difference = export.write_onnx(network, images, beside / name)
@@ -166,7 +170,12 @@ def finish(written: Path, path: Path, results: Mapping[str, engine.Evaluation]) 
         lines.append(f"| {name} | {result.top1:.2f} | {result.top5:.2f} | {result.loss:.4f} | {size} |")
     table = "\n".join(lines)
     (written / "results.md").write_text(table + "\n")
-    (written / "results.json").write_text(json.dumps({n: r._asdict() for n, r in results.items()}, indent=1) + "\n")
+    write_json({name: result._asdict() for name, result in results.items()}, written / RESULTS)
     written.replace(path)
     runs = export.operations(path / INT8_ONNX)
     logger.info(f"{table}\nonnxruntime runs {runs['QLinearConv']} convolutions on integers; the files are in {path}")
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write numbers for programs to read; what is not finite as null."""
+    path.write_text(json.dumps(as_json(content), indent=1, allow_nan=False) + "\n")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,51 @@ class Deployable(nn.Module, ABC):
     @abstractmethod
     def deployed(self) -> nn.Module:
         """The plain module of the same function in eval mode."""
+
+
+class Terms(NamedTuple):
+    """What a trained multi-branch block is in eval mode, in the terms of its declaration.
+
+    Attributes:
+        kernels, scales: of the branches, by name, as `Block.merge` takes them.
+        bias: (O,).
+    """
+
+    kernels: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    bias: Tensor
+
+
+class Baseline(Deployable):
+    """The block that a declared one is compared with: a batch norm ends every branch, all are folded after training.
+
+    Attributes:
+        block: the declaration whose branches it has.
+    """
+
+    block: Block
+
+    @abstractmethod
+    def branches(self) -> Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
+        """By the names of the branches' kernels: the convolution, None of an identity, and the batch norm after it."""
+
+    def terms(self) -> Terms:
+        """The block in eval mode: a batch norm is a scale and a shift, and that of an identity is its kernel."""
+        kernels, scales, shifts = {}, {}, []
+        modules = self.branches()
+        for branch in self.block.branches:
+            conv, bn = modules[branch.kernel]
+            scale, shift = batch_norm_as_affine(bn)
+            kernels[branch.kernel] = scale if conv is None else conv.weight
+            if branch.scale is not None:
+                scales[branch.scale] = scale
+            shifts.append(shift)
+        return Terms(kernels, scales, sum(shifts))
+
+    def merged(self, stride: int = 1) -> nn.Conv2d:
+        """The convolution with a bias that the block is in eval mode, up to its non-linearity."""
+        kernels, scales, bias = self.terms()
+        return conv2d_of(self.block.merge(kernels, scales), bias, stride, self.block.target.groups)
 
 
 class Around(nn.Module):

@@ -69,7 +69,7 @@ class Metrics:
         """Numbers (or groups of numbers) after an optimizer step."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"step": step, **_as_json(numbers)}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"step": step, **as_json(numbers)}, allow_nan=False) + "\n")
         for name, value in numbers.items():
             points = value if isinstance(value, dict) else {"": value}
             for part, number in points.items():
@@ -95,9 +95,9 @@ def _is_of(line: str, steps: int, epochs: int) -> bool:
         return False
 
 
-def _as_json(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The same with null for what JSON has no number for (NaN, infinities)."""
+def as_json(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Numbers, and dicts of them, with null for what JSON has no number for (NaN, infinities)."""
     return {
-        name: _as_json(value) if isinstance(value, dict) else value if math.isfinite(value) else None
+        name: as_json(value) if isinstance(value, dict) else value if math.isfinite(value) else None
         for name, value in numbers.items()
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ except ImportError as error:
 
 _CALLS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 _NORMS = (torch.ops.aten.batch_norm.default,)
+_OF_TRAINING = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}  # where they are told
+_UNDOING = (torch.ops.aten.div.Tensor,)  # for QAT torchao scales a kernel as its batch norm will, and divides again
 _ACTIVATIONS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
 
@@ -114,12 +117,8 @@ class Observed(Around):
         The ranges of weights are always those of the present weights.
         """
         self._switch(mode)
-        if self.fake:
-            for observer in self._of_activations():
-                (pt2e.enable_observer if mode else pt2e.disable_observer)(observer)
-                scale, zero_point = observer.calculate_qparams()  # the ranges may be averages over processes
-                observer.scale.copy_(scale)
-                observer.zero_point.copy_(zero_point)
+        for observer in self._of_activations():
+            (pt2e.enable_observer if mode else pt2e.disable_observer)(observer)
         return self
 
     @contextmanager
@@ -130,10 +129,21 @@ class Observed(Around):
         self.network.apply(pt2e.disable_fake_quant)
         yield
         self.network.apply(pt2e.enable_fake_quant)
+        self.eval()
+        if self.fake:
+            self(self.example)  # scales follow from ranges only then
 
     def _switch(self, training: bool) -> None:
+        """Let dropout and batch norms do as in training, or not.
+
+        torchao's own function for it would leave them with torch's default probability, momentum and epsilon.
+        """
         self.training = training
-        (pt2e.move_exported_model_to_train if training else pt2e.move_exported_model_to_eval)(self.network)
+        for node in self.network.graph.nodes:
+            if node.target in _OF_TRAINING:
+                index = _OF_TRAINING[node.target]
+                node.args = (*node.args[:index], training, *node.args[index + 1 :])
+        self.network.recompile()
 
     def _of_activations(self) -> Iterator[pt2e.FakeQuantizeBase]:
         for module in self.network.modules():
@@ -150,7 +160,7 @@ class Int8(nn.Module):
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
-        self.network = pt2e.move_exported_model_to_eval(graph)
+        self.network = graph
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -204,7 +214,11 @@ def prepare_qat(model: nn.Module, images: Tensor, preset: str) -> Observed:
     else:
         trained = deploy(model).requires_grad_()
     trained.train()
-    graph = prepare_qat_pt2e(exported(trained, images), _Chains(find_preset(preset), fake=True))
+    graph = exported(trained, images)
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.add_.Tensor and str(node.args[0].target).endswith("num_batches_tracked"):
+            graph.graph.erase_node(node)  # it would count on in evaluations, and nothing reads it
+    graph = prepare_qat_pt2e(graph, _Chains(find_preset(preset), fake=True))
     return Observed(graph, trained, images[:1], fake=True)
 
 
@@ -241,13 +255,57 @@ def convert(observed: Observed) -> Int8:
     """The INT8 network of a calibrated or trained one, which stays as it is."""
     observed = copy.deepcopy(observed).eval()
     if observed.fake:
-        observed(observed.example)  # the ranges of the last weights
+        observed(observed.example)  # for the ranges of the last weights, and the scales of ranges that were averaged
     graph = convert_pt2e(observed.network)
     for node in graph.graph.nodes:
         if node.target in _CALLS:
             _round_bias(graph, *node.args[:3])
     _forget_unused(graph)
     return Int8(graph)
+
+
+@torch.no_grad()
+def signal_to_noise(observed: Observed, int8: Int8, images: Tensor) -> dict[str, float]:
+    """How far the noise of quantization is below every layer's output, in dB, by the path of its module.
+
+    A layer is a convolution or linear layer with what `convert` computes together with it; its output has the noise of
+    those before it, too. Infinite where there is no noise.
+
+    Args:
+        observed: what was converted; the signals are its own in float.
+        int8: what `convert` made of it.
+        images: (N, C, H, W).
+    """
+    observed = copy.deepcopy(observed)
+    with observed.calibrating():
+        signals = _layer_outputs(observed.network, images)
+    ratios = {}
+    for path, output in _layer_outputs(int8.network, images).items():
+        noise = (output - signals[path]).square().sum()
+        ratios[path] = 10 * (signals[path].square().sum() / noise).log10().item() if noise else math.inf
+    return ratios
+
+
+def _layer_outputs(graph: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
+    calls = [node for node in graph.graph.nodes if node.target in _CALLS]
+    last = {_last(_behind(node, _UNDOING)): _path(node) for node in calls}
+    outputs = {}
+
+    class Record(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            result = super().run_node(node)
+            if node in last:
+                outputs[last[node]] = result.clone()  # ReLUs may overwrite it
+            return result
+
+    Record(graph).run(images)
+    return outputs
+
+
+def _path(node: fx.Node) -> str:
+    """Of the module whose operation a node is."""
+    *_, (path, _) = node.meta["nn_module_stack"].values()
+    return path
 
 
 def exported(model: nn.Module, images: Tensor) -> fx.GraphModule:
@@ -280,7 +338,7 @@ class _Chains(ao.Quantizer):
             if node.target not in _CALLS:
                 continue
             image, kernel = node.args[:2]
-            last = _behind(_behind(node, _NORMS), _ACTIVATIONS)
+            last = _last(node)
             node.meta[Q_ANNOTATION_KEY] = ao.QuantizationAnnotation(
                 input_qspec_map={image: self._activations, kernel: self._weights}, _annotated=True
             )
@@ -313,6 +371,11 @@ def _forget_unused(graph: fx.GraphModule) -> None:
 def _value(graph: fx.GraphModule, argument: Any) -> Any:
     """A number, or the tensor that a node stands for."""
     return operator.attrgetter(argument.target)(graph) if isinstance(argument, fx.Node) else argument
+
+
+def _last(node: fx.Node) -> fx.Node:
+    """The end of the chain that a convolution or linear layer begins."""
+    return _behind(_behind(node, _NORMS), _ACTIVATIONS)
 
 
 def _behind(node: fx.Node, operations: tuple[Any, ...]) -> fx.Node:
@@ -349,5 +412,11 @@ def _specs(preset: Preset, *, fake: bool) -> tuple[ao.QuantizationSpec, ao.Quant
 
 
 def _fake(observer: type, averaging_constant: float) -> Any:
-    fused = pt2e.FusedMovingAvgObsFakeQuantize
-    return fused.with_args(observer=observer, averaging_constant=averaging_constant)
+    return _FakeQuantize.with_args(observer=observer, averaging_constant=averaging_constant)
+
+
+class _FakeQuantize(pt2e.FusedMovingAvgObsFakeQuantize):
+    """One whose scale is in INT8 what it was in training; torchao's observers compute it by another formula."""
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point

@@ -11,19 +11,16 @@ same is done with RepOpt-GhostNet-0.5x, in output/demo_ghost/.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import multiprocessing
 import os
 import statistics
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import _root
+from workers import quietly, workers
 
 SEEDS = (0, 1, 2)
 EPOCHS = 80  # of configs/digits/train.yaml
@@ -100,7 +97,6 @@ def main() -> None:
     parser.add_argument("family", nargs="?", default="vgg", choices=FAMILIES)
     family = FAMILIES[parser.parse_args().family]
     os.chdir(_root.ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"  # one thread per run, as many runs at a time as there are cores
     started = time.perf_counter()
     train_all(family)
     report(family)
@@ -113,46 +109,20 @@ def train_all(family: Family) -> None:
 
     targets, baselines, plain = setups_of(family).values()
     runs = [search_of(family), *baselines, *plain, *targets]
-    context = multiprocessing.get_context("spawn")
-    workers = min(len(runs), os.cpu_count() or 1)
-    with (
-        ProcessPoolExecutor(workers, mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool,
-        tqdm(total=EPOCHS * len(runs), unit="epoch", desc=f"{len(runs)} runs") as bar,
-    ):
-        search = pool.submit(train, runs[0])
-        waiting: set[Future[None]] = {search, *(pool.submit(train, run) for run in (*baselines, *plain))}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()  # raises what went wrong in it
-                if search in done:
-                    waiting |= {pool.submit(train, run) for run in targets}
-                bar.update(sum(len(run.epochs()) for run in runs) - bar.n)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with workers(len(runs)) as pool, tqdm(total=EPOCHS * len(runs), unit="epoch", desc=f"{len(runs)} runs") as bar:
 
+        def start(run: Run) -> Future[None]:
+            return pool.submit(quietly, "main_repopt", run.command)
 
-def end_with(parent: int) -> None:
-    """Let this worker process end when the demo does, however that ends."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def train(run: Run) -> None:
-    """One run, in a process of its own; its log is in its folder."""
-    import main_repopt
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-        code = main_repopt.main(run.command)
-    if code:
-        raise RuntimeError(errors.getvalue().strip())
+        search = start(runs[0])
+        waiting: set[Future[None]] = {search, *map(start, (*baselines, *plain))}
+        while waiting:
+            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()  # raises what went wrong in it
+            if search in done:
+                waiting |= set(map(start, targets))
+            bar.update(sum(len(run.epochs()) for run in runs) - bar.n)
 
 
 def report(family: Family) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,3 +107,71 @@ def _draw_ranges(axes: Axes, ranges: Sequence[Range]) -> None:
     if off.any():
         axes.plot(places[off], np.full(off.sum(), floor * 1.2), "v", color="tab:gray", label=f"min below {floor:g}")
     axes.set(yscale="log", ylim=(floor, None))
+
+
+def plot_weights(weights: Mapping[str, Mapping[str, Mapping[str, Tensor]]], path: Path, *, title: str = "") -> None:
+    """Histograms of a kernel's weights, counts on a log scale, over the range that one INT8 scale per tensor covers.
+
+    Args:
+        weights: by network (a row of panels) and form of the kernel (a panel), the parts of the kernel by name: tensors
+            of any shape, drawn over each other.
+        path: of the PNG.
+        title: above the panels.
+    """
+    columns = max(map(len, weights.values()))
+    size = (max(6.0, 3.4 * columns), 0.9 + 2.5 * len(weights))
+    figure, panels = plt.subplots(len(weights), columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for row, (network, forms) in zip(panels, weights.items(), strict=True):
+        row[0].set(ylabel=f"{network}\nnumber of weights")
+        for axes, (form, parts) in zip(row, forms.items(), strict=False):
+            highest = max(float(part.abs().max()) for part in parts.values()) or 1.0
+            bins = np.linspace(-highest, highest, 52)  # an odd number of bins: one around zero
+            for name, part in parts.items():
+                axes.hist(part.flatten().numpy(), bins=bins, histtype="stepfilled", alpha=0.55, label=name)
+            axes.set(yscale="log", xlim=(-highest, highest))
+            axes.set_title(form, fontsize=10)
+            axes.tick_params(labelsize=8)
+            axes.locator_params(axis="x", nbins=5)
+            axes.grid(alpha=0.3)
+        for axes in row[len(forms) :]:
+            axes.set_axis_off()
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_by_depth(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]],
+    layers: Sequence[str],
+    path: Path,
+    *,
+    log: Container[str] = (),
+) -> None:
+    """Numbers of every layer, a panel per quantity: a colour per network, and a solid line for its last form.
+
+    Args:
+        panels: by quantity, network and form of the kernel, a number per layer. None, infinities, and what has
+            no place on a log scale are gaps.
+        layers: names, in their order.
+        path: of the PNG.
+        log: quantities that have a log scale.
+    """
+    size = (max(8.0, 0.3 * len(layers)), 1.6 + 2.1 * len(panels))
+    figure, column = plt.subplots(len(panels), 1, figsize=size, layout="constrained", sharex=True, squeeze=False)
+    for axes, (quantity, networks) in zip(column[:, 0], panels.items(), strict=True):
+        for index, (network, forms) in enumerate(networks.items()):
+            styles = ["-", "--", ":", "-."][: len(forms)][::-1]
+            for style, (form, values) in zip(styles, forms.items(), strict=True):
+                numbers = np.array(values, dtype=float)
+                numbers[np.isinf(numbers) | ((quantity in log) & (numbers <= 0))] = np.nan
+                axes.plot(numbers, style, color=f"C{index}", marker="o", markersize=3, label=f"{network}: {form}")
+        axes.set(ylabel=quantity, xlim=(-0.7, len(layers) - 0.3))
+        if quantity in log and np.isfinite(axes.dataLim.intervaly).all():  # nothing drawn has no log scale
+            axes.set(yscale="log")
+        axes.grid(alpha=0.3)
+    figure.legend(*column[0, 0].get_legend_handles_labels(), loc="outside upper center", frameon=False)
+    column[-1, 0].set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -12,8 +12,11 @@ holds (or --scales-path) its optimizer is the RepOptimizer.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import _root
 
@@ -38,9 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = config.parse(argv, PROGRAM)
         from entrance.quantize import start  # torch and its exporters take seconds
 
-        return DONE if start(settings, argv) else INTERRUPTED
+        if not start(settings, argv):
+            return INTERRUPTED
+        if os.environ.get("RANK", "0") == "0":
+            draw(Path(settings.cfg.OUTPUT, "artifacts"))
+        return DONE
 
     return run_command(PROGRAM.name, command)
+
+
+def draw(artifacts: Path) -> None:
+    """A picture of the noise in every layer."""
+    from plots import plot_by_depth
+
+    layers = json.loads((artifacts / "signal_to_noise.json").read_text())
+    panels = {"signal to noise (dB)": {"INT8": {"output of the layer": list(layers.values())}}}
+    plot_by_depth(panels, list(layers), artifacts / "signal_to_noise.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """`benchmark.py infer` measures the forms that it names, and they are the same function."""
 
 import argparse
+import sys
+import warnings
 
 import benchmark
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 import repopt
 
 CPU = torch.device("cpu")
+ONNXRUNTIME = ["target, onnxruntime", "target, onnxruntime INT8"]
 
 
 def measured(*arguments):
@@ -29,9 +32,18 @@ def compiled(monkeypatch):
     return given
 
 
+@pytest.fixture
+def no_extra(monkeypatch):
+    """As where torchao is not installed, and nothing that needs it is imported yet."""
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    for name in ("quantize", "export"):
+        monkeypatch.delitem(sys.modules, f"repopt.{name}", raising=False)
+        monkeypatch.delattr(repopt, name, raising=False)
+
+
 def test_every_form_is_a_row_and_the_same_function_as_its_source(compiled):
     rows = measured("--arch", "RepOpt-VGG-nano", "ghost")
-    forms = ["target, trained", "target, deployed", "target, deployed, compiled"]
+    forms = ["target, trained", "target, deployed", "target, deployed, compiled", *ONNXRUNTIME]
     assert [(row["arch"], row["form"]) for row in rows] == [
         (arch, form)
         for arch, baseline in (("RepOpt-VGG-nano", "repvgg"), ("ghost", "rep"))
@@ -40,12 +52,22 @@ def test_every_form_is_a_row_and_the_same_function_as_its_source(compiled):
     for row in rows:
         if row["form"].endswith("trained"):
             assert row["difference of outputs"] is None
+        elif row["form"].endswith("INT8"):
+            assert 1e-3 < row["difference of outputs"] < 1
         else:
             assert 0 < row["difference of outputs"] < 1e-3
         trained = next(r for r in rows if r["arch"] == row["arch"] and r["form"] == "target, trained")
         assert row["speed / trained target"] == pytest.approx(row["images/s"] / trained["images/s"])
         assert row["ms per image"] == pytest.approx(1e3 / row["images/s"])
-        assert row["peak extra MB per image"] > 0
+        if row["form"] in ONNXRUNTIME:
+            assert row["peak extra MB per image"] is None
+            fp32 = next(r for r in rows if r["arch"] == row["arch"] and r["form"] == "target, onnxruntime")
+            assert row["speed / onnxruntime fp32"] == pytest.approx(row["images/s"] / fp32["images/s"])
+        else:
+            assert row["peak extra MB per image"] > 0
+            assert row["speed / onnxruntime fp32"] is None
+    integers = {(row["arch"], row["form"]): row["integer convolutions"] for row in rows if row["integer convolutions"]}
+    assert integers == {("RepOpt-VGG-nano", ONNXRUNTIME[1]): "28 of 28", ("ghost", ONNXRUNTIME[1]): "95 of 95"}
     assert len(compiled) == 2
     assert not any(isinstance(module, nn.BatchNorm2d) for model in compiled for module in model.modules())
 
@@ -64,6 +86,14 @@ def test_batch_norms_are_not_trivial():
         assert infer.difference(deployed(images), outputs) > 1e-2
 
 
+def test_small_differences_stay_small():
+    images = torch.randn(8, 3, 32, 32)
+    model = infer.as_if_trained(repopt.create_model("RepOpt-VGG-nano", mode="target"), images)
+    with torch.no_grad():
+        outputs = model(images)
+        assert 0 < infer.difference(model(images + 1e-3 * torch.randn_like(images)), outputs) < 0.03
+
+
 def test_where_nothing_compiles_the_row_is_left_out(monkeypatch):
     def fails(model):
         return lambda images: torch._check(False, lambda: "no compiler")
@@ -71,7 +101,26 @@ def test_where_nothing_compiles_the_row_is_left_out(monkeypatch):
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.warns(UserWarning, match="RepOpt-VGG-nano: not compiled.*no compiler"):
         rows = measured("--arch", "RepOpt-VGG-nano")
-    assert len(rows) == 4 and not any("compiled" in row["form"] for row in rows)
+    assert len(rows) == 6 and not any("compiled" in row["form"] for row in rows)
+
+
+def test_without_the_extra_rows_of_onnxruntime_are_left_out_and_it_is_said_once(compiled, no_extra):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        rows = measured("--arch", "RepOpt-VGG-nano", "ghost")
+    assert len(rows) == 10 and not any(row["form"] in ONNXRUNTIME for row in rows)
+    assert {row["speed / onnxruntime fp32"] for row in rows} == {row["integer convolutions"] for row in rows} == {None}
+    (message,) = [str(warning.message) for warning in seen if "onnxruntime" in str(warning.message)]
+    assert message.startswith("rows of onnxruntime are left out: quantization needs torchao")
+
+
+def test_a_network_that_onnxruntime_computes_otherwise_is_named(compiled, monkeypatch):
+    from repopt import export
+
+    monkeypatch.setattr(export, "LARGEST_DIFFERENCE", {False: 1e-3, True: -1.0})
+    with pytest.warns(UserWarning, match="rows of onnxruntime .* differ .*RepOpt-VGG-nano-int8.onnx is not written"):
+        rows = measured("--arch", "RepOpt-VGG-nano")
+    assert len(rows) == 5 and not any(row["form"] in ONNXRUNTIME for row in rows)
 
 
 @pytest.mark.parametrize(

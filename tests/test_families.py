@@ -38,6 +38,7 @@ def test_deployed_network_is_the_same_function(name, mode):
     deployed = repopt.deploy(model)
     assert not any(isinstance(m, torch.nn.BatchNorm2d | RepConv2d) for m in deployed.modules())
     torch.testing.assert_close(deployed(x), expected, rtol=1e-8, atol=1e-11)
+    assert torch.equal(repopt.deploy(deployed)(x), deployed(x))
 
 
 @pytest.mark.parametrize("name", SIZES)

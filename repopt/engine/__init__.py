@@ -3,7 +3,7 @@
 from repopt.engine.compilation import COMPILE_MODES, compiled
 from repopt.engine.evaluate import Evaluation, evaluate
 from repopt.engine.interruption import Interrupted
-from repopt.engine.parallel import data_parallel
+from repopt.engine.parallel import average_statistics, data_parallel
 from repopt.engine.precision import Precision
 from repopt.engine.safeguard import Safeguard
 from repopt.engine.schedule import build_schedule
@@ -21,6 +21,7 @@ __all__ = [
     "Safeguard",
     "Training",
     "TrainingState",
+    "average_statistics",
     "build_schedule",
     "compiled",
     "count_steps",

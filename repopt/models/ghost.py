@@ -15,15 +15,7 @@ from torch.nn.functional import hardsigmoid, relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
-from repopt.layers import (
-    MODES,
-    Deployable,
-    Mode,
-    RepConv2d,
-    batch_norm_as_affine,
-    conv2d_of,
-    fold_batch_norm,
-)
+from repopt.layers import MODES, Baseline, Deployable, Mode, RepConv2d, fold_batch_norm
 from repopt.models.network import Network
 from repopt.models.registry import register
 
@@ -79,7 +71,7 @@ class GhostModule(RepConv2d, Deployable):
         return _plain(self.primary_conv, self.folded(self.final_bn), self.active)
 
 
-class RepGhostModule(Deployable):
+class RepGhostModule(Baseline):
     """The baseline's: batch norms instead of scales. Args: as of `GhostModule`; `initial_scale` has no effect."""
 
     def __init__(self, in_channels: int, out_channels: int, *, active: bool, initial_scale: float) -> None:
@@ -94,15 +86,12 @@ class RepGhostModule(Deployable):
         x = self.primary_conv(x)
         return self.activation(self.cheap_operation(x) + self.fusion_bn(x))
 
-    def deployed(self) -> nn.Sequential:
-        """The same function at inference: a batch norm is a scale and a shift, and scales merge as declared."""
-        conv, norm = self.cheap_operation
-        scale, bias = batch_norm_as_affine(norm)
-        fusion_scale, fusion_bias = batch_norm_as_affine(self.fusion_bn)
-        kernels = {"cheap_operation.0": conv.weight, "fusion_scale": fusion_scale}
-        kernel = self.block.merge(kernels, {"cheap_operation.1": scale})
-        cheap = conv2d_of(kernel, bias + fusion_bias, groups=len(kernel))
-        return _plain(self.primary_conv, cheap, self.active)
+    def branches(self) -> dict[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:  # noqa: D102
+        conv, bn = self.cheap_operation
+        return {"cheap_operation.0": (conv, bn), "fusion_scale": (None, self.fusion_bn)}
+
+    def deployed(self) -> nn.Sequential:  # noqa: D102
+        return _plain(self.primary_conv, self.merged(), self.active)
 
 
 class SqueezeExcite(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
-from repopt.layers import Deployable, Mode, RepConv2d, batch_norm_as_affine, conv2d_of
+from repopt.layers import Baseline, Deployable, Mode, RepConv2d
 
 
 def vgg_block(in_channels: int, out_channels: int, stride: int, initial_scale: float = 1.0) -> Block:
@@ -78,7 +78,7 @@ class VGGBlock(RepConv2d, Deployable):
         return PlainBlock(self.folded(self.bn), self.post_se)
 
 
-class RepVGGBlock(Deployable):
+class RepVGGBlock(Baseline):
     """RepVGG's block: every branch has a batch norm of its own, folded into one kernel after training.
 
     Args: as of `VGGBlock`; there are no scales, so `initial_scale` has no effect.
@@ -102,14 +102,12 @@ class RepVGGBlock(Deployable):
             y = y + self.bn_identity(x)
         return self.post_se(self.relu(y))
 
-    def deployed(self) -> PlainBlock:
-        """The same function at inference: a batch norm is a scale and a shift, and scales merge as declared."""
-        scale_conv, bias = batch_norm_as_affine(self.bn_3x3)
-        scale_1x1, shift_1x1 = batch_norm_as_affine(self.bn_1x1)
-        kernels = {"conv": self.conv_3x3.weight, "conv_1x1": self.conv_1x1.weight}
-        bias = bias + shift_1x1
-        if self.bn_identity is not None:
-            kernels["scale_identity"], shift_identity = batch_norm_as_affine(self.bn_identity)
-            bias = bias + shift_identity
-        kernel = self.block.merge(kernels, {"scale_conv": scale_conv, "scale_1x1": scale_1x1})
-        return PlainBlock(conv2d_of(kernel, bias, self.stride), self.post_se)
+    def branches(self) -> dict[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:  # noqa: D102
+        return {
+            "conv": (self.conv_3x3, self.bn_3x3),
+            "conv_1x1": (self.conv_1x1, self.bn_1x1),
+            "scale_identity": (None, self.bn_identity),  # asked for where it is declared
+        }
+
+    def deployed(self) -> PlainBlock:  # noqa: D102
+        return PlainBlock(self.merged(self.stride), self.post_se)

@@ -1,12 +1,14 @@
 """Images per second of what is deployed: the trained target network, its batch norms folded, compiled, and the baseline
-before and after its branches are folded.
+before and after its branches are folded; on CPUs also the folded target network in onnxruntime, in fp32 and in INT8.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,19 +19,24 @@ from measure.arguments import positive
 from measure.placement import memory_format_on, precision_on
 from measure.report import Row, Tables
 from measure.turns import peak_extra, take_turns
-from repopt.errors import one_line, unknown
+from repopt.errors import UserError, one_line, unknown
 from repopt.layers import MODES
 from repopt.models import list_archs
 
 ARCHS = ("RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2", "RepOpt-GhostNet-0.5x")
 TRAINED = "target, trained"
+FP32, INT8 = "target, onnxruntime", "target, onnxruntime INT8"
 
 
 class Contender(NamedTuple):
-    """A form of a network: its forward pass on the images, and the form whose outputs it should have."""
+    """A form of a network: its forward pass on the images, and the form whose outputs it should have.
+
+    Of INT8 also how many of its convolutions are computed with integers, in words.
+    """
 
     forward: Callable[[], Tensor]
     source: str | None
+    integers: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +79,18 @@ def _rows(arch: str, baseline: str, images: Tensor, rounds: int) -> list[Row]:
             "images/s": len(images) / seconds[form],
             "ms per image": 1e3 * seconds[form] / len(images),
             "speed / trained target": seconds[TRAINED] / seconds[form],
-            "peak extra MB per image": peak_extra(contender.forward, images.device) / len(images) / 1e6,
+            "speed / onnxruntime fp32": seconds[FP32] / seconds[form] if form in (FP32, INT8) else None,
+            "peak extra MB per image": _peak_extra_mb(form, contender, images),
             "difference of outputs": contender.source and difference(outputs[form], outputs[contender.source]),
+            "integer convolutions": contender.integers,
         }
         for form, contender in contenders.items()
     ]
+
+
+def _peak_extra_mb(form: str, contender: Contender, images: Tensor) -> float | None:
+    """Per image; None for onnxruntime, whose memory torch does not see."""
+    return None if form in (FP32, INT8) else peak_extra(contender.forward, images.device) / len(images) / 1e6
 
 
 def _contenders(arch: str, baseline: str, images: Tensor) -> dict[str, Contender]:
@@ -104,6 +118,14 @@ def _contenders(arch: str, baseline: str, images: Tensor) -> dict[str, Contender
                 warnings.warn(f"{arch}: not compiled, so that row is left out: {one_line(error)}", stacklevel=1)
             else:
                 found["target, deployed, compiled"] = Contender(forward, TRAINED)
+            if images.device.type == "cpu":
+                try:
+                    fp32, int8, integers = in_onnxruntime(arch, model, images)
+                except UserError as error:  # without the arch: that the extra is missing is then said once
+                    warnings.warn(f"rows of onnxruntime are left out: {one_line(error)}", stacklevel=1)
+                else:
+                    found[FP32] = Contender(forward_of(fp32), TRAINED)
+                    found[INT8] = Contender(forward_of(int8), TRAINED, integers)
     return found
 
 
@@ -113,18 +135,45 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model)
 
 
+def in_onnxruntime(arch: str, model: nn.Module, images: Tensor) -> tuple[nn.Module, nn.Module, str]:
+    """A network deployed in onnxruntime, in fp32 and in INT8, and how many convolutions of INT8 are integer ones.
+
+    Args:
+        arch: its name, for messages.
+        model: the network, trained; it stays as it is.
+        images: (N, C, H, W), on which INT8 is calibrated and both are checked.
+
+    Raises:
+        UserError: the extra is not installed; the network cannot be exported; onnxruntime computes something else.
+    """
+    from repopt import export, quantize  # an extra
+
+    deployed = repopt.deploy(model)
+    observed = quantize.prepare(model, images, "ptq", "default")
+    quantize.calibrate(observed, [images])
+    with tempfile.TemporaryDirectory() as folder:
+        fp32, int8 = Path(folder, f"{arch}-fp32.onnx"), Path(folder, f"{arch}-int8.onnx")
+        export.write_onnx(deployed, images, fp32)
+        export.write_onnx(quantize.convert(observed), images, int8)
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in deployed.modules())
+        integers = f"{export.operations(int8)['QLinearConv']} of {convolutions}"
+        return export.OnnxNetwork(fp32), export.OnnxNetwork(int8), integers
+
+
 @torch.no_grad()
 def as_if_trained(model: nn.Module, images: Tensor) -> nn.Module:
     """The model in eval mode on the images' device and in their format, with batch norms that do something.
 
     Their weights and biases are random, and their statistics those of the images: the activations of a fresh network
-    fade from layer to layer, down to numbers with which CPUs are slow.
+    fade from layer to layer, down to numbers with which CPUs are slow. Biases are around 1: around 0 every ReLU would
+    enlarge small differences, and through tens of layers a single number that is rounded otherwise would change an
+    INT8 network's outputs, unlike those of a trained one.
     """
     model.to(images.device, memory_format=memory_format_on(images.device)).train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.1)
+        nn.init.normal_(norm.bias, mean=1.0, std=0.1)
         norm.momentum = 1.0
     model(images)
     return model.eval()

@@ -1,0 +1,147 @@
+"""What INT8 costs the demo's networks: fp32, after post-training quantization, and after quantization-aware training.
+
+    python scripts/demo_int8.py [vgg|ghost]
+
+After `bash scripts/demo.sh`, with requirements-deploy.txt installed. Quantizes the plain networks under the
+RepOptimizer and the folded baselines of all seeds, under every preset and by both methods, with scripts/quantize.py;
+everything goes to output/demo/int8/. A second start goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import _root
+from demo import FAMILIES, SEEDS, Family, Run
+from workers import quietly, workers
+
+from repopt.errors import UserError, run_command
+
+METHODS = ("ptq", "qat")
+
+
+class Quantization(NamedTuple):
+    """One quantization of a trained network."""
+
+    run: Run
+    method: str
+    preset: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.run.family.folder / "int8" / self.run.arch / self._tag / "artifacts"
+
+    @property
+    def command(self) -> list[str]:
+        """Arguments of scripts/quantize.py."""
+        arguments = ["--cfg", "configs/digits/quantize.yaml", "--arch", self.run.arch, "--tag", self._tag]
+        arguments += ["--resume", str(self.run.folder / "latest.pth"), "--output", str(self.run.family.folder / "int8")]
+        return [*arguments, "--method", self.method, "--preset", self.preset, "--opts", "SEED", str(self.run.seed)]
+
+    @property
+    def _tag(self) -> str:
+        return f"{self.method}-{self.preset}-seed{self.run.seed}"
+
+    def top1(self, network: str) -> float:
+        """Accuracy in percent of "fp32", "INT8" or "INT8, onnxruntime"."""
+        return json.loads((self.folder / "results.json").read_text())[network]["top1"]
+
+    def signal_to_noise(self) -> dict[str, float]:
+        """Of every layer's output, in dB; infinite where there is no noise."""
+        ratios = json.loads((self.folder / "signal_to_noise.json").read_text())
+        return {layer: float("inf") if ratio is None else ratio for layer, ratio in ratios.items()}
+
+
+def networks_of(family: Family) -> dict[str, str]:
+    """Their modes by name."""
+    return {"plain network, RepOptimizer": "target", f"{family.baseline_name}, folded": family.baseline}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Quantize what is not done yet, then show it; 0, or 2 after a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="?", default="vgg", choices=FAMILIES)
+    family = FAMILIES[parser.parse_args(argv).family]
+    os.chdir(_root.ROOT)
+    return run_command("demo_int8.py", lambda: run(family))
+
+
+def run(family: Family) -> None:
+    """Quantize and report.
+
+    Raises:
+        UserError: the demo has not been run.
+    """
+    from tqdm import tqdm
+
+    from repopt.quantize import PRESETS
+
+    started = time.perf_counter()
+    every = [
+        Quantization(Run(family, mode, seed), method, preset)
+        for mode in networks_of(family).values()
+        for seed in SEEDS
+        for method in METHODS
+        for preset in PRESETS
+    ]
+    for missing in {str(q.run.folder / "latest.pth") for q in every if not (q.run.folder / "latest.pth").is_file()}:
+        raise UserError(f"{missing} is not there yet: run the demo before (bash scripts/demo.sh)")
+    todo = [quantization for quantization in every if not quantization.folder.exists()]
+    with workers(len(todo)) as pool:
+        futures = [pool.submit(quietly, "quantize", quantization.command) for quantization in todo]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="network", desc="quantizing"):
+            future.result()  # raises what went wrong in it
+    report(family, every)
+    print(f"{time.perf_counter() - started:.0f} seconds; pictures and files are in {family.folder}/int8/")
+
+
+def report(family: Family, every: Sequence[Quantization]) -> None:
+    """Print the table; write it, and the picture."""
+    from measure.report import as_table
+    from plots import plot_by_depth
+
+    rows, panels, layers = [], {}, {}
+    for preset in dict.fromkeys(quantization.preset for quantization in every):
+        for network, mode in networks_of(family).items():
+            ptq, qat = (
+                [q for q in every if (q.run.mode, q.preset, q.method) == (mode, preset, method)] for method in METHODS
+            )
+            ratios = [q.signal_to_noise() for q in ptq]
+            layers = {layer: statistics.mean(r[layer] for r in ratios) for layer in ratios[0]}
+            panels.setdefault(f"{preset} (dB)", {})[network] = {"PTQ": list(layers.values())}
+            rows.append(
+                {
+                    "preset": preset,
+                    f"{family.model}, digits": network,
+                    "fp32 top-1 (%)": spread([q.top1("fp32") for q in ptq]),
+                    "PTQ": spread([q.top1("INT8") for q in ptq]),
+                    "PTQ, onnxruntime": spread([q.top1("INT8, onnxruntime") for q in ptq]),
+                    "QAT": spread([q.top1("INT8") for q in qat]),
+                    "signal to noise of the logits, PTQ (dB)": spread([list(r.values())[-1] for r in ratios]),
+                    "of the worst layer": spread([min(r.values()) for r in ratios]),
+                }
+            )
+    folder = family.folder / "int8"
+    (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (folder / "results.md").write_text(as_table(rows) + "\n")
+    print(as_table(rows))
+    plot_by_depth(panels, list(layers), folder / "signal_to_noise.png")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
