@@ -76,6 +76,12 @@ def settle_for_qat(cfg: CfgNode) -> None:
 
 def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     """Quantize, evaluate before and after, and write the files; whether it came to its end."""
+    qat = cfg.QUANT.METHOD == "qat"
+    if qat and cfg.DATA.IMG_SIZE != cfg.DATA.TEST_SIZE:
+        raise UserError(
+            f"--method qat trains and evaluates at one size: DATA.IMG_SIZE is {cfg.DATA.IMG_SIZE}, DATA.TEST_SIZE "
+            f"{cfg.DATA.TEST_SIZE}"
+        )
     artifacts = Path(cfg.OUTPUT, "artifacts")
     decided_by_first(lambda: export.refuse_existing(artifacts))
     folder = begin("quantize.py", cfg, world, argv)
@@ -85,7 +91,6 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     loader = eval_loader(cfg, world)
     results = {"fp32": evaluated("fp32", model, loader, world)}
     float_network = repopt.deploy(model)
-    qat = cfg.QUANT.METHOD == "qat"
     scales = find_scales(arch, cfg, model, source.content) if qat else None
     observed = quantize.prepare(model, images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
     calibrate(observed, cfg, world)

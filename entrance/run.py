@@ -38,6 +38,8 @@ def start(settings: config.Settings, argv: Sequence[str]) -> bool:
         UserError: a mistake of the user's.
         OSError: of the machine: no permission, no space, a path that is none.
     """
+    if settings.cfg.QUANT.METHOD:
+        raise UserError(f"QUANT.METHOD {settings.cfg.QUANT.METHOD} is for scripts/quantize.py")
     arch = parse_arch(settings.cfg.MODEL.ARCH)
     with world() as here:
         return run(arch, resolve(arch, settings), here, argv)

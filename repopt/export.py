@@ -54,21 +54,23 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch, about itself
-                torch.onnx.export(
+                program = torch.onnx.export(
                     model,
                     (example,),
-                    beside,
                     dynamo=True,
                     opset_version=OPSET,
                     input_names=[INPUT],
                     output_names=[OUTPUT],
                     dynamic_shapes=({0: Dim("batch")},),
                     custom_translation_table=_TRANSLATIONS,
-                    external_data=False,
                     verbose=False,
                 )
         except Exception as error:  # of many kinds, with the exporter's own words
             raise UserError(f"{type(model).__name__} cannot be exported to ONNX: {_cause(error)}") from error
+        program.model.graph.metadata_props.clear()
+        for node in program.model.graph:
+            node.metadata_props.clear()  # where in our code it was traced
+        program.save(beside)
         difference = relative_difference(OnnxNetwork(beside)(images), model(images))
         if not difference <= LARGEST_DIFFERENCE[isinstance(model, Int8)]:
             raise UserError(
