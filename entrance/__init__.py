@@ -4,4 +4,6 @@ resolve         a configuration, completed by the data set and checked
 loaders, placement, build       what it describes: images, devices and formats, what trains a model
 resume          the checkpoint and scales that a run goes on from
 run             train, evaluate, measure throughput
+trained         a network from its checkpoint
+quantize        a trained network to INT8
 """

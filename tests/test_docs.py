@@ -18,6 +18,7 @@ from check_equivalency import BOUND, SIGNS, largest_difference
 from measure.report import as_table
 from test_convert import fenced_code
 
+from repopt import quantize
 from repopt.layers import MODES
 from repopt.models import list_archs, registry, timm_registry
 from repopt.optim import RULES
@@ -40,6 +41,7 @@ def test_every_document_is_tested():
         "adding_a_model",
         "adding_an_update_rule",
         "training_loop",
+        "quantization",
         "performance",
         "reliability",
     }  # the first in test_convert, the last in test_soak
@@ -62,6 +64,29 @@ def test_performance_is_what_was_measured(file):
     for rows in measured["tables"].values():
         assert as_table(rows) in text
     assert f"`{measured['command']}`, {measured['machine']}, torch {measured['torch']}" in text
+
+
+def test_quantization_is_what_was_measured():
+    text = (DOCS / "quantization.md").read_text()
+    for rows in json.loads((DOCS.parent / "benchmarks" / "int8.json").read_text()).values():
+        assert as_table(rows) in text
+
+
+def test_quantization_names_every_preset():
+    text = (DOCS / "quantization.md").read_text()
+    for name, preset in quantize.PRESETS.items():
+        row = re.search(rf"^\| `{name}` .*$", text, re.MULTILINE)[0]
+        for low, high in (preset.weights, preset.activations):
+            assert f"{low}..{high}" in row
+
+
+def test_quantization(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documented = run("quantization")
+    assert (tmp_path / "int8.onnx").is_file()
+    found, expected = documented["logits"], documented["int8"](documented["images"])
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=1e-3)
+    assert documented["optimizer"].grad_mults
 
 
 def test_law(capsys):
