@@ -85,6 +85,7 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     artifacts = Path(cfg.OUTPUT, "artifacts")
     decided_by_first(lambda: export.refuse_existing(artifacts))
     folder = begin("quantize.py", cfg, world, argv)
+    logger.info(f"{cfg.QUANT.PRESET}: {quantize.find_preset(cfg.QUANT.PRESET).meaning}")
     source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH)
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
     images = torch.zeros(2, 3, cfg.DATA.TEST_SIZE, cfg.DATA.TEST_SIZE, device=world.device)
@@ -177,8 +178,8 @@ def finish(written: Path, path: Path, results: Mapping[str, engine.Evaluation]) 
     (written / "results.md").write_text(table + "\n")
     write_json({name: result._asdict() for name, result in results.items()}, written / RESULTS)
     written.replace(path)
-    runs = export.operations(path / INT8_ONNX)
-    logger.info(f"{table}\nonnxruntime runs {runs['QLinearConv']} convolutions on integers; the files are in {path}")
+    integers = export.operations(path / INT8_ONNX)["QLinearConv"]
+    logger.info(f"{table}\nonnxruntime runs {integers} convolutions on integers; the files are in {path}")
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

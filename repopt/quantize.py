@@ -1,7 +1,7 @@
 """INT8 by torchao's PT2E flow: post-training quantization (PTQ) and quantization-aware training (QAT).
 
-    observed = prepare_ptq(model, images, "default")      # or prepare_qat, then train it
-    calibrate(observed, batches)
+    observed = prepare(model, images, "ptq", "default")
+    calibrate(observed, batches)  # and after "qat", train it
     int8 = convert(observed)
 
 All that is known of torchao stands here. It is an extra: requirements-deploy.txt.
@@ -57,7 +57,6 @@ class Preset:
         activations, weights: ranges of the integers; a range around 0 is symmetric, one from 0 on is affine.
         per_channel: whether every output channel's weights have a scale of their own.
         histogram: whether PTQ chooses the activations' range by their histogram, instead of from smallest to largest.
-        runs_here: whether onnxruntime runs it on a CPU.
     """
 
     meaning: str
@@ -65,7 +64,6 @@ class Preset:
     weights: tuple[int, int] = (-127, 127)
     per_channel: bool = True
     histogram: bool = True
-    runs_here: bool = True
 
 
 PRESETS = {
@@ -74,8 +72,8 @@ PRESETS = {
     "per_tensor": Preset(
         "8-bit weights per tensor, 8-bit activations from smallest to largest", per_channel=False, histogram=False
     ),
-    "tensorrt": Preset(
-        "8-bit weights per channel, 8-bit activations around 0 by histogram", (-128, 127), runs_here=False
+    "tensorrt": Preset(  # onnxruntime has no integer kernels for it on CPUs, and computes in float
+        "8-bit weights per channel, 8-bit activations around 0 by histogram, for TensorRT", (-128, 127)
     ),
 }
 
@@ -209,11 +207,8 @@ def prepare_qat(model: nn.Module, images: Tensor, preset: str) -> Observed:
 
     Args, Raises: as of `prepare_ptq`.
     """
-    if all(block.mode == "target" for _, block in declared_blocks(model)) and any(declared_blocks(model)):
-        trained = copy.deepcopy(model)
-    else:
-        trained = deploy(model).requires_grad_()
-    trained.train()
+    keeps_norms = {block.mode for _, block in declared_blocks(model)} == {"target"}
+    trained = (copy.deepcopy(model) if keeps_norms else deploy(model).requires_grad_()).train()
     graph = exported(trained, images)
     for node in graph.graph.nodes:
         if node.target is torch.ops.aten.add_.Tensor and str(node.args[0].target).endswith("num_batches_tracked"):
