@@ -17,6 +17,7 @@ from repopt.distributed import World
 from repopt.errors import UserError
 from repopt.logging import logger
 from repopt.models import Arch
+from repopt.reparam import unwrapped
 
 
 def training_state(
@@ -66,7 +67,9 @@ def clipping(
         return None
     if arch.repopt and scales is not None:
         mults = repopt.grad_mults(model, scales, degree=1)
-        return functools.partial(repopt.clip_grad_norm_, list(model.named_parameters()), cfg.TRAIN.CLIP_GRAD, mults)
+        return functools.partial(
+            repopt.clip_grad_norm_, list(unwrapped(model).named_parameters()), cfg.TRAIN.CLIP_GRAD, mults
+        )
     return functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), cfg.TRAIN.CLIP_GRAD)
 
 

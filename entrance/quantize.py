@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from entrance.resume import check_same_run, find_scales
 from entrance.run import begin, fit
 from repopt import checkpoint, config, engine, export, quantize
 from repopt.distributed import World, decided_by_first, world
-from repopt.errors import UserError
+from repopt.errors import UserError, shown
 from repopt.logging import as_json, logger
 from repopt.models import Arch, parse_arch
 from repopt.run_folder import RunFolder
@@ -62,6 +63,8 @@ def start(settings: config.Settings, argv: Sequence[str]) -> bool:
     arch = parse_arch(cfg.MODEL.ARCH)
     if cfg.QUANT.METHOD == "qat":
         settle_for_qat(cfg)
+    else:
+        cfg.DETERMINISTIC = False  # nothing is trained, and on GPUs histograms have no such algorithm
     with world() as here:
         return run(arch, resolve(arch, settings), here, argv)
 
@@ -92,17 +95,19 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     loader = eval_loader(cfg, world)
     results = {"fp32": evaluated("fp32", model, loader, world)}
     float_network = repopt.deploy(model)
-    scales = find_scales(arch, cfg, model, source.content) if qat else None
+    own = own_checkpoint(arch, cfg, folder) if qat else None
+    scales = find_scales(arch, cfg, model, own or source.content) if qat else None
+    del source  # its optimizer's state is as large as the network
     observed = quantize.prepare(model, images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
     calibrate(observed, cfg, world)
-    if qat and not train(arch, cfg, world, observed, scales, folder):
+    if qat and not train(arch, cfg, world, observed, scales, folder, own):
         return False
     int8 = quantize.convert(observed)
     results["INT8"] = evaluated("INT8, torch", int8, loader, world)
     written = decided_by_first(lambda: write_artifacts(artifacts, cfg, observed, float_network, int8, loader))
-    results["INT8, onnxruntime"] = evaluated(
-        "INT8, onnxruntime", export.OnnxNetwork(written / INT8_ONNX), loader, world
-    )
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    in_onnxruntime = export.OnnxNetwork(written / INT8_ONNX, threads)
+    results["INT8, onnxruntime"] = evaluated("INT8, onnxruntime", in_onnxruntime, loader, world)
     decided_by_first(lambda: finish(written, artifacts, results))
     return True
 
@@ -123,6 +128,25 @@ def calibrate(observed: quantize.Observed, cfg: CfgNode, world: World) -> None:
     quantize.calibrate(observed, (images for images, _ in batches))
 
 
+def own_checkpoint(arch: Arch, cfg: CfgNode, folder: RunFolder) -> Mapping[str, Any] | None:
+    """What an earlier start of this training left.
+
+    Raises:
+        UserError: it was another training, or began with another network.
+    """
+    path = decided_by_first(folder.resumable) if cfg.TRAIN.AUTO_RESUME else None
+    if path is None:
+        return None
+    content = checkpoint.read(path)
+    check_same_run(arch, cfg, content)
+    if (began_with := config.lookup(content.get("config"), "MODEL.RESUME")) != cfg.MODEL.RESUME:
+        raise UserError(
+            f"cannot resume: the training in {str(folder.path)!r} began with {shown(began_with)}, not with "
+            f"{cfg.MODEL.RESUME!r}; give this one another --tag"
+        )
+    return content
+
+
 def train(
     arch: Arch,
     cfg: CfgNode,
@@ -130,14 +154,11 @@ def train(
     observed: quantize.Observed,
     scales: Mapping[str, Tensor] | None,
     folder: RunFolder,
+    own: Mapping[str, Any] | None,
 ) -> bool:
     """Train on what has been prepared, or go on from this run's own checkpoint; whether it came to its end."""
-    own = decided_by_first(folder.resumable)
-    content = checkpoint.read(own) if own else None
-    if content is not None:
-        check_same_run(arch, cfg, content)
     try:
-        fit(arch, cfg, world, observed, scales, folder, content)
+        fit(arch, cfg, world, observed, scales, folder, own)
     except engine.Interrupted as stopped:
         logger.info(stopped)
         return False
@@ -156,14 +177,17 @@ def write_artifacts(
     beside = path.with_name(f"{path.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    images = next(iter(loader))[0].cpu()
-    checkpoint.write({"model": observed.state_dict(), "config": config.as_dict(cfg)}, beside / QUANTIZED)
-    ratios = quantize.signal_to_noise(observed.cpu(), int8.cpu(), images)
-    write_json(ratios, beside / SIGNAL_TO_NOISE)
-    export.write_safetensors(float_network.cpu(), beside / FP32_SAFETENSORS)
-    for network, name in ((float_network.cpu(), FP32_ONNX), (int8.cpu(), INT8_ONNX)):
-        difference = export.write_onnx(network, images, beside / name)
-        logger.info(f"{name}: onnxruntime's outputs differ from torch's by {difference:.1e} (relative)")
+    images = next(iter(loader))[0][:16].cpu()
+    try:
+        checkpoint.write({"model": observed.state_dict(), "config": config.as_dict(cfg)}, beside / QUANTIZED)
+        write_json(quantize.signal_to_noise(observed.cpu(), int8.cpu(), images), beside / SIGNAL_TO_NOISE)
+        export.write_safetensors(float_network.cpu(), beside / FP32_SAFETENSORS)
+        for network, name in ((float_network, FP32_ONNX), (int8, INT8_ONNX)):
+            difference = export.write_onnx(network, images, beside / name)
+            logger.info(f"{name}: onnxruntime's outputs differ from torch's by {difference:.1e} (relative)")
+    except UserError:
+        shutil.rmtree(beside)
+        raise
     return beside
 
 

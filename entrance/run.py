@@ -157,7 +157,7 @@ def fit(
         config=settings,
         world=world,
         seed=cfg.SEED,
-        searching=arch.mode == "hs",
+        searching=arch.mode == "hs" and not cfg.QUANT.METHOD,
         clip=clipping(arch, cfg, model, scales),
         accumulation_steps=cfg.TRAIN.ACCUMULATION_STEPS,
         ema_update_period=cfg.TRAIN.EMA_UPDATE_PERIOD,

@@ -15,11 +15,9 @@ def deploy(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose batch norms and branches are folded into convolutions with biases; the same function.
 
     Args:
-        model: any of ours, in any mode; one without batch norms is deployed already.
+        model: any of ours, in any mode; one that is deployed already stays as it is.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
-    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    return _deployed(model).requires_grad_(requires_grad=False) if has_norms else model
+    return _deployed(copy.deepcopy(model).eval()).requires_grad_(requires_grad=False)
 
 
 def _deployed(module: nn.Module) -> nn.Module:

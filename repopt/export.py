@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from repopt.errors import UserError, one_line
-from repopt.quantize import Int8
+from repopt.quantize import Int8, export_program
 
 try:
     import onnx
@@ -35,6 +35,7 @@ LARGEST_DIFFERENCE = {False: 1e-3, True: 0.1}  # of float networks, and of INT8 
 # between two integers, float and integer arithmetic round it to different ones.
 
 
+@torch.no_grad()
 def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
     """Write a network as ONNX, for batches of any size, and check what onnxruntime makes of it.
 
@@ -126,20 +127,21 @@ def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
         UserError: the file exists; an operation cannot be exported.
     """
     with new_file(path) as beside:
-        torch.export.save(_program(model, images), beside)
+        torch.export.save(export_program(model, images), beside)
 
 
 def write_compiled(model: nn.Module, images: Tensor, path: Path) -> None:
     """Compile a network ahead of time for this machine's kind (AOTInductor, ``.pt2``).
 
-    `torch._inductor.aoti_load_package` runs it without Python's torch.
+    C++ runs it without Python; in Python `torch._inductor.aoti_load_package` loads it.
 
     Raises:
         UserError: the file exists; it cannot be exported or compiled.
     """
+    program = export_program(model, images)
     with new_file(path) as beside, torch._inductor.config.patch(freezing=True):
         try:
-            torch._inductor.aoti_compile_and_package(_program(model, images), package_path=str(beside))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(beside))
         except Exception as error:  # whatever a missing or broken compiler makes of it
             raise UserError(f"{type(model).__name__} cannot be compiled: {_cause(error)}") from error
 
@@ -174,14 +176,6 @@ def refuse_existing(path: Path) -> None:
     """
     if path.exists():
         raise UserError(f"{str(path)!r} exists, and is not written over: move it away, or write elsewhere")
-
-
-def _program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    example = images[:1].expand(2, *images.shape[1:]).contiguous()
-    try:
-        return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
-    except Exception as error:
-        raise UserError(f"{type(model).__name__} cannot be exported: {_cause(error)}") from error
 
 
 def _session(path: Path, *, threads: int, optimized: Path | None = None) -> onnxruntime.InferenceSession:

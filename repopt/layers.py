@@ -190,6 +190,8 @@ def batch_norm_as_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 def fold_batch_norm(module: nn.Module, conv: str, bn: str) -> None:
     """Fold a batch norm of `module` into the convolution before it, both by name; an identity takes its place."""
+    if isinstance(module.get_submodule(bn), nn.Identity):
+        return  # it is folded
     setattr(module, conv, fuse_conv_bn_eval(module.get_submodule(conv), module.get_submodule(bn)))
     setattr(module, bn, nn.Identity())
 

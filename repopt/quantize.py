@@ -45,6 +45,8 @@ _CALLS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 _NORMS = (torch.ops.aten.batch_norm.default,)
 _OF_TRAINING = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}  # where they are told
 _UNDOING = (torch.ops.aten.div.Tensor,)  # for QAT torchao scales a kernel as its batch norm will, and divides again
+_AVERAGED_BATCHES = 100  # that count in the range of an activation, while training for INT8
+_SMALLEST_STEP = 1e-6  # of a weight: the bias of a channel without weights is an integer of 32 bits of such steps
 _ACTIVATIONS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
 
@@ -88,9 +90,9 @@ def find_preset(name: str) -> Preset:
 class Observed(Around):
     """A network exported for quantization, (N, C, H, W) -> (N, num_classes), H and W fixed; its ranges are observed.
 
-    With `fake` it computes as the INT8 network will, and is trained (QAT): its parameters are those of `around`, and a
-    training mode observes activations, while an evaluation leaves their ranges as they are. Without, it computes in
-    float (PTQ).
+    With `fake` it computes as the INT8 network will, and is trained (QAT): its parameters are those of `around`, and in
+    training mode it observes activations, while an evaluation leaves their ranges as they are. Without, it computes in
+    float and observes all that it sees (PTQ).
 
     Args:
         graph: prepared by torchao.
@@ -102,7 +104,8 @@ class Observed(Around):
     def __init__(self, graph: fx.GraphModule, around: nn.Module, example: Tensor, *, fake: bool) -> None:
         super().__init__(around)
         own = dict(graph.named_parameters())
-        assert all(own[name] is param for name, param in around.named_parameters()), "torchao copied parameters"
+        if fake:
+            assert all(own[name] is param for name, param in around.named_parameters()), "torchao copied parameters"
         self.network, self.fake = graph, fake
         self.register_buffer("example", torch.zeros_like(example), persistent=False)
 
@@ -143,9 +146,14 @@ class Observed(Around):
                 node.args = (*node.args[:index], training, *node.args[index + 1 :])
         self.network.recompile()
 
-    def _of_activations(self) -> Iterator[pt2e.FakeQuantizeBase]:
+    def average_over(self, batches: float) -> None:
+        """Let the next batch count as one of so many in the ranges of activations, where they are averages."""
+        for observer in self._of_activations():
+            observer.activation_post_process.averaging_constant = 1 / batches
+
+    def _of_activations(self) -> Iterator[_FakeActivation]:
         for module in self.network.modules():
-            if isinstance(module, pt2e.FakeQuantizeBase) and module.activation_post_process.averaging_constant != 1:
+            if isinstance(module, _FakeActivation):
                 yield module
 
 
@@ -210,10 +218,19 @@ def prepare_qat(model: nn.Module, images: Tensor, preset: str) -> Observed:
     keeps_norms = {block.mode for _, block in declared_blocks(model)} == {"target"}
     trained = (copy.deepcopy(model) if keeps_norms else deploy(model).requires_grad_()).train()
     graph = exported(trained, images)
+    settings = {}  # momentum and epsilon by the running variance, for torchao puts torch's defaults there
     for node in graph.graph.nodes:
         if node.target is torch.ops.aten.add_.Tensor and str(node.args[0].target).endswith("num_batches_tracked"):
             graph.graph.erase_node(node)  # it would count on in evaluations, and nothing reads it
+        elif node.target in _NORMS:
+            settings[node.args[4].target] = node.args[6:8]
     graph = prepare_qat_pt2e(graph, _Chains(find_preset(preset), fake=True))
+    for node in graph.graph.nodes:
+        if node.target in _NORMS:
+            node.args = (*node.args[:6], *settings[node.args[4].target], *node.args[8:])
+        elif node.target is torch.ops.aten.add.Tensor and getattr(node.args[0], "target", None) in settings:
+            node.args = (node.args[0], settings[node.args[0].target][1])
+    graph.recompile()
     return Observed(graph, trained, images[:1], fake=True)
 
 
@@ -226,9 +243,11 @@ def calibrate(observed: Observed, batches: Iterable[Tensor]) -> None:
     """
     seen = 0
     with observed.calibrating():
-        for images in batches:
+        for number, images in enumerate(batches, start=1):
+            observed.average_over(number)
             observed(images)
             seen += len(images)
+        observed.average_over(_AVERAGED_BATCHES)
     if not seen:
         raise UserError("there are no images to calibrate with")
 
@@ -256,6 +275,10 @@ def convert(observed: Observed) -> Int8:
         if node.target in _CALLS:
             _round_bias(graph, *node.args[:3])
     _forget_unused(graph)
+    for node in graph.graph.nodes:
+        if node.target in _CALLS:
+            _name_integers(graph, _path(node), node.args[1])
+    graph.recompile()
     return Int8(graph)
 
 
@@ -304,14 +327,19 @@ def _path(node: fx.Node) -> str:
 
 
 def exported(model: nn.Module, images: Tensor) -> fx.GraphModule:
-    """The graph of a model's operations, for batches of any size.
+    """The graph of a model's operations, for batches of any size; Raises: as `export_program`."""
+    return export_program(model, images).module()
+
+
+def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """A model's operations, for batches of any size.
 
     Raises:
         UserError: there is an operation that cannot be exported.
     """
     pair = torch.cat([images[:1], images[:1]])  # a batch of one would be taken for a constant
     try:
-        return torch.export.export(model, (pair,), dynamic_shapes=({0: Dim("batch")},)).module()
+        return torch.export.export(model, (pair,), dynamic_shapes=({0: Dim("batch")},))
     except Exception as error:  # of many kinds, with the tracer's own words
         raise UserError(f"{type(model).__name__} cannot be exported: {one_line(error)}") from error
 
@@ -363,6 +391,16 @@ def _forget_unused(graph: fx.GraphModule) -> None:
     graph.delete_all_unused_submodules()
 
 
+def _name_integers(graph: fx.GraphModule, path: str, kernel: fx.Node) -> None:
+    """Let the integers of a layer's kernel, their scale and their zero point go by its name."""
+    for node, name in zip(kernel.args[:3], ("weight", "weight_scale", "weight_zero_point"), strict=True):
+        if isinstance(node, fx.Node):  # else it is a number
+            value = _value(graph, node)
+            delattr(graph, node.target)
+            graph.get_submodule(path).register_buffer(name, value)
+            node.target = f"{path}.{name}"
+
+
 def _value(graph: fx.GraphModule, argument: Any) -> Any:
     """A number, or the tensor that a node stands for."""
     return operator.attrgetter(argument.target)(graph) if isinstance(argument, fx.Node) else argument
@@ -383,11 +421,13 @@ def _specs(preset: Preset, *, fake: bool) -> tuple[ao.QuantizationSpec, ao.Quant
     """Of activations and weights, as torchao takes them."""
     if fake:
         per_tensor, per_channel = pt2e.MovingAverageMinMaxObserver, pt2e.MovingAveragePerChannelMinMaxObserver
-        activations = _fake(per_tensor, 0.01)
-        weights = _fake(per_channel if preset.per_channel else per_tensor, 1.0)  # those of the last step alone
+        activations = _FakeActivation.with_args(observer=per_tensor, averaging_constant=1 / _AVERAGED_BATCHES)
+        of_last_step = {"observer": per_channel if preset.per_channel else per_tensor, "averaging_constant": 1.0}
+        weights = _FakeWeight.with_args(**of_last_step)
     else:
         activations = pt2e.HistogramObserver if preset.histogram else pt2e.MinMaxObserver
         weights = pt2e.PerChannelMinMaxObserver if preset.per_channel else pt2e.MinMaxObserver
+        weights = weights.with_args(eps=_SMALLEST_STEP)
     symmetric = preset.activations[0] < 0
     return (
         ao.QuantizationSpec(
@@ -406,12 +446,16 @@ def _specs(preset: Preset, *, fake: bool) -> tuple[ao.QuantizationSpec, ao.Quant
     )
 
 
-def _fake(observer: type, averaging_constant: float) -> Any:
-    return _FakeQuantize.with_args(observer=observer, averaging_constant=averaging_constant)
-
-
 class _FakeQuantize(pt2e.FusedMovingAvgObsFakeQuantize):
     """One whose scale is in INT8 what it was in training; torchao's observers compute it by another formula."""
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
+
+
+class _FakeActivation(_FakeQuantize):
+    pass
+
+
+class _FakeWeight(_FakeQuantize):
+    pass

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _root  # noqa: F401
+from measure.arguments import positive
 
 FORMATS = ("onnx", "safetensors", "pt2", "compiled")
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", help="whose weights they are, such as RepOpt-VGG-B1-target; if FILE does not say")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: a folder 'export' beside FILE")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "safetensors"])
-    parser.add_argument("--image-size", type=int, help="height and width (default: as FILE says, else 224)")
+    parser.add_argument("--image-size", type=positive, help="height and width (default: as FILE says, else 224)")
     arguments = parser.parse_args(argv)
     from repopt.errors import run_command
 

@@ -18,7 +18,7 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """As many processes as there are cores, or jobs; where something fails, what has not begun is left."""
     os.environ["OMP_NUM_THREADS"] = "1"  # one thread per job, as many jobs at a time as there are cores
     context = multiprocessing.get_context("spawn")
-    count = min(jobs, os.cpu_count() or 1)
+    count = max(1, min(jobs, os.cpu_count() or 1))
     with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         try:
             yield pool

@@ -2,9 +2,11 @@
 
 import copy
 import math
+import shutil
 from typing import NamedTuple
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -128,11 +130,16 @@ class TestIntegers:
 
     @pytest.mark.parametrize("preset", quantize.PRESETS)
     def test_weights_are_rounded_as_the_preset_says(self, preset):
-        """The only float tensors left are scales and biases; kernels are integers of the preset's range."""
+        """They are integers of the preset's range, by the names of their layers; no other kernels are left."""
         row = quantize.PRESETS[preset]
         model = network()
         _, int8 = quantized(model, preset=preset)
-        kernels = {name: value for name, value in int8.state_dict().items() if value.dtype is torch.int8}
+        state = int8.state_dict()
+        kernels = {name: value for name, value in state.items() if value.dtype is torch.int8}
+        assert [*kernels] == [
+            f"network.{name}" for name, value in repopt.deploy(model).state_dict().items() if value.dim() > 1
+        ]
+        assert not any(value.is_floating_point() and value.dim() > 1 for value in state.values())
         deployed = [m.weight for m in repopt.deploy(model).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         assert len(kernels) == len(deployed) == 7
         for kernel, integers in zip(deployed, kernels.values(), strict=True):
@@ -231,9 +238,13 @@ class TestTraining:
         trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
         assert trained == {id(param) for param in observed.parameters()}
 
+    @pytest.mark.parametrize("name", ["RepOpt-VGG-nano", "ghost"])
     @pytest.mark.parametrize("with_scales", [True, False])
-    def test_without_rounding_it_is_the_float_training(self, with_scales):
-        model = network()
+    def test_without_rounding_it_is_the_float_training(self, name, with_scales):
+        model = network(name=name)
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eps, norm.momentum = 1e-2, 0.05
         scales = scales_of(model) if with_scales else None
         observed = quantize.prepare(model, images(), "qat", "default")
         observed.network.apply(quantize.pt2e.disable_fake_quant)
@@ -244,8 +255,10 @@ class TestTraining:
             for _ in range(3):
                 x, y = torch.randn(8, 3, 32, 32, generator=source), torch.randint(10, (8,), generator=source)
                 optimizer.zero_grad()
+                torch.manual_seed(0)  # of dropout
                 F.cross_entropy(trained(x), y).backward()
                 optimizer.step()
+        assert isinstance(optimizer, repopt.RepOptimizer) == with_scales
         for name, value in model.state_dict().items():
             if value.is_floating_point():
                 moved = (value - before[name]).abs().max()
@@ -256,6 +269,16 @@ class TestTraining:
         becomes, trained = outputs(qat.int8, qat.x), outputs(qat.observed.eval(), qat.x)
         noise = export.relative_difference(becomes, outputs(qat.model, qat.x))
         assert export.relative_difference(becomes, trained) < 0.3 * noise
+
+    def test_calibration_averages_ranges_over_batches(self):
+        x = images()
+        observed = quantize.prepare(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval(), x, "qat", "default")
+        quantize.calibrate(observed, [x, 3 * x, 5 * x])
+        of_image = observed.network.activation_post_process_0.activation_post_process
+        torch.testing.assert_close(of_image.max_val, 3 * x.max())
+        torch.testing.assert_close(of_image.min_val, 3 * x.min())
+        observed.train()(x)  # and from here on one batch counts little
+        torch.testing.assert_close(of_image.max_val, 0.99 * 3 * x.max() + 0.01 * x.max())
 
     def test_an_evaluation_observes_nothing(self):
         observed = calibrated(network(), "qat")
@@ -290,6 +313,35 @@ class TestTraining:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < 0.2 * losses[0]
+
+
+def training_in_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = network()
+    scales = scales_of(model)
+    observed = calibrated(model, "qat")
+    optimizer = repopt.build_optimizer("sgd", observed, scales, lr=0.01, momentum=0.9)
+    trained = engine.data_parallel(observed, CPU).train()
+    torch.manual_seed(rank)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(trained(images()), torch.arange(16) % 10).backward()
+        optimizer.step()
+    engine.average_statistics(observed)
+    x = torch.ones(2, 3, 32, 32)
+    mine = torch.cat([value.double().flatten() for value in (*observed.parameters(), outputs(observed.eval(), x))])
+    of_first = mine.clone()
+    dist.broadcast(of_first, src=0)
+    assert torch.equal(mine, of_first)
+    assert optimizer.grad_mults
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_repoptimizer_trains_for_int8_in_two_processes(tmp_path):
+    torch.multiprocessing.spawn(training_in_two_processes, (str(tmp_path),), nprocs=2)
 
 
 def in_three_processes(rank, folder):
@@ -382,6 +434,27 @@ class TestOnnx:
         assert export.relative_difference(outputs(int8, x), outputs(model, x)) > 0.1  # it is cut
         assert export.relative_difference(found(x), outputs(int8, x)) < 0.05
 
+    def test_a_channel_without_weights(self, tmp_path):
+        """Its bias is many times the step of its integers."""
+        conv = nn.Conv2d(3, 4, 3)
+        with torch.no_grad():
+            conv.weight[1] *= 1e-12
+            conv.bias[1] = 20.0
+        model, x = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(4, 2, 1)).eval(), images()
+        _, int8 = quantized(model, x=x)
+        assert export.relative_difference(outputs(int8, x), outputs(model, x)) < 0.05
+        assert export.relative_difference(self.written(int8, x, tmp_path / "q.onnx")(x), outputs(int8, x)) < 0.01
+
+    @pytest.mark.parametrize("method", ["ptq", "qat"])
+    def test_networks_of_others(self, tmp_path, method):
+        x = images(4)
+        model = as_if_trained(timm.create_model("resnet10t", num_classes=10), images())
+        observed = calibrated(model, method, x=x)
+        assert export.relative_difference(outputs(observed, x), outputs(model, x)) < (0.2 if method == "qat" else 1e-4)
+        if method == "ptq":
+            int8 = quantize.convert(observed)
+            assert export.relative_difference(self.written(int8, x, tmp_path / "q.onnx")(x), outputs(int8, x)) < 0.1
+
     def test_squeeze_and_excitation(self, tmp_path):
         x = images()
         _, int8 = quantized(network(se=True), x=x)
@@ -423,6 +496,13 @@ class TestOtherFiles:
         export.write_program(int8, x, tmp_path / "int8.pt2")
         program = torch.export.load(tmp_path / "int8.pt2").module()
         assert torch.equal(outputs(program, x), outputs(int8, x))
+
+    @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
+    def test_compiled_packages(self, tmp_path):
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), images(5, 8)
+        export.write_compiled(model, x, tmp_path / "fp32.pt2")
+        run = torch._inductor.aoti_load_package(str(tmp_path / "fp32.pt2"))
+        torch.testing.assert_close(run(x), outputs(model, x))
 
     def test_nothing_is_written_over(self, tmp_path):
         path = tmp_path / "weights.safetensors"

@@ -135,6 +135,9 @@ def test_training_on_in_two_processes(repvgg, tmp_path):
     assert int8 == pytest.approx(accuracy(both[0]))
 
 
+QAT_OPTIONS = ("TRAIN.EPOCHS", 2, "SAVE_EVERY_STEPS", 3, "TRAIN.CLIP_GRAD", 5.0)
+
+
 def test_training_on_resumes_as_if_it_never_stopped(target, tmp_path, monkeypatch, capsys):
     def convert(observed):
         raise UserError("it takes 15 seconds")
@@ -143,7 +146,7 @@ def test_training_on_resumes_as_if_it_never_stopped(target, tmp_path, monkeypatc
 
     def training(tag):
         arguments = ("--resume", target, "--tag", tag, "--method", "qat")
-        code = main(tmp_path, TARGET, *arguments, "--opts", "TRAIN.EPOCHS", 2, "SAVE_EVERY_STEPS", 3)
+        code = main(tmp_path, TARGET, *arguments, "--opts", *QAT_OPTIONS)
         return code, checkpoint.read(tmp_path / TARGET / tag / "latest.pth")
 
     _, whole = training("whole")
@@ -164,6 +167,11 @@ def test_training_on_resumes_as_if_it_never_stopped(target, tmp_path, monkeypatc
     for name, value in whole["model"].items():
         assert torch.equal(value, part["model"][name]), name
     assert "scales" in part
+    other = tmp_path / "other.pth"
+    other.write_bytes(target.read_bytes())
+    assert main(tmp_path, TARGET, "--resume", other, "--tag", "part", "--method", "qat", "--opts", *QAT_OPTIONS) == 2
+    assert f"began with {str(target)!r}, not with {str(other)!r}" in capsys.readouterr().err
+    assert not (tmp_path / TARGET / "part" / "artifacts").exists()
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +200,7 @@ MISTAKES = {
     ),
     "quantized already": (["--arch", TARGET, "--method", "ptq", "--resume", "{int8}"], "holds a quantized network"),
     "flag of another program": ([*PTQ, "--eval"], "unknown flag '--eval'"),
-    "no calibration images": ([*PTQ, *FOLDER], "{photographs}"),
+    "no training images": ([*PTQ, *FOLDER], "{photographs}"),
     "no scales": (["--arch", TARGET, "--method", "qat", "--resume", "{weights}"], "needs searched scales"),
     "moving average": ([*QAT, "--opts", "TRAIN.EMA_ALPHA", 0.1], "takes TRAIN.EMA_ALPHA 0.0 only"),
     "compiled": ([*QAT, "--opts", "TRAIN.COMPILE", "default"], "takes TRAIN.COMPILE off only"),
@@ -215,6 +223,16 @@ def test_mistakes_are_one_line_and_exit_code_2(name, target, ptq, photographs, t
     for place, path in places.items():
         message = message.replace(f"{{{place}}}", str(path))
     assert re.search(message, error), error
+
+
+def test_a_failed_check_leaves_nothing(target, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise UserError("other outputs")
+
+    monkeypatch.setattr(export, "write_onnx", fails)
+    assert main(tmp_path, TARGET, "--resume", target, "--method", "ptq") == 2
+    assert "other outputs" in capsys.readouterr().err
+    assert not list((tmp_path / TARGET / "ptq-default").glob("artifacts*"))
 
 
 def test_sizes_of_training_and_evaluation_that_differ(target, photographs, tmp_path, capsys):

@@ -150,8 +150,8 @@ class Bottleneck(Deployable):
     def deployed(self) -> Bottleneck:  # noqa: D102
         if self.strided:
             fold_batch_norm(self, "conv_dw", "bn_dw")
-        modules = list(self.shortcut)
-        self.shortcut = nn.Sequential(*map(fuse_conv_bn_eval, modules[::2], modules[1::2]))
+        for index in range(0, len(self.shortcut), 2):
+            fold_batch_norm(self.shortcut, str(index), str(index + 1))
         return self
 
 
