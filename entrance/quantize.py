@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -100,7 +100,7 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     del source  # its optimizer's state is as large as the network
     observed = quantize.prepare(model, images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
     calibrate(observed, cfg, world)
-    if qat and not train(arch, cfg, world, observed, scales, folder, own):
+    if qat and not fit(arch, cfg, world, observed, scales, folder, own):
         return False
     int8 = quantize.convert(observed)
     results["INT8"] = evaluated("INT8, torch", int8, loader, world)
@@ -145,24 +145,6 @@ def own_checkpoint(arch: Arch, cfg: CfgNode, folder: RunFolder) -> Mapping[str, 
             f"{cfg.MODEL.RESUME!r}; give this one another --tag"
         )
     return content
-
-
-def train(
-    arch: Arch,
-    cfg: CfgNode,
-    world: World,
-    observed: quantize.Observed,
-    scales: Mapping[str, Tensor] | None,
-    folder: RunFolder,
-    own: Mapping[str, Any] | None,
-) -> bool:
-    """Train on what has been prepared, or go on from this run's own checkpoint; whether it came to its end."""
-    try:
-        fit(arch, cfg, world, observed, scales, folder, own)
-    except engine.Interrupted as stopped:
-        logger.info(stopped)
-        return False
-    return True
 
 
 def write_artifacts(

@@ -56,11 +56,7 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     elif cfg.EVAL_MODE:
         report_evaluation(cfg, world, model)
     else:
-        try:
-            train(arch, cfg, world, model, folder)
-        except engine.Interrupted as stopped:
-            logger.info(stopped)
-            return False
+        return train(arch, cfg, world, model, folder)
     return True
 
 
@@ -106,8 +102,8 @@ def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
             logger.info(f"{label}: {engine.evaluate(model, loader, precision_of(cfg, world))}")
 
 
-def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunFolder) -> None:
-    """Train from the beginning, or on from a checkpoint."""
+def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunFolder) -> bool:
+    """Train from the beginning, or on from a checkpoint; whether it came to its end."""
     resume = decided_by_first(lambda: find_checkpoint(cfg, folder))
     if resume:
         logger.info(f"resumed: {resume}")
@@ -117,7 +113,7 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunF
     scales = find_scales(arch, cfg, model, content)
     if scales is not None and content is None:
         repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
-    fit(arch, cfg, world, to_device(model, world), scales, folder, content)
+    return fit(arch, cfg, world, to_device(model, world), scales, folder, content)
 
 
 def fit(
@@ -128,8 +124,12 @@ def fit(
     scales: Mapping[str, Tensor] | None,
     folder: RunFolder,
     content: Mapping[str, Any] | None,
-) -> None:
-    """Train a model that is on its device, on from the content of a checkpoint where there is one."""
+) -> bool:
+    """Train a model that is on its device, on from the content of a checkpoint where there is one.
+
+    Returns:
+        Whether it came to its end. It does not where a signal stopped it; then it is saved.
+    """
     settings = config.as_dict(cfg)
     augmentation = data.Augmentation(**{f.name: cfg.AUG[f.name.upper()] for f in fields(data.Augmentation)})
     train_loader, val_loader = training_loader(cfg, world, augmentation), eval_loader(cfg, world)
@@ -146,7 +146,7 @@ def fit(
         f"{cfg.MODEL.ARCH}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{train_loader.num_images} training and {val_loader.num_images} test images"
     )
-    engine.Training(
+    training = engine.Training(
         state,
         distribute(cfg, world, model),
         train_loader,
@@ -167,4 +167,10 @@ def fit(
         save_every_steps=cfg.SAVE_EVERY_STEPS,
         most_skipped=cfg.TRAIN.MOST_SKIPPED_STEPS,
         print_period=cfg.PRINT_FREQ,
-    ).run()
+    )
+    try:
+        training.run()
+    except engine.Interrupted as stopped:
+        logger.info(stopped)
+        return False
+    return True

@@ -1,12 +1,16 @@
 """What tests share."""
 
+import contextlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from repopt.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,3 +44,21 @@ def shared():
 def published_keys(shared):
     """Names and shapes of the published models' state dicts."""
     return json.loads((shared / "contract" / "state_dict_keys.json").read_text())
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """A context in which a training gets SIGTERM after every checkpoint."""
+    save = RunFolder.save
+
+    def save_and_stop(folder, content, names=()):
+        save(folder, content, names)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def context():
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save", save_and_stop)
+            yield
+
+    return context

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ import data
 import main_repopt
 import repopt
 from repopt import checkpoint
-from repopt.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ["DATA.DATASET", "digits"]
@@ -301,7 +299,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(search, tmp_path, capsys):
 
 @pytest.mark.parametrize("implementation", ["compiled", "eager"])
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
-def test_resuming_within_an_epoch_under_either_implementation(search, tmp_path, monkeypatch, implementation, rule):
+def test_resuming_within_an_epoch_under_either_implementation(search, tmp_path, stopping, implementation, rule):
     """The step after resuming is done as it would have been: compiled ones round differently."""
     options = (*DIGITS, "DATA.BATCH_SIZE", 60, "TRAIN.EPOCHS", 1, "TRAIN.OPTIMIZER.IMPLEMENTATION", implementation)
     options += ("TRAIN.OPTIMIZER.NAME", rule, "SAVE_EVERY_STEPS", 2)
@@ -313,14 +311,7 @@ def test_resuming_within_an_epoch_under_either_implementation(search, tmp_path, 
 
     code, whole = train("whole")
     assert code == 0
-    save = RunFolder.save
-
-    def save_and_stop(folder, content, names=()):
-        save(folder, content, names)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as context:
-        context.setattr(RunFolder, "save", save_and_stop)
+    with stopping():
         code, part = train("part")
     assert code == main_repopt.INTERRUPTED
     assert part["seen"] == [{"processes": 1, "images": 180, "sharded": False}]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ import main_repopt
 from entrance import trained
 from repopt import checkpoint, engine, export, quantize
 from repopt.errors import UserError
-from repopt.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "digits" / "quantize.yaml"
@@ -138,7 +136,7 @@ def test_training_on_in_two_processes(repvgg, tmp_path):
 QAT_OPTIONS = ("TRAIN.EPOCHS", 2, "SAVE_EVERY_STEPS", 3, "TRAIN.CLIP_GRAD", 5.0)
 
 
-def test_training_on_resumes_as_if_it_never_stopped(target, tmp_path, monkeypatch, capsys):
+def test_training_on_resumes_as_if_it_never_stopped(target, tmp_path, monkeypatch, stopping, capsys):
     def convert(observed):
         raise UserError("it takes 15 seconds")
 
@@ -150,14 +148,7 @@ def test_training_on_resumes_as_if_it_never_stopped(target, tmp_path, monkeypatc
         return code, checkpoint.read(tmp_path / TARGET / tag / "latest.pth")
 
     _, whole = training("whole")
-    save = RunFolder.save
-
-    def save_and_stop(folder, content, names=()):
-        save(folder, content, names)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as context:
-        context.setattr(RunFolder, "save", save_and_stop)
+    with stopping():
         code, part = training("part")
     assert code == main_repopt.INTERRUPTED
     assert part["seen"]
