@@ -1,7 +1,7 @@
 """An image's way: data set -> transform -> loader.
 
 types       what a caller says: Source, Augmentation; and gets: Info
-build       describe, train_loader, eval_loader, calibration_loader
+build       describe, train_loader, eval_loader
 registry    the table of data sets: a new one is a row there
 digits, cifar, fake             sets that live on the device as one tensor
 encoded, folder, zipped         images in files
@@ -12,19 +12,9 @@ loader, resident, decoded       batches on the device; unreadable images are dec
 on_device                       normalise, erase, mix: whole batches
 """
 
-from data.build import calibration_loader, describe, eval_loader, train_loader
+from data.build import describe, eval_loader, train_loader
 from data.loader import Loader
 from data.position import Position
 from data.types import Augmentation, Info, Source
 
-__all__ = [
-    "Augmentation",
-    "Info",
-    "Loader",
-    "Position",
-    "Source",
-    "calibration_loader",
-    "describe",
-    "eval_loader",
-    "train_loader",
-]
+__all__ = ["Augmentation", "Info", "Loader", "Position", "Source", "describe", "eval_loader", "train_loader"]

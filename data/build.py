@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from data.decoded import Blank, DecodedLoader, Mend, refuse, replace
 from data.loader import Loader
 from data.on_device import Erase, Mix, Normalize
 from data.resident import RandomCropFlip, ResidentLoader
-from data.samplers import EvalSampler, Sampler, SampleSampler, TrainSampler
+from data.samplers import EvalSampler, TrainSampler
 from data.types import Augmentation, Info, Source
 from repopt.errors import UserError
 
@@ -118,6 +117,9 @@ def eval_loader(
     num_workers: int = 8,
     pin_memory: bool = True,
     memory_format: torch.memory_format = torch.contiguous_format,
+    split: str = "val",
+    most: int | None = None,
+    seed: int = 0,
 ) -> Loader:
     """Evaluation batches of one rank; over all ranks every image comes exactly once, and the last batch may be smaller.
 
@@ -134,107 +136,34 @@ def eval_loader(
         num_workers: processes that decode images, where they have to be decoded.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
         memory_format: of the images.
+        split: whose images; "train" gives training images transformed as in evaluation, where another takes the place
+            of one that cannot be read.
+        most: how many of them; None = all.
+        seed: which ones, where not all.
 
     Raises:
         UserError: as `describe`; an interpolation that does not exist; an image size that does not fit the data set;
             more classes than `num_classes`.
     """
-    return _unvaried_loader(
-        source,
-        "val",
-        lambda num_images: EvalSampler(num_images, batch_size, rank, world_size),
-        mend=_mend(source, Blank(image_size)),
-        image_size=image_size,
-        interpolation=interpolation,
-        crop=crop,
-        num_classes=num_classes,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        memory_format=memory_format,
-    )
-
-
-def calibration_loader(
-    source: Source,
-    *,
-    images: int,
-    seed: int,
-    batch_size: int,
-    image_size: int,
-    interpolation: str,
-    crop: bool,
-    num_classes: int,
-    device: torch.device,
-    num_workers: int = 8,
-    pin_memory: bool = True,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Loader:
-    """Some training images, transformed as in evaluation, the same on every rank: for choosing ranges of numbers.
-
-    Args:
-        source: where the images come from.
-        images: how many are drawn.
-        seed: which ones.
-        batch_size: most images per batch.
-        image_size, interpolation, crop, num_classes, device, num_workers, pin_memory, memory_format: as `eval_loader`.
-
-    Raises:
-        UserError: as `eval_loader`.
-    """
-    return _unvaried_loader(
-        dataclasses.replace(source, cache_mode="no"),  # these few are read but once
-        "train",
-        lambda num_images: SampleSampler(num_images, batch_size, images, seed),
-        mend=_mend(source, replace),
-        image_size=image_size,
-        interpolation=interpolation,
-        crop=crop,
-        num_classes=num_classes,
-        device=device,
-        rank=0,
-        world_size=1,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        memory_format=memory_format,
-    )
-
-
-def _unvaried_loader(
-    source: Source,
-    split: str,
-    sampler_of: Callable[[int], Sampler],
-    *,
-    mend: Mend,
-    image_size: int,
-    interpolation: str,
-    crop: bool,
-    num_classes: int,
-    device: torch.device,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    pin_memory: bool,
-    memory_format: torch.memory_format,
-) -> Loader:
     row = _find(source, image_size, interpolation)
     normalize = Normalize(row.mean, row.std, device, memory_format)
+
+    def sampler(num_images: int) -> EvalSampler:
+        return EvalSampler(num_images, batch_size, rank, world_size, most, seed)
 
     if isinstance(row, registry.Resident):
         images, labels = row.load(source, split, image_size, num_classes)
         _check_labels(labels, num_classes, source)
-        return ResidentLoader(images.to(device), labels.to(device), sampler_of(len(labels)), normalize)
+        return ResidentLoader(images.to(device), labels.to(device), sampler(len(labels)), normalize)
 
     files = row.open(source, split, num_classes, rank, world_size)
     _check_labels(files.labels, num_classes, source)
     return DecodedLoader(
         files,
         transforms.eval_transform(image_size, interpolation, crop=crop),
-        sampler_of(len(files.labels)),
+        sampler(len(files.labels)),
         normalize,
-        mend=mend,
+        mend=_mend(source, Blank(image_size) if split == "val" else replace),
         device=device,
         seed=0,  # nothing is random
         num_workers=num_workers,

@@ -83,34 +83,25 @@ class TrainSampler:
 
 @dataclass(frozen=True)
 class EvalSampler:
-    """Images rank::world_size in order: every image on exactly one rank, none padded, the last batch as it falls."""
+    """Images rank::world_size in order: every image on exactly one rank, none padded, the last batch as it falls.
+
+    With `most`, of as many images, drawn by the seed alone (all, where there are no more).
+    """
 
     num_images: int
     batch_size: int
     rank: int
     world_size: int
+    most: int | None = None
+    seed: int = 0
     sharded: ClassVar[bool] = True
 
     def batches(self, epoch: int, seen: Position = ()) -> Sequence[Tensor]:
         """The same batches in every epoch."""
         assert not seen, "an evaluation is gone through whole"
-        shard = torch.arange(self.num_images)[self.rank :: self.world_size]
+        images = torch.arange(self.num_images)
+        if self.most is not None:
+            order = torch.randperm(self.num_images, generator=seeding.generator(self.seed, seeding.SAMPLE))
+            images = order[: self.most]
+        shard = images[self.rank :: self.world_size]
         return shard.split(self.batch_size) if len(shard) else ()
-
-
-@dataclass(frozen=True)
-class SampleSampler:
-    """Some images, drawn by the seed alone, the same for every rank; all where there are no more."""
-
-    num_images: int
-    batch_size: int
-    most: int
-    seed: int
-    world_size: ClassVar[int] = 1
-    sharded: ClassVar[bool] = False
-
-    def batches(self, epoch: int, seen: Position = ()) -> Sequence[Tensor]:
-        """The same batches in every epoch."""
-        assert not seen, "a sample is gone through whole"
-        drawn = torch.randperm(self.num_images, generator=seeding.generator(self.seed, seeding.SAMPLE))[: self.most]
-        return drawn.split(self.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from yacs.config import CfgNode
@@ -40,8 +41,9 @@ def eval_loader(cfg: CfgNode, world: World) -> data.Loader:
 
 def calibration_loader(cfg: CfgNode, world: World) -> data.Loader:
     """Training images as in evaluation, the same in every process."""
-    return data.calibration_loader(
-        source_of(cfg), images=cfg.QUANT.CALIBRATION_IMAGES, seed=cfg.SEED, **_evaluating(cfg, world)
+    source = dataclasses.replace(source_of(cfg), cache_mode="no")  # these few are read but once
+    return data.eval_loader(
+        source, split="train", most=cfg.QUANT.CALIBRATION_IMAGES, seed=cfg.SEED, **_evaluating(cfg, world)
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -91,7 +91,7 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     logger.info(f"{cfg.QUANT.PRESET}: {quantize.find_preset(cfg.QUANT.PRESET).meaning}")
     source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH)
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
-    images = torch.zeros(2, 3, cfg.DATA.TEST_SIZE, cfg.DATA.TEST_SIZE, device=world.device)
+    images = torch.zeros(1, 3, cfg.DATA.TEST_SIZE, cfg.DATA.TEST_SIZE, device=world.device)
     loader = eval_loader(cfg, world)
     results = {"fp32": evaluated("fp32", model, loader, world)}
     float_network = repopt.deploy(model)
@@ -114,8 +114,7 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
 
 def evaluated(name: str, model: nn.Module, loader: data.Loader, world: World) -> engine.Evaluation:
     """The accuracy of a network, logged."""
-    batches = tqdm(loader, desc=name, unit="batch", leave=False, disable=None if world.is_main else True)
-    result = engine.evaluate(model, batches, engine.Precision(world.device))
+    result = engine.evaluate(model, shown_while(name, loader, world), engine.Precision(world.device))
     assert result is not None, "nothing stops it"
     logger.info(f"{name}: {result}")
     return result
@@ -123,9 +122,13 @@ def evaluated(name: str, model: nn.Module, loader: data.Loader, world: World) ->
 
 def calibrate(observed: quantize.Observed, cfg: CfgNode, world: World) -> None:
     """Let the network see the images that choose its ranges."""
-    loader = calibration_loader(cfg, world)
-    batches = tqdm(loader, desc="calibration", unit="batch", leave=False, disable=None if world.is_main else True)
+    batches = shown_while("calibration", calibration_loader(cfg, world), world)
     quantize.calibrate(observed, (images for images, _ in batches))
+
+
+def shown_while(doing: str, loader: data.Loader, world: World) -> Iterable[tuple[Tensor, Tensor]]:
+    """The batches of a loader, with their progress on the first process's terminal."""
+    return tqdm(loader, desc=doing, unit="batch", leave=False, disable=None if world.is_main else True)
 
 
 def own_checkpoint(arch: Arch, cfg: CfgNode, folder: RunFolder) -> Mapping[str, Any] | None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
 from repopt.errors import UserError, one_line
 from repopt.quantize import Int8, export_program
@@ -31,8 +30,9 @@ except ImportError as error:
 
 OPSET = 20
 INPUT, OUTPUT = "images", "logits"
-LARGEST_DIFFERENCE = {False: 1e-3, True: 0.1}  # of float networks, and of INT8 ones: where a number is about halfway
-# between two integers, float and integer arithmetic round it to different ones.
+# Of torch's and onnxruntime's outputs. Where a number is about halfway between two integers, float and integer
+# arithmetic round it to different ones.
+LARGEST_DIFFERENCE, LARGEST_DIFFERENCE_INT8 = 1e-3, 0.1
 
 
 @torch.no_grad()
@@ -51,18 +51,16 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
         UserError: the file exists; an operation cannot be exported; onnxruntime computes something else.
     """
     with new_file(path) as beside:
-        example = images[:1].expand(2, *images.shape[1:]).contiguous()  # a batch of one would be taken for a constant
+        exported = export_program(model, images)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch, about itself
                 program = torch.onnx.export(
-                    model,
-                    (example,),
+                    exported,
                     dynamo=True,
                     opset_version=OPSET,
                     input_names=[INPUT],
                     output_names=[OUTPUT],
-                    dynamic_shapes=({0: Dim("batch")},),
                     custom_translation_table=_TRANSLATIONS,
                     verbose=False,
                 )
@@ -73,7 +71,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
             node.metadata_props.clear()  # where in our code it was traced
         program.save(beside)
         difference = relative_difference(OnnxNetwork(beside)(images), model(images))
-        if not difference <= LARGEST_DIFFERENCE[isinstance(model, Int8)]:
+        if not difference <= (LARGEST_DIFFERENCE_INT8 if isinstance(model, Int8) else LARGEST_DIFFERENCE):
             raise UserError(
                 f"onnxruntime's outputs differ from torch's by {difference:.2g}: {path.name} is not written"
             )

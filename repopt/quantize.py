@@ -218,9 +218,11 @@ def prepare_qat(model: nn.Module, images: Tensor, preset: str) -> Observed:
     keeps_norms = {block.mode for _, block in declared_blocks(model)} == {"target"}
     trained = (copy.deepcopy(model) if keeps_norms else deploy(model).requires_grad_()).train()
     graph = exported(trained, images)
+    norms = [path for path, module in trained.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    counts = {f"{path}.num_batches_tracked" for path in norms}
     settings = {}  # momentum and epsilon by the running variance, for torchao puts torch's defaults there
     for node in graph.graph.nodes:
-        if node.target is torch.ops.aten.add_.Tensor and str(node.args[0].target).endswith("num_batches_tracked"):
+        if node.target is torch.ops.aten.add_.Tensor and node.args[0].target in counts:
             graph.graph.erase_node(node)  # it would count on in evaluations, and nothing reads it
         elif node.target in _NORMS:
             settings[node.args[4].target] = node.args[6:8]
@@ -422,8 +424,10 @@ def _specs(preset: Preset, *, fake: bool) -> tuple[ao.QuantizationSpec, ao.Quant
     if fake:
         per_tensor, per_channel = pt2e.MovingAverageMinMaxObserver, pt2e.MovingAveragePerChannelMinMaxObserver
         activations = _FakeActivation.with_args(observer=per_tensor, averaging_constant=1 / _AVERAGED_BATCHES)
-        of_last_step = {"observer": per_channel if preset.per_channel else per_tensor, "averaging_constant": 1.0}
-        weights = _FakeWeight.with_args(**of_last_step)
+        weights = _FakeQuantize.with_args(
+            observer=per_channel if preset.per_channel else per_tensor,
+            averaging_constant=1.0,  # those of the last step alone
+        )
     else:
         activations = pt2e.HistogramObserver if preset.histogram else pt2e.MinMaxObserver
         weights = pt2e.PerChannelMinMaxObserver if preset.per_channel else pt2e.MinMaxObserver
@@ -454,8 +458,4 @@ class _FakeQuantize(pt2e.FusedMovingAvgObsFakeQuantize):
 
 
 class _FakeActivation(_FakeQuantize):
-    pass
-
-
-class _FakeWeight(_FakeQuantize):
-    pass
+    """One of activations, whose ranges an evaluation leaves as they are."""

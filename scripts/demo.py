@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,10 +143,8 @@ def report(family: Family) -> None:
         trained, deployed = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, repopt.deploy(model)))
         epochs = [run.epochs() for run in runs]
         final = [run[-1]["val"]["top1"] for run in epochs]
-        spread = f" ± {statistics.stdev(final):.1f}" if len(final) > 1 else ""
         seconds = statistics.mean(sum(epoch["train_seconds"] for epoch in run) for run in epochs)
-        accuracy = f"{statistics.mean(final):.1f}{spread}"
-        lines.append(f"| {name} | {accuracy} | {seconds:.0f} | {trained:.2f} | {deployed:.2f} |")
+        lines.append(f"| {name} | {spread(final)} | {seconds:.0f} | {trained:.2f} | {deployed:.2f} |")
         curves[name] = [{epoch["epoch"]: epoch["val"]["top1"] for epoch in run if "val" in epoch} for run in epochs]
     table = "\n".join(lines)
     print(table)
@@ -153,6 +152,12 @@ def report(family: Family) -> None:
     plot_accuracy(curves, family.folder / "accuracy.png")
     model = repopt.create_model(family.model, mode=search.mode)
     plot_scales(model, repopt.load_scales(search.folder / "scales.pth"), family.folder / "scales.png")
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean of several seeds' numbers and their standard deviation; of a single one, itself."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import _root
-from demo import FAMILIES, SEEDS, Family, Run
+from demo import FAMILIES, SEEDS, Family, Run, spread
 from workers import quietly, workers
 
 from repopt.errors import UserError, run_command
@@ -54,11 +54,15 @@ class Quantization(NamedTuple):
 
     def top1(self, network: str) -> float:
         """Accuracy in percent of "fp32", "INT8" or "INT8, onnxruntime"."""
-        return json.loads((self.folder / "results.json").read_text())[network]["top1"]
+        from entrance.quantize import RESULTS
+
+        return json.loads((self.folder / RESULTS).read_text())[network]["top1"]
 
     def signal_to_noise(self) -> dict[str, float]:
         """Of every layer's output, in dB; infinite where there is no noise."""
-        ratios = json.loads((self.folder / "signal_to_noise.json").read_text())
+        from entrance.quantize import SIGNAL_TO_NOISE
+
+        ratios = json.loads((self.folder / SIGNAL_TO_NOISE).read_text())
         return {layer: float("inf") if ratio is None else ratio for layer, ratio in ratios.items()}
 
 
@@ -136,11 +140,6 @@ def report(family: Family, every: Sequence[Quantization]) -> None:
     (folder / "results.md").write_text(as_table(rows) + "\n")
     print(as_table(rows))
     plot_by_depth(panels, list(layers), folder / "signal_to_noise.png")
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ def draw(artifacts: Path) -> None:
     """A picture of the noise in every layer."""
     from plots import plot_by_depth
 
-    layers = json.loads((artifacts / "signal_to_noise.json").read_text())
+    from entrance.quantize import SIGNAL_TO_NOISE
+
+    layers = json.loads((artifacts / SIGNAL_TO_NOISE).read_text())
     panels = {"signal to noise (dB)": {"INT8": {"output of the layer": list(layers.values())}}}
     plot_by_depth(panels, list(layers), artifacts / "signal_to_noise.png")
 

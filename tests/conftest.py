@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -62,3 +63,18 @@ def stopping(monkeypatch):
             yield
 
     return context
+
+
+@pytest.fixture
+def in_one_line(capsys):
+    """Checks that a program has said one line on stderr: a pattern, in which {names} stand for paths."""
+
+    def check(program, pattern, places):
+        error = capsys.readouterr().err
+        assert error.startswith(f"{program}: ")
+        assert len(error.splitlines()) == 1
+        for place, path in places.items():
+            pattern = pattern.replace(f"{{{place}}}", str(path))
+        assert re.search(pattern, error), error
+
+    return check

@@ -502,17 +502,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line_and_exit_code_2(name, search, trained, tmp_path, capsys):
+def test_mistakes_are_one_line_and_exit_code_2(name, search, trained, tmp_path, in_one_line):
     places = {"tmp": tmp_path, "scales": search / "scales.pth", "trained": trained}
     arguments, message = MISTAKES[name]
     default = () if "--output" in arguments else ("--output", tmp_path / "out")
     assert main(*default, *(str(argument).format(**places) for argument in arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("main_repopt.py: ")
-    assert len(error.splitlines()) == 1
-    for place, path in places.items():
-        message = message.replace(f"{{{place}}}", str(path))
-    assert re.search(message, error), error
+    in_one_line("main_repopt.py", message, places)
 
 
 def test_programming_errors_stay_loud(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -200,7 +199,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line_and_exit_code_2(name, target, ptq, photographs, tmp_path, capsys):
+def test_mistakes_are_one_line_and_exit_code_2(name, target, ptq, photographs, tmp_path, in_one_line):
     weights = tmp_path / "weights.pth"
     checkpoint.write(trained.read(target).network().state_dict(), weights)
     places = {"tmp": tmp_path, "target": target, "int8": ptq / "quantized.pth", "photographs": photographs}
@@ -208,12 +207,7 @@ def test_mistakes_are_one_line_and_exit_code_2(name, target, ptq, photographs, t
     arguments, message = MISTAKES[name]
     arguments = [str(argument).format(**places) for argument in arguments]
     assert quantize_script.main(["--cfg", str(RECIPE), "--output", str(tmp_path / "out"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("quantize.py: ")
-    assert len(error.splitlines()) == 1
-    for place, path in places.items():
-        message = message.replace(f"{{{place}}}", str(path))
-    assert re.search(message, error), error
+    in_one_line("quantize.py", message, places)
 
 
 def test_a_failed_check_leaves_nothing(target, tmp_path, monkeypatch, capsys):
@@ -263,7 +257,7 @@ EXPORT_MISTAKES = {
 
 
 @pytest.mark.parametrize("name", EXPORT_MISTAKES)
-def test_mistakes_of_exporting(name, target, ptq, tmp_path, capsys):
+def test_mistakes_of_exporting(name, target, ptq, tmp_path, in_one_line):
     weights, full = tmp_path / "weights.pth", tmp_path / "full"
     checkpoint.write(trained.read(target).network().state_dict(), weights)
     full.mkdir()
@@ -271,10 +265,5 @@ def test_mistakes_of_exporting(name, target, ptq, tmp_path, capsys):
     places = {"tmp": tmp_path, "target": target, "int8": ptq / "quantized.pth", "weights": weights, "full": full}
     arguments, message = EXPORT_MISTAKES[name]
     assert export_script.main([argument.format(**places) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("export.py: ")
-    assert len(error.splitlines()) == 1
-    for place, path in places.items():
-        message = message.replace(f"{{{place}}}", str(path))
-    assert re.search(message, error), error
+    in_one_line("export.py", message, places)
     assert (full / "fp32.onnx").read_text() == "mine"

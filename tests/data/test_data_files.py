@@ -65,6 +65,15 @@ def test_evaluation_equals_the_textbook_pipeline(image_folder):
         assert labels.tolist() == list(range(NUM_CLASSES))
 
 
+def test_training_images_transformed_as_in_evaluation(image_folder):
+    some = list(make_eval(image_folder, split="train", most=5, batch_size=2))
+    assert [len(labels) for _, labels in some] == [2, 2, 1]
+    every = torch.cat([images for images, _ in make_eval(image_folder, split="train")])
+    assert len(every) == 24
+    for image in torch.cat([images for images, _ in some]):
+        assert any(torch.equal(image, other) for other in every)
+
+
 @pytest.mark.parametrize("world", (1, 2, 3, 4))
 def test_evaluation_takes_every_image_once(image_folder, world):
     labels = [
