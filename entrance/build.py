@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -12,12 +13,24 @@ from yacs.config import CfgNode
 
 import repopt
 from entrance.placement import memory_format_of, precision_of
-from repopt import engine
+from repopt import config, engine
 from repopt.distributed import World
 from repopt.errors import UserError
 from repopt.logging import logger
 from repopt.models import Arch
 from repopt.reparam import unwrapped
+
+# Arguments of our networks, which those of timm and torchvision do not take.
+OF_DECLARED = {"strides": "MODEL.STRIDES", "initial_scales": "MODEL.INITIAL_SCALES"}
+
+
+def network(arch: Arch, cfg: CfgNode) -> nn.Module:
+    """The network that an architecture and the configuration's MODEL keys describe, freshly initialized."""
+    overrides: dict[str, Any] = {"use_checkpoint": cfg.TRAIN.USE_CHECKPOINT}
+    for argument, key in OF_DECLARED.items():
+        if (value := config.lookup(cfg, key)) != config.KEYS[key].default:
+            overrides[argument] = value
+    return repopt.create_model(arch.model, mode=arch.mode, num_classes=cfg.MODEL.NUM_CLASSES, **overrides)
 
 
 def training_state(
@@ -30,7 +43,7 @@ def training_state(
     optimizer = repopt.build_optimizer(
         rule.NAME,
         model,
-        scales if arch.repopt else None,
+        scales_of_gradients(arch, cfg, scales),
         lr=cfg.TRAIN.BASE_LR * scaling,
         weight_decay=cfg.TRAIN.WEIGHT_DECAY,
         momentum=rule.MOMENTUM,
@@ -59,14 +72,19 @@ def training_state(
     )
 
 
+def scales_of_gradients(arch: Arch, cfg: CfgNode, scales: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    """Those that the optimizer multiplies gradients by, or None for the plain rule."""
+    return scales if arch.repopt and cfg.TRAIN.CHANGE_GRADIENTS else None
+
+
 def clipping(
     arch: Arch, cfg: CfgNode, model: nn.Module, scales: Mapping[str, Tensor] | None
 ) -> Callable[[], Tensor] | None:
     """What clips the gradients: under a RepOptimizer by the norm that the imagined CSLA network's would have."""
     if not cfg.TRAIN.CLIP_GRAD:
         return None
-    if arch.repopt and scales is not None:
-        mults = repopt.grad_mults(model, scales, degree=1)
+    if (constants := scales_of_gradients(arch, cfg, scales)) is not None:
+        mults = repopt.grad_mults(model, constants, degree=1)
         return functools.partial(
             repopt.clip_grad_norm_, list(unwrapped(model).named_parameters()), cfg.TRAIN.CLIP_GRAD, mults
         )

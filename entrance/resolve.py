@@ -21,6 +21,13 @@ def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
         raise UserError("--eval needs the weights to evaluate: --resume FILE")
     if cfg.TRAIN.SCALES_PATH and not needs_scales(arch):
         raise UserError(f"{cfg.MODEL.ARCH} takes no searched scales: leave --scales-path out, or train a -target")
+    for key, takes_it in (
+        ("TRAIN.CONSTANTS", needs_scales(arch)),
+        ("TRAIN.CHANGE_INITIALIZATION", arch.repopt),
+        ("TRAIN.CHANGE_GRADIENTS", arch.repopt),
+    ):
+        if not takes_it and config.lookup(cfg, key) != config.KEYS[key].default:
+            raise UserError(f"{key} is of a RepOptimizer, and {cfg.MODEL.ARCH} is trained without: leave it out")
     if not cfg.THROUGHPUT_MODE:
         info = data.describe(source_of(cfg), splits=("val",) if cfg.EVAL_MODE else ("train", "val"))
         for section, name, value in (

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 import data
 import repopt
-from entrance.build import clipping, distribute, training_state
+from entrance.build import clipping, distribute, network, training_state
 from entrance.loaders import eval_loader, training_loader
 from entrance.placement import memory_format_of, precision_of, to_device
 from entrance.resolve import resolve
@@ -48,9 +48,7 @@ def start(settings: config.Settings, argv: Sequence[str]) -> bool:
 def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     """Train, or evaluate, or measure throughput, as the command line `argv` says; whether it came to its end."""
     folder = begin(config.MAIN.name, cfg, world, argv)
-    model = repopt.create_model(
-        arch.model, mode=arch.mode, num_classes=cfg.MODEL.NUM_CLASSES, use_checkpoint=cfg.TRAIN.USE_CHECKPOINT
-    )
+    model = network(arch, cfg)
     if cfg.THROUGHPUT_MODE:
         report_throughput(cfg, world, model)
     elif cfg.EVAL_MODE:
@@ -111,7 +109,7 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunF
     if goes_on(content):
         check_same_run(arch, cfg, content)
     scales = find_scales(arch, cfg, model, content)
-    if scales is not None and content is None:
+    if scales is not None and content is None and cfg.TRAIN.CHANGE_INITIALIZATION:
         repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
     return fit(arch, cfg, world, to_device(model, world), scales, folder, content)
 

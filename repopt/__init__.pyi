@@ -8,6 +8,7 @@ from .models import create_model, list_models
 from .optim import RepAdam, RepAdamW, RepLion, RepOptimizer, RepRMSprop, RepSGD, clip_grad_norm_
 from .reparam import (
     build_optimizer,
+    constant_scales,
     declared_blocks,
     extract_scales,
     fit_scales,
@@ -35,6 +36,7 @@ __all__ = [
     "UserError",
     "build_optimizer",
     "clip_grad_norm_",
+    "constant_scales",
     "convert_model",
     "create_model",
     "declared_blocks",

@@ -67,6 +67,18 @@ KEYS: dict[str, Key] = {
     "MODEL.ARCH": Key("RepOpt-VGG-B1", "model and mode, such as RepOpt-VGG-B1-target", flag="--arch", fixed=True),
     "MODEL.RESUME": Key("", "checkpoint to resume; with --eval the weights to evaluate", flag="--resume"),
     "MODEL.NUM_CLASSES": Key(1000, "outputs of the classifier; if not given, the data set's", minimum=1, fixed=True),
+    "MODEL.STRIDES": Key(
+        (2, 2, 2, 2, 2),
+        "of the five downsampling layers; a search on small images may have others",
+        length=5,
+        fixed=True,
+    ),
+    "MODEL.INITIAL_SCALES": Key(
+        "depth",
+        "at which a search begins, and constants that are initial: sqrt(2 / l) in a stage's l-th block, or all 1",
+        choices=("depth", "one"),
+        fixed=True,
+    ),
     "MODEL.LABEL_SMOOTHING": Key(0.1, "of the training loss", maximum=1),
     "TRAIN.START_EPOCH": Key(0, "epoch to start at when nothing is resumed"),
     "TRAIN.EPOCHS": Key(300, "epochs in all", minimum=1),
@@ -84,7 +96,9 @@ KEYS: dict[str, Key] = {
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", "of the learning rate", choices=("cosine", "linear", "step")),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "of the step schedule", minimum=1),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "of the step schedule"),
-    "TRAIN.OPTIMIZER.NAME": Key("sgd", "update rule: sgd, adamw, adam, rmsprop or lion", fixed=True),
+    "TRAIN.OPTIMIZER.NAME": Key(
+        "sgd", "update rule: sgd, adamw, adam, rmsprop or lion; without RepOptimizer also adafactor", fixed=True
+    ),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, "of AdamW, Adam and RMSprop"),
     "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), "of AdamW, Adam and Lion", length=2),
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "of SGD (Nesterov) and RMSprop"),
@@ -99,6 +113,16 @@ KEYS: dict[str, Key] = {
     "TRAIN.EMA_UPDATE_PERIOD": Key(8, "optimizer steps between updates of the moving average", minimum=1),
     "TRAIN.SCALES_PATH": Key(
         None, "searched scales: a scale file or a hyper-search checkpoint", str, flag="--scales-path"
+    ),
+    "TRAIN.CONSTANTS": Key(
+        "searched",
+        "of a RepOptimizer: the searched scales, their means over channels, those at which a search begins, or all 1",
+        choices=("searched", "channel-mean", "initial", "one"),
+        fixed=True,
+    ),
+    "TRAIN.CHANGE_INITIALIZATION": Key(True, "by the constants (Rule of Initialization); the ablation is without"),
+    "TRAIN.CHANGE_GRADIENTS": Key(
+        True, "by the constants (Rule of Iteration); the ablation is the plain update rule", fixed=True
     ),
     "TRAIN.IDENTITY_INIT": Key(
         "searched", "how identity branches enter the initial weights", choices=("searched", "one")

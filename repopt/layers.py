@@ -19,10 +19,17 @@ from repopt.csla import Block
 Mode = Literal["hs", "csla", "target"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
+InitialScales = Literal["depth", "one"]
 
-def initial_scale(index: int) -> float:
-    """At which a hyper-search starts the scales of a stage's block, counted from 0 (table 9 of the paper)."""
-    return math.sqrt(2 / index) if index else 1.0
+
+def initial_scale(layer: int, initial_scales: InitialScales) -> float:
+    """At which a hyper-search starts the scales of the convolutions in a layer (table 9 of the paper).
+
+    Args:
+        layer: l, counted from 1 behind the last layer that changes width or resolution; that layer itself is 0.
+        initial_scales: "depth" for sqrt(2 / l), or "one".
+    """
+    return math.sqrt(2 / layer) if layer and initial_scales == "depth" else 1.0
 
 
 class Values(nn.Module):

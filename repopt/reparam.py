@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from repopt.csla import GradMult
 from repopt.errors import UserError, shown, unknown
 from repopt.layers import Around, Mode, RepConv2d
-from repopt.optim import REFUSED, RULES, Implementation
+from repopt.optim import PLAIN_ONLY, REFUSED, RULES, Implementation
 
 Scales = Mapping[str, Tensor]
 IdentityInit = Literal["searched", "one"]
+Constants = Literal["searched", "channel-mean", "initial", "one"]
 
 # Of scales; they are kept as they are, and the rules compute with them in float64 or the model's own type.
 _SCALE_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -117,6 +118,42 @@ def flaw_of(scale: object) -> str | None:
     return None
 
 
+def constant_scales(model: nn.Module, constants: Constants, searched: Scales | None = None) -> dict[str, Tensor]:
+    """The scales that the two rules take, from the sources that table 4 of the paper compares.
+
+    Args:
+        model: in any mode of declared blocks.
+        constants: "searched"; "channel-mean", where every channel of a branch has the mean of its searched scales;
+            "initial", those at which a hyper-search of the model begins; "one".
+        searched: from `load_scales` or `extract_scales`; None where there was no search.
+
+    Returns:
+        (O,) each by name, as `extract_scales` gives them.
+
+    Raises:
+        UserError: another source, one that needs a search where there is none or has no use for one, or scales that
+            are not those of this model.
+    """
+    if constants not in get_args(Constants):
+        raise unknown("source of constants", constants, get_args(Constants))
+    if constants in ("initial", "one"):
+        if searched is not None:
+            raise UserError(f"constants that are {constants!r} come from no search: leave the searched scales out")
+        return {
+            key_of(path, branch.searched): torch.full(
+                module.block.target.shape[:1], branch.initial if constants == "initial" else 1.0
+            )
+            for path, module in declared_blocks(model)
+            for branch in module.block.branches
+        }
+    if searched is None:
+        raise UserError(f"constants that are {constants!r} come from a hyper-search: its scales are needed")
+    scales = fit_scales(model, searched)
+    if constants == "channel-mean":
+        return {name: scale.double().mean().to(scale.dtype).expand_as(scale).clone() for name, scale in scales.items()}
+    return scales
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "searched") -> None:
     """Rule of Initialization, in place: fresh kernels, weighted by the searched scales. For fresh training only.
@@ -211,7 +248,7 @@ def build_optimizer(
     """An optimizer over the model's parameter groups: a RepOptimizer where scales are given, else the plain rule.
 
     Args:
-        name: of the update rule, one of `RULES`: "sgd", "adamw" ...
+        name: of the update rule, one of `RULES`: "sgd", "adamw" ...; without scales one of `PLAIN_ONLY`, too.
         model: in target mode if scales are given, else any.
         scales: from `load_scales` or `extract_scales`.
         lr: learning rate.
@@ -223,10 +260,12 @@ def build_optimizer(
     Raises:
         UserError: an unknown rule or setting, a value that the rule refuses, or scales that are not this model's.
     """
-    if name in REFUSED:
+    if scales is None and name in PLAIN_ONLY:
+        return PLAIN_ONLY[name](param_groups(model, weight_decay), lr=lr)
+    if scales is not None and name in REFUSED:
         raise UserError(f"optimizer {name!r} cannot be re-parameterized: {REFUSED[name]}")
     if name not in RULES:
-        raise unknown("optimizer", name, RULES)
+        raise unknown("optimizer", name, (*RULES, *PLAIN_ONLY))
     rule, known = RULES[name], set().union(*(rule.hyperparameters for rule in RULES.values()))
     for key in settings:
         if key not in known:

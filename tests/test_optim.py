@@ -263,7 +263,7 @@ def test_rules_that_break_the_law_are_refused(degree, direction, monkeypatch):
 @pytest.mark.parametrize("name", ["muon", "lars", "lamb", "adafactor"])
 def test_known_rules_that_break_the_law_are_refused_by_name(name):
     with pytest.raises(UserError, match="cannot be re-parameterized: it"):
-        repopt.build_optimizer(name, network(), lr=0.1)
+        repopt.build_optimizer(name, network(), {}, lr=0.1)
 
 
 @pytest.mark.parametrize("rule", ["adamw", "rmsprop"])

@@ -51,7 +51,7 @@ class Depth:
         if declaration.stride != 1 or out_channels != per_group * declaration.block.target.groups:
             self.number = 0
         self.number += 1
-        return initial_scale(self.number - 1)
+        return initial_scale(self.number - 1, "depth")
 
 
 def _scaled(block: Block, factor: float) -> Block:

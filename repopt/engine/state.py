@@ -160,9 +160,16 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
 
 
 def _is_state(key: object, value: object, param: Tensor) -> bool:
-    """Whether this may be what an optimizer keeps of a parameter: how many steps it did, or numbers of its shape."""
+    """Whether this may be what an optimizer keeps of a parameter: how many steps it did, or numbers of its shape.
+
+    Adafactor keeps those of rows and columns: the shape has ones then.
+    """
     if value is None or (key == "step" and type(value) in (int, float)):
         return True
     if not isinstance(value, Tensor) or not value.is_floating_point() or not torch.isfinite(value).all():
         return False
-    return value.numel() == 1 if key == "step" else value.shape == param.shape
+    if key == "step":
+        return value.numel() == 1
+    return value.dim() == param.dim() and all(
+        size in (1, whole) for size, whole in zip(value.shape, param.shape, strict=True)
+    )

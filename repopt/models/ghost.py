@@ -6,8 +6,7 @@ All modules are (N, C, H, W) -> (N, O, H', W') unless they say otherwise.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from torch.nn.functional import hardsigmoid, relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
-from repopt.layers import MODES, Baseline, Deployable, Mode, RepConv2d, fold_batch_norm
-from repopt.models.network import Network
+from repopt.layers import MODES, Baseline, Deployable, InitialScales, Mode, RepConv2d, fold_batch_norm, initial_scale
+from repopt.models.network import Network, check_strides
 from repopt.models.registry import register
 
 
@@ -111,7 +110,8 @@ class Bottleneck(Deployable):
 
     Args:
         in_channels, mid_channels, out_channels: before, between and after the ghost modules.
-        size, stride: of the depthwise convolution, which stands where the stride is 2.
+        size: of the depthwise convolutions.
+        stride: of the one between the ghost modules; None = there is none.
         se_channels: to which squeeze-and-excitation reduces; 0 = none.
         ghost: ``ghost(in_channels, out_channels, active=..., initial_scale=...)`` makes a ghost module.
         initial_scales: of the two.
@@ -124,21 +124,21 @@ class Bottleneck(Deployable):
         out_channels: int,
         *,
         size: int,
-        stride: int,
+        stride: int | None,
         se_channels: int,
         ghost: Callable[..., nn.Module],
         initial_scales: tuple[float, float],
     ) -> None:
         super().__init__()
-        self.strided = stride > 1
+        self.strided = stride is not None
         self.ghost1 = ghost(in_channels, mid_channels, active=True, initial_scale=initial_scales[0])
-        if self.strided:
+        if stride is not None:
             self.conv_dw, self.bn_dw = _conv_bn(mid_channels, mid_channels, size, stride, groups=mid_channels)
         self.se = SqueezeExcite(mid_channels, se_channels) if se_channels else nn.Identity()
         self.ghost2 = ghost(mid_channels, out_channels, active=False, initial_scale=initial_scales[1])
         self.shortcut = nn.Sequential()
         if self.strided or in_channels != out_channels:
-            self.shortcut.extend(_conv_bn(in_channels, in_channels, size, stride, groups=in_channels))
+            self.shortcut.extend(_conv_bn(in_channels, in_channels, size, stride or 1, groups=in_channels))
             self.shortcut.extend(_conv_bn(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -171,35 +171,35 @@ class ConvBNReLU(Deployable):
 
 
 class Shape(NamedTuple):
-    """A bottleneck of width 1: kernel size, channels between and after its ghost modules, SE ratio, stride."""
+    """A bottleneck of width 1: kernel size, channels between and after its ghost modules, SE ratio, its resolution."""
 
     size: int
     expansion: int
     out: int
     se: float
-    stride: int
+    halves: bool = False
 
 
 _BOTTLENECKS = [
-    [Shape(3, 8, 16, 0, 1)],
-    [Shape(3, 24, 24, 0, 2)],
-    [Shape(3, 36, 24, 0, 1)],
-    [Shape(5, 36, 40, 0.25, 2)],
-    [Shape(5, 60, 40, 0.25, 1)],
-    [Shape(3, 120, 80, 0, 2)],
+    [Shape(3, 8, 16, 0)],
+    [Shape(3, 24, 24, 0, halves=True)],
+    [Shape(3, 36, 24, 0)],
+    [Shape(5, 36, 40, 0.25, halves=True)],
+    [Shape(5, 60, 40, 0.25)],
+    [Shape(3, 120, 80, 0, halves=True)],
     [
-        Shape(3, 100, 80, 0, 1),
-        Shape(3, 120, 80, 0, 1),
-        Shape(3, 120, 80, 0, 1),
-        Shape(3, 240, 112, 0.25, 1),
-        Shape(3, 336, 112, 0.25, 1),
+        Shape(3, 100, 80, 0),
+        Shape(3, 120, 80, 0),
+        Shape(3, 120, 80, 0),
+        Shape(3, 240, 112, 0.25),
+        Shape(3, 336, 112, 0.25),
     ],
-    [Shape(5, 336, 160, 0.25, 2)],
+    [Shape(5, 336, 160, 0.25, halves=True)],
     [
-        Shape(5, 480, 160, 0, 1),
-        Shape(5, 480, 160, 0.25, 1),
-        Shape(5, 480, 160, 0, 1),
-        Shape(5, 480, 160, 0.25, 1),
+        Shape(5, 480, 160, 0),
+        Shape(5, 480, 160, 0.25),
+        Shape(5, 480, 160, 0),
+        Shape(5, 480, 160, 0.25),
     ],
 ]
 
@@ -218,6 +218,8 @@ class RepOptGhostNet(Network, Deployable):
     Args:
         width: multiplier of all channels.
         ghost: makes a ghost module (see `Bottleneck`).
+        strides: of the stem and of the bottlenecks that halve the resolution, as of `RepOptVGG`.
+        initial_scales: see `initial_scale`.
         num_classes: outputs of the classifier; 0 = none, and the network gives the head's hidden features.
         in_chans: channels of an image.
         global_pool: see `Network.reset_classifier`.
@@ -232,6 +234,8 @@ class RepOptGhostNet(Network, Deployable):
         width: float,
         ghost: Callable[..., nn.Module],
         *,
+        strides: Sequence[int] = (2, 2, 2, 2, 2),
+        initial_scales: InitialScales = "depth",
         num_classes: int,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -239,28 +243,30 @@ class RepOptGhostNet(Network, Deployable):
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__(in_chans=in_chans, use_checkpoint=use_checkpoint)
+        check_strides(strides)
         channels = _rounded(16 * width)
-        self.conv_stem, self.bn1 = _conv_bn(in_chans, channels, 3, stride=2)
+        self.conv_stem, self.bn1 = _conv_bn(in_chans, channels, 3, stride=strides[0])
         self.blocks = nn.Sequential()
-        reduction, features = 2, {}
+        reduction, features, later_strides = strides[0], {}, iter(strides[1:])
         number = -1  # of the first ghost module of a bottleneck, in a run that keeps width and resolution
         for index, shapes in enumerate(_BOTTLENECKS):
             stage = nn.Sequential()
             for shape in shapes:
                 mid, out = _rounded(shape.expansion * width), _rounded(shape.out * width)
-                number = number + 2 if shape.stride == 1 and out == channels else 1
+                stride = next(later_strides) if shape.halves else None
+                number = number + 2 if not shape.halves and out == channels else 1
                 bottleneck = Bottleneck(
                     channels,
                     mid,
                     out,
                     size=shape.size,
-                    stride=shape.stride,
+                    stride=stride,
                     se_channels=_rounded(mid * shape.se) if shape.se else 0,
                     ghost=ghost,
-                    initial_scales=(math.sqrt(2 / (number + 1)), math.sqrt(2 / (number + 2))),
+                    initial_scales=tuple(initial_scale(number + i, initial_scales) for i in (1, 2)),
                 )
                 stage.append(bottleneck)
-                channels, reduction = out, reduction * shape.stride
+                channels, reduction = out, reduction * (stride or 1)
             self.blocks.append(stage)
             features[reduction] = {"num_chs": channels, "reduction": reduction, "module": f"blocks.{index}"}
         self.feature_info = list(features.values())

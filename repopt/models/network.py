@@ -9,10 +9,16 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from repopt.errors import UserError
+from repopt.errors import UserError, shown
 from repopt.layers import run
 
 POOLS = ("", "avg", "max", "avgmax")
+
+
+def check_strides(strides: Sequence[int]) -> None:
+    """UserError unless these are strides of the five layers that halve the resolution."""
+    if len(strides) != 5 or any(type(stride) is not int or stride not in (1, 2) for stride in strides):
+        raise UserError(f"the strides of the five downsampling layers are 1 or 2 each, not {shown(strides)}")
 
 
 class Network(nn.Module):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from repopt.layers import MODES, initial_scale
-from repopt.models.network import Network
+from repopt.layers import MODES, InitialScales, initial_scale
+from repopt.models.network import Network, check_strides
 from repopt.models.registry import register
 from repopt.models.vgg_blocks import RepVGGBlock, VGGBlock
 
@@ -20,7 +22,10 @@ class RepOptVGG(Network):
     Args:
         layers: blocks per stage.
         widths: multipliers of the stages' 64, 128, 256 and 512 channels.
-        block: ``block(in_channels, out_channels, stride, initial_scale)`` makes one.
+        block: ``block(in_channels, out_channels, stride=..., identity=..., initial_scale=...)`` makes one.
+        strides: of the stem and of the stages' first blocks. A search at another resolution than the training's may
+            have others (table 6 of the paper); its blocks, and so its scales, are the same.
+        initial_scales: see `initial_scale`.
         num_classes: outputs of the classifier; 0 = none, and the network gives pooled features.
         in_chans: channels of an image.
         global_pool: see `Network.reset_classifier`.
@@ -35,8 +40,10 @@ class RepOptVGG(Network):
         self,
         layers: Sequence[int],
         widths: Sequence[float],
-        block: Callable[[int, int, int, float], nn.Module],
+        block: Callable[..., nn.Module],
         *,
+        strides: Sequence[int] = (2, 2, 2, 2, 2),
+        initial_scales: InitialScales = "depth",
         num_classes: int,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -46,17 +53,22 @@ class RepOptVGG(Network):
         super().__init__(in_chans=in_chans, use_checkpoint=use_checkpoint)
         channels = [int(base * width) for base, width in zip((64, 128, 256, 512), widths, strict=True)]
         stem_channels = min(64, channels[0])
-        self.stage0 = block(in_chans, stem_channels, 2, 1.0)
+        scales = [initial_scale(layer, initial_scales) for layer in range(max(layers))]
+        check_strides(strides)
+        first, following = {"identity": False, "initial_scale": scales[0]}, {"identity": True, "stride": 1}
+        self.stage0 = block(in_chans, stem_channels, stride=strides[0], **first)
         stages, in_channels = [], stem_channels
-        for depth, out_channels in zip(layers, channels, strict=True):
-            scales = [initial_scale(index) for index in range(depth)]
-            stages.append(nn.Sequential(block(in_channels, out_channels, 2, scales[0])))
-            stages[-1].extend(block(out_channels, out_channels, 1, scale) for scale in scales[1:])
+        for depth, out_channels, stride in zip(layers, channels, strides[1:], strict=True):
+            stages.append(nn.Sequential(block(in_channels, out_channels, stride=stride, **first)))
+            stages[-1].extend(
+                block(out_channels, out_channels, initial_scale=scale, **following) for scale in scales[1:depth]
+            )
             in_channels = out_channels
         self.stage1, self.stage2, self.stage3, self.stage4 = stages
+        reductions = itertools.accumulate(strides, operator.mul)
         self.feature_info = [
-            {"num_chs": width, "reduction": 2 ** (index + 1), "module": name}
-            for index, (name, width) in enumerate(zip(self.stage_names, (stem_channels, *channels), strict=True))
+            {"num_chs": width, "reduction": reduction, "module": name}
+            for name, width, reduction in zip(self.stage_names, (stem_channels, *channels), reductions, strict=True)
         ]
         self.num_features = in_channels
         self._add_head(in_channels, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)

@@ -12,13 +12,13 @@ from repopt.csla import Block, ConvBranch, IdentityBranch, Target
 from repopt.layers import Baseline, Deployable, Mode, RepConv2d
 
 
-def vgg_block(in_channels: int, out_channels: int, stride: int, initial_scale: float = 1.0) -> Block:
-    """The declaration: a 3x3, a 1x1, and an identity where input and output have the same shape."""
+def vgg_block(in_channels: int, out_channels: int, identity: bool, initial_scale: float = 1.0) -> Block:
+    """The declaration: a 3x3, a 1x1, and an identity where one is wanted."""
     branches: list[ConvBranch | IdentityBranch] = [
         ConvBranch("conv", "scale_conv", initial_scale, size=3),
         ConvBranch("conv_1x1", "scale_1x1", initial_scale, size=1),
     ]
-    if stride == 1 and in_channels == out_channels:
+    if identity:
         branches.append(IdentityBranch("scale_identity"))
     return Block(Target("conv", (out_channels, in_channels, 3, 3)), tuple(branches))
 
@@ -58,15 +58,24 @@ class VGGBlock(RepConv2d, Deployable):
 
     Args:
         in_channels, out_channels, stride: of the convolution.
+        identity: whether an identity branch stands beside it.
         initial_scale: at which the hyper-search starts the scales of the two convolutions.
         mode: "hs", "csla" or "target".
         se: whether squeeze-and-excitation follows.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, initial_scale: float, *, mode: Mode, se: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        identity: bool,
+        initial_scale: float,
+        mode: Mode,
+        se: bool,
     ) -> None:
-        super().__init__(vgg_block(in_channels, out_channels, stride, initial_scale), mode, stride)
+        super().__init__(vgg_block(in_channels, out_channels, identity, initial_scale), mode, stride)
         self.bn = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.post_se = _post_se(out_channels, se)
@@ -84,15 +93,16 @@ class RepVGGBlock(Baseline):
     Args: as of `VGGBlock`; there are no scales, so `initial_scale` has no effect.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, initial_scale: float, *, se: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int, identity: bool, initial_scale: float, se: bool
+    ) -> None:
         super().__init__()
-        self.block, self.stride = vgg_block(in_channels, out_channels, stride), stride
+        self.block, self.stride = vgg_block(in_channels, out_channels, identity), stride
         self.conv_3x3 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn_3x3 = nn.BatchNorm2d(out_channels)
         self.conv_1x1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
         self.bn_1x1 = nn.BatchNorm2d(out_channels)
-        has_identity = stride == 1 and in_channels == out_channels
-        self.bn_identity = nn.BatchNorm2d(out_channels) if has_identity else None
+        self.bn_identity = nn.BatchNorm2d(out_channels) if identity else None
         self.relu = nn.ReLU(inplace=True)
         self.post_se = _post_se(out_channels, se)
 

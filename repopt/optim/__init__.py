@@ -57,6 +57,8 @@ RULES = {  # fused: fast, and a step can be left out without asking the device
     "lion": OptimizerPair(Lion, RepLion),
 }
 
+PLAIN_ONLY = {"adafactor": torch.optim.Adafactor}  # the paper compares with it; why not its RepOptimizer: see below
+
 _NORMS = "its steps depend on the norms of whole layers, and the branches of the CSLA network have other norms"
 REFUSED = {
     "muon": "it orthogonalises the whole gradient, so that constants in it do not come out as constants",
@@ -66,6 +68,7 @@ REFUSED = {
 }
 
 __all__ = [
+    "PLAIN_ONLY",
     "REFUSED",
     "RULES",
     "Implementation",
