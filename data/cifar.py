@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from data.download import fetch
 from repopt.errors import UserError
 
 SIZE = 32
@@ -27,18 +25,8 @@ def load(root: str, split: str) -> tuple[Tensor, Tensor]:
     """
     from torchvision.datasets import CIFAR100
 
-    if not root:
-        raise UserError("cf100 needs a folder to read from or download to: give --data-path")
     train = split == "train"
-    problem = ""
-    try:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            CIFAR100(root, train=train, download=True)
-    except (OSError, RuntimeError) as error:  # no network, no right to write, a broken download
-        problem = f" and could not be downloaded: {error}"
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+    problem = fetch("cf100", root, lambda: CIFAR100(root, train=train, download=True))
     try:
         data = CIFAR100(root, train=train)
     except RuntimeError as error:

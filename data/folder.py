@@ -41,28 +41,48 @@ def find_classes(root: str, split: str) -> list[str]:
     folder = Path(root, split)
     if not folder.is_dir():
         raise UserError(f"no folder {split}/ in {root!r}: one folder per class is expected in it")
+    return class_folders(folder)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of a folder's folders, sorted.
+
+    Raises:
+        UserError: it has none.
+    """
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
         raise UserError(f"no class folders in {str(folder)!r}")
     return classes
 
 
-class FolderImages:
+def open_split(root: str, split: str) -> FolderImages:
     """The images of one split, class by class, sorted by path.
 
     Raises:
         UserError: as `find_classes`, and where a class has no images.
     """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    def __init__(self, root: str, split: str) -> None:
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    classes = find_classes(root, split)
+    folder = Path(root, split)
+    try:
+        found = make_dataset(str(folder), {c: i for i, c in enumerate(classes)}, IMG_EXTENSIONS)
+    except FileNotFoundError as error:  # it lists the classes without images
+        raise UserError(f"{str(folder)!r}: {error}") from error
+    return FolderImages(folder, found)
 
-        classes = find_classes(root, split)
-        self._folder = os.fsencode(Path(root, split))
-        try:
-            found = make_dataset(os.fsdecode(self._folder), {c: i for i, c in enumerate(classes)}, IMG_EXTENSIONS)
-        except FileNotFoundError as error:  # it lists the classes without images
-            raise UserError(f"{os.fsdecode(self._folder)!r}: {error}") from error
+
+class FolderImages:
+    """Image files below one folder.
+
+    Args:
+        folder: the folder.
+        found: each image's path, which starts with the folder's, and label.
+    """
+
+    def __init__(self, folder: Path, found: Sequence[tuple[str, int]]) -> None:
+        self._folder = os.fsencode(folder)
         # One array each rather than a million objects, which reference counts would copy into every worker.
         self._paths = np.array([os.fsencode(path)[len(self._folder) :] for path, _ in found])
         self.labels = torch.tensor([label for _, label in found])

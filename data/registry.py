@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from data import cifar, digits, fake, folder, zipped
+from data import caltech, cifar, digits, fake, folder, patches, zipped
 from data.encoded import EncodedImages
 from data.types import ON_BAD_IMAGE, Info, Source
 from repopt.errors import UserError, unknown
@@ -29,6 +30,7 @@ class Resident:
         flip: whether half the training images are mirrored.
     """
 
+    zips: ClassVar[bool] = False
     info: Info
     load: Callable[[Source, str, int, int], tuple[Tensor, Tensor]]
     mean: Sequence[float]
@@ -44,12 +46,14 @@ class Decoded:
     Attributes:
         describe: (source, splits) -> what is known before decoding.
         open: (source, split, num_classes, rank, world_size) -> the split's encoded images.
+        zips: whether the images may also lie in a zip.
         mean: per channel, of values in 0..1.
         std: likewise.
     """
 
     describe: Callable[[Source, Sequence[str]], Info]
     open: Callable[[Source, str, int, int, int], EncodedImages]
+    zips: bool
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
 
@@ -60,7 +64,7 @@ def _describe_files(source: Source, splits: Sequence[str]) -> Info:
 
 def _open_files(source: Source, split: str, num_classes: int, rank: int, world_size: int) -> EncodedImages:
     if not source.zip_mode:
-        return folder.FolderImages(source.root, split)
+        return folder.open_split(source.root, split)
     return zipped.ZippedImages(
         source.root,
         split,
@@ -96,8 +100,21 @@ DATASETS: dict[str, Resident | Decoded] = {
         padding=0,
         flip=False,
     ),
-    "imagenet": Decoded(_describe_files, _open_files),
-    "folder": Decoded(_describe_files, _open_files),
+    "patches": Resident(
+        Info(patches.NUM_CLASSES, patches.SIZE),
+        lambda source, split, image_size, num_classes: patches.load(split),
+        patches.MEAN,
+        patches.STD,
+        padding=4,
+        flip=True,
+    ),
+    "imagenet": Decoded(_describe_files, _open_files, zips=True),
+    "folder": Decoded(_describe_files, _open_files, zips=True),
+    "caltech256": Decoded(
+        lambda source, splits: Info(caltech.NUM_CLASSES, None),
+        lambda source, split, num_classes, rank, world_size: caltech.open_split(source.root, split),
+        zips=False,
+    ),
 }
 
 
@@ -105,13 +122,14 @@ def find(source: Source) -> Resident | Decoded:
     """The data set's row.
 
     Raises:
-        UserError: an unknown data set, zip mode with one that has no files, or an unknown way with unreadable images.
+        UserError: an unknown data set, zip mode with one that is in no zip, or an unknown way with unreadable images.
     """
     if source.on_bad_image not in ON_BAD_IMAGE:
         raise unknown("way with unreadable images", source.on_bad_image, ON_BAD_IMAGE)
     if source.dataset not in DATASETS:
         raise unknown("data set", source.dataset, DATASETS)
     row = DATASETS[source.dataset]
-    if source.zip_mode and isinstance(row, Resident):
-        raise UserError(f"--zip is for images in files; data set {source.dataset!r} has none")
+    if source.zip_mode and not row.zips:
+        zips = " and ".join(name for name, row in DATASETS.items() if row.zips)
+        raise UserError(f"--zip is for {zips}: data set {source.dataset!r} is in no zip")
     return row

@@ -303,7 +303,7 @@ def test_user_errors(changes, message):
 
 def test_zip_is_refused_where_there_are_no_files():
     for call in (describe, lambda source: eval_loader(source, **EVAL_ARGUMENTS)):
-        with pytest.raises(UserError, match="--zip is for images in files; data set 'cf100'"):
+        with pytest.raises(UserError, match="--zip is for imagenet and folder: data set 'cf100'"):
             call(Source("cf100", zip_mode=True))
 
 
