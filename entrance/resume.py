@@ -14,7 +14,7 @@ import repopt
 from repopt import checkpoint, config
 from repopt.errors import UserError, shown
 from repopt.logging import logger
-from repopt.models import Arch, list_archs
+from repopt.models import Arch, same_arch
 from repopt.run_folder import RunFolder
 
 
@@ -42,7 +42,7 @@ def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None
         raise UserError(f"cannot resume: the checkpoint's config is {shown(content['config'])}")
     for key in config.KEYS:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
-        if then in (None, now) or (key == "MODEL.ARCH" and list_archs().get(str(then)) == arch):
+        if then in (None, now) or (key == "MODEL.ARCH" and same_arch(str(then), arch)):
             continue
         if config.KEYS[key].fixed:
             raise UserError(f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now")
@@ -58,22 +58,28 @@ def needs_scales(arch: Arch) -> bool:
 def find_scales(
     arch: Arch, cfg: CfgNode, model: nn.Module, content: Mapping[str, Any] | None
 ) -> Mapping[str, Tensor] | None:
-    """The scales of a run that needs them: those kept in the checkpoint that it resumes, or --scales-path."""
+    """The scales of a run that needs them: those kept in the checkpoint that it resumes, or TRAIN.CONSTANTS."""
     if not needs_scales(arch):
         return None
     path, kept = cfg.TRAIN.SCALES_PATH, content is not None and "scales" in content
-    if not kept and not path:
+    if not kept and not path and cfg.TRAIN.CONSTANTS in ("searched", "channel-mean"):
         raise UserError(
             f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
-            f"hyper-search ({arch.model}-target-norepopt trains with the plain optimizer)"
+            f"hyper-search ({arch.model}-target-norepopt trains with the plain optimizer, TRAIN.CONSTANTS initial does "
+            "without a search)"
         )
     if not kept:
-        return repopt.fit_scales(model, repopt.load_scales(path))
+        return constants(cfg, model, path)
     scales = repopt.fit_scales(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
     if path and Path(path).is_file():
-        given = repopt.fit_scales(model, repopt.load_scales(path))
+        given = constants(cfg, model, path)
         if any(not torch.equal(scales[name], given[name]) for name in scales):
             raise UserError(
                 f"cannot resume: TRAIN.SCALES_PATH: the scales of {path!r} are not those that this run began with"
             )
     return scales
+
+
+def constants(cfg: CfgNode, model: nn.Module, path: str | None) -> dict[str, Tensor]:
+    """The constant scales that the configuration asks for, made of those at `path` where there are any."""
+    return repopt.constant_scales(model, cfg.TRAIN.CONSTANTS, repopt.load_scales(path) if path else None)

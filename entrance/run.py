@@ -25,7 +25,7 @@ from repopt import checkpoint, config, engine
 from repopt.distributed import World, decided_by_first, world
 from repopt.errors import UserError
 from repopt.logging import logger, start_log
-from repopt.models import Arch, parse_arch
+from repopt.models import Arch, parse_arch, zoo
 from repopt.run_folder import RunFolder
 
 
@@ -49,8 +49,12 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     """Train, or evaluate, or measure throughput, as the command line `argv` says; whether it came to its end."""
     folder = begin(config.MAIN.name, cfg, world, argv)
     model = network(arch, cfg)
+    if arch.mode == zoo.MODE:  # ours take images of every size
+        trains = not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE)
+        for size in {cfg.DATA.TEST_SIZE, *((cfg.DATA.IMG_SIZE,) if trains else ())}:
+            zoo.check_image_size(arch.model, model, size)
     if cfg.THROUGHPUT_MODE:
-        report_throughput(cfg, world, model)
+        report_throughput(cfg, world, model, folder)
     elif cfg.EVAL_MODE:
         report_evaluation(cfg, world, model)
     else:
@@ -75,8 +79,8 @@ def begin(program: str, cfg: CfgNode, world: World, argv: Sequence[str]) -> RunF
     return folder
 
 
-def report_throughput(cfg: CfgNode, world: World, model: nn.Module) -> None:
-    """Print the images per second of the network as it is deployed."""
+def report_throughput(cfg: CfgNode, world: World, model: nn.Module, folder: RunFolder) -> None:
+    """Print and write the images per second of the network as it is deployed."""
     speed = engine.measure_throughput(
         to_device(repopt.deploy(model), world),
         batch_size=cfg.DATA.BATCH_SIZE,
@@ -87,6 +91,9 @@ def report_throughput(cfg: CfgNode, world: World, model: nn.Module) -> None:
     logger.info(
         f"{cfg.MODEL.ARCH} deployed: {speed:.1f} images/s in batches of {cfg.DATA.BATCH_SIZE}, {cfg.DATA.TEST_SIZE} px"
     )
+    if world.is_main:
+        found = {"images_per_second": speed, "batch_size": cfg.DATA.BATCH_SIZE, "image_size": cfg.DATA.TEST_SIZE}
+        (folder.path / "throughput.json").write_text(json.dumps(found) + "\n")
 
 
 def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
+from entrance.build import OF_DECLARED, network
 from repopt import checkpoint, config
 from repopt.errors import UserError, shown
-from repopt.models import Arch, list_archs, parse_arch
-from repopt.models.network import Network
+from repopt.models import Arch, list_models, parse_arch, same_arch
 
 if TYPE_CHECKING:
     from repopt import quantize
@@ -43,7 +44,7 @@ class Trained(NamedTuple):
         """Whether it is of scripts/quantize.py."""
         return self.setting("QUANT.METHOD") is not None
 
-    def network(self, num_classes: int | None = None) -> Network:
+    def network(self, num_classes: int | None = None) -> nn.Module:
         """The trained network, in eval mode.
 
         Args:
@@ -55,11 +56,7 @@ class Trained(NamedTuple):
         if self.quantized:
             raise UserError(f"{self.path!r} holds a quantized network: give the checkpoint that it was made of")
         weights = checkpoint.state_dict_of(self.content)
-        if num_classes is None:
-            with torch.device("meta"):
-                classifier = f"{self._fresh(1).classifier_name}.weight"
-            num_classes = len(weights[classifier]) if classifier in weights and weights[classifier].dim() else 1
-        model = self._fresh(num_classes)
+        model = self._fresh(self._classes(weights) if num_classes is None else num_classes)
         repopt.load_weights(model, weights)
         return model.eval()
 
@@ -88,8 +85,19 @@ class Trained(NamedTuple):
         kept = {key: self.setting(key) for key in keys}
         return config.build({key: value for key, value in kept.items() if value is not None}).cfg
 
-    def _fresh(self, num_classes: int) -> Network:
-        return repopt.create_model(self.arch.model, mode=self.arch.mode, num_classes=num_classes)
+    def _classes(self, weights: Mapping[str, Tensor]) -> int:
+        """Outputs of the classifier, which alone is of another shape in a network that has one output."""
+        # Some of the libraries' networks cannot be made without values: they compute their widths with tensors.
+        with torch.device("meta" if self.arch.model in list_models() else "cpu"):
+            own = self._fresh(1).state_dict()
+        other = (weights[name] for name in own if name in weights and weights[name].shape != own[name].shape)
+        sizes = {len(weight) for weight in other if weight.dim()}
+        return sizes.pop() if len(sizes) == 1 else 1
+
+    def _fresh(self, num_classes: int) -> nn.Module:
+        cfg = self._settings(*OF_DECLARED.values())
+        cfg.MODEL.NUM_CLASSES = num_classes
+        return network(self.arch, cfg)
 
 
 def read(path: str | os.PathLike[str], name: str | None = None) -> Trained:
@@ -107,6 +115,6 @@ def read(path: str | os.PathLike[str], name: str | None = None) -> Trained:
     if name is None and own is None:
         raise UserError(f"{path!r} does not say of which network it is: give --arch")
     arch = parse_arch(str(own) if name is None else name)
-    if own is not None and list_archs().get(str(own)) != arch:
+    if own is not None and not same_arch(str(own), arch):
         raise UserError(f"{path!r} is a checkpoint of {shown(own)}, not of {name}")
     return Trained(path, str(own) if name is None else name, arch, content)

@@ -42,6 +42,7 @@ from entrance import trained
 from repopt.csla import Shape
 from repopt.errors import UserError, run_command, unknown
 from repopt.layers import Baseline, RepConv2d
+from repopt.models import zoo
 from repopt.models.network import Network
 
 Kernels = Mapping[str, Mapping[str, Tensor]]
@@ -121,6 +122,8 @@ def network_names(sources: Sequence[trained.Trained]) -> list[str]:
 
 def network_of(source: trained.Trained) -> Network:
     """The trained network, in eval mode; UserError where it has not the kernels that this is about."""
+    if source.arch.mode == zoo.MODE:
+        raise UserError(f"{source.path!r} is of {source.name}, which has no declared blocks: give one of our networks")
     if source.arch.mode in ("hs", "csla"):
         raise UserError(
             f"{source.path!r} is in {source.arch.mode} mode, whose network is never quantized: "

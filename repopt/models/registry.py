@@ -1,4 +1,7 @@
-"""Architectures by name. A new family is one file beside this one and one line in `models/__init__.py`."""
+"""Architectures by name. A new family is one file beside this one and one line in `models/__init__.py`.
+
+Those of other libraries are found by `zoo`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from repopt.errors import UserError, unknown
-from repopt.models import timm_registry
+from repopt.models import timm_registry, zoo
 from repopt.models.network import Network
 
 
@@ -63,12 +68,12 @@ def register(
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` takes."""
+    """Names of our models; `create_model` takes others', too."""
     return sorted(_families)
 
 
 def list_archs() -> dict[str, Arch]:
-    """Every ``--arch`` of the command line: a model's name, a dash, and a mode or ``target-norepopt``."""
+    """Every ``--arch`` of ours: a model's name, a dash, and a mode or ``target-norepopt``."""
     archs = {}
     for name, family in _families.items():
         model = family.aliases.get(name, name)
@@ -82,28 +87,60 @@ def _endings(family: Family) -> dict[str, tuple[str, bool]]:
 
 
 def parse_arch(arch: str) -> Arch:
-    """What an ``--arch`` stands for; UserError with the nearest valid one."""
+    """What an ``--arch`` stands for, one of `list_archs` or a name that `zoo.find` takes.
+
+    Raises:
+        UserError: there is no such one; it names the nearest.
+    """
+    if _find_in_zoo(arch) is not None:
+        return _of_zoo(arch)
     archs = list_archs()
     if arch in _families:
-        names = ", ".join(f"{arch}-{ending}" for ending in _endings(_families[arch]))
-        raise UserError(f"architecture {arch!r} needs a mode: {names}")
+        raise _needs_mode(arch, arch)
     if arch not in archs:
         raise unknown("architecture", arch, archs)
     return archs[arch]
 
 
-def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: Any) -> Network:
-    """A model with the framework's default initialization.
+def same_arch(name: str, arch: Arch) -> bool:
+    """Whether an ``--arch``, which may be any text, stands for this one: of ours there are aliases."""
+    return list_archs().get(name, _of_zoo(name)) == arch
+
+
+def _of_zoo(name: str) -> Arch:
+    return Arch(name, zoo.MODE, repopt=False)
+
+
+def _find_in_zoo(name: str) -> Callable[..., nn.Module] | None:
+    """As `zoo.find`; but under the names that they have in timm's registry, ours are refused."""
+    for own in _families:
+        if name == f"timm/{timm_registry.timm_name(own)}":
+            raise _needs_mode(name, own)
+    return zoo.find(name)
+
+
+def _needs_mode(name: str, model: str) -> UserError:
+    """The error for an architecture that names a model of ours alone."""
+    archs = ", ".join(f"{model}-{ending}" for ending in _endings(_families[model]))
+    return UserError(f"architecture {name!r} needs a mode: {archs}")
+
+
+def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: Any) -> nn.Module:
+    """A model with the default initialization of its framework: a `Network`, or what a library makes.
 
     Args:
-        name: one of `list_models`.
-        mode: "hs", "csla", "target", or the family's baseline ("repvgg").
+        name: one of `list_models`, or of a library ("timm/efficientnet_b2", "torchvision/vgg16_bn").
+        mode: "hs", "csla", "target", or the family's baseline ("repvgg"); "plain" of a library's.
         num_classes: outputs of the classifier.
         overrides: of the builder's arguments, such as ``use_checkpoint=True``.
 
     Raises:
-        UserError: an unknown name or mode.
+        UserError: an unknown name or mode, or arguments that a library's network does not take.
     """
+    if (build := _find_in_zoo(name)) is not None:
+        if mode != zoo.MODE:
+            raise unknown(f"mode of {name}", mode, (zoo.MODE,))
+        return build(num_classes=num_classes, **overrides)
     if name not in _families:
         raise unknown("model", name, _families)
     family = _families[name]

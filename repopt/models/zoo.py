@@ -1,0 +1,98 @@
+"""Classifiers of timm and torchvision, to train beside ours: "timm/efficientnet_b2", "torchvision/vgg16_bn".
+
+They come as the libraries make them, without pretrained weights, and in one mode, which a plain rule trains.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import nn
+from torchvision import models
+
+from repopt.errors import UserError, one_line, unknown
+
+MODE = "plain"
+
+
+class Library(NamedTuple):
+    """Networks of others.
+
+    Attributes:
+        names: of its classifiers.
+        create: ``create(name, num_classes=..., **arguments)``.
+    """
+
+    names: Callable[[], Sequence[str]]
+    create: Callable[..., nn.Module]
+
+
+def _create_of_torchvision(name: str, **arguments: Any) -> nn.Module:
+    if name in ("googlenet", "inception_v3"):  # which else have more outputs in training, and a warning to give
+        arguments = {"aux_logits": False, "init_weights": True, **arguments}
+    return models.get_model(name, **arguments)
+
+
+LIBRARIES = {
+    "timm": Library(timm.list_models, timm.create_model),
+    # Those of detection, segmentation and so on are in modules of their own.
+    "torchvision": Library(functools.partial(models.list_models, module=models), _create_of_torchvision),
+}
+
+
+def find(name: str) -> Callable[..., nn.Module] | None:
+    """What makes a network by name, ``build(num_classes=..., use_checkpoint=...)`` and more arguments of its library.
+
+    Its network is (N, 3, H, W) -> (N, num_classes), in training too. With `use_checkpoint`, batch norms of timm's meet
+    every batch twice: gradients are the same, running statistics move faster.
+
+    Args:
+        name: a library, a slash, and the library's name of a classifier; None comes back for one without a slash.
+
+    Raises:
+        UserError: an unknown library or network; by what comes back: arguments that the network does not take.
+    """
+    library, slash, model = name.partition("/")
+    if not slash:
+        return None
+    if library not in LIBRARIES:
+        raise unknown("library of networks", library, LIBRARIES)
+    names, create = LIBRARIES[library]
+    if model not in names():
+        raise unknown("architecture", name, (f"{library}/{known}" for known in names()))
+    return functools.partial(_build, name, functools.partial(create, model))
+
+
+def _build(
+    name: str, create: Callable[..., nn.Module], *, num_classes: int, use_checkpoint: bool = False, **arguments: Any
+) -> nn.Module:
+    try:
+        model = create(num_classes=num_classes, **arguments)
+    except TypeError as error:
+        if not arguments:
+            raise
+        raise UserError(f"{name} cannot be made as you say: {one_line(error)}") from None
+    if use_checkpoint:
+        try:
+            model.set_grad_checkpointing()
+        except (AttributeError, AssertionError):  # torchvision has no such thing, and some of timm refuse it
+            raise UserError(f"{name} cannot compute activations again: leave activation checkpointing out") from None
+    return model
+
+
+@torch.no_grad()
+def check_image_size(name: str, model: nn.Module, size: int) -> None:
+    """Try a fresh network on an image: some are made for one size, others not for small ones.
+
+    Raises:
+        UserError: it does not take (N, 3, size, size).
+    """
+    try:
+        model.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"{name} does not take images of {size} px: {one_line(error)}") from None
+    model.train()
