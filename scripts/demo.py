@@ -11,16 +11,16 @@ same is done with RepOpt-GhostNet-0.5x, in output/demo_ghost/.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import _root
+from runs import epochs_of
 from workers import quietly, workers
 
 SEEDS = (0, 1, 2)
@@ -69,13 +69,6 @@ class Run(NamedTuple):
             arguments += ["--scales-path", str(search_of(self.family).folder / "scales.pth")]
         return [*arguments, "--opts", "SEED", str(self.seed)]
 
-    def epochs(self) -> list[dict[str, Any]]:
-        """What was recorded after every epoch; an epoch trained again after an interruption counts once."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else ()
-        records = [json.loads(line) for line in lines if line.endswith("\n")]  # not one that is being written
-        return list({record["epoch"]: record for record in records if "epoch" in record}.values())
-
 
 def search_of(family: Family) -> Run:
     """The hyper-search whose scales all targets of a family use."""
@@ -123,7 +116,7 @@ def train_all(family: Family) -> None:
                 future.result()  # raises what went wrong in it
             if search in done:
                 waiting |= set(map(start, targets))
-            bar.update(sum(len(run.epochs()) for run in runs) - bar.n)
+            bar.update(sum(len(epochs_of(run.folder)) for run in runs) - bar.n)
 
 
 def report(family: Family) -> None:
@@ -141,7 +134,7 @@ def report(family: Family) -> None:
     for name, runs in {**setups_of(family), "searched network (hyper-search)": [search]}.items():
         model = repopt.create_model(family.model, mode=parse_arch(runs[0].arch).mode, num_classes=10)
         trained, deployed = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, repopt.deploy(model)))
-        epochs = [run.epochs() for run in runs]
+        epochs = [epochs_of(run.folder) for run in runs]
         final = [run[-1]["val"]["top1"] for run in epochs]
         seconds = statistics.mean(sum(epoch["train_seconds"] for epoch in run) for run in epochs)
         lines.append(f"| {name} | {spread(final)} | {seconds:.0f} | {trained:.2f} | {deployed:.2f} |")

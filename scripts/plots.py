@@ -1,10 +1,15 @@
-"""Pictures of runs."""
+"""Pictures of runs, as files or as a part of a page."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import html
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import matplotlib
 
@@ -13,12 +18,38 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import TABLEAU_COLORS
 from torch import Tensor, nn
 
 import repopt
+from repopt.errors import UserError, one_line
 from repopt.reparam import key_of
 
 Curves = Sequence[Mapping[int, float]]
+Size = tuple[float, float]
+
+INK, PAPER = "#010203", "#040506"  # stand for the colours of the text around a picture and of what is behind it
+SERIES = [*TABLEAU_COLORS.values()]
+PAGE_COLORS = {INK: "currentColor", PAPER: "var(--paper)"} | {
+    color: f"var(--c{index})" for index, color in enumerate(SERIES)
+}
+PAGE_STYLE = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("grid.color", "legend.edgecolor"), SERIES[7]),
+    "legend.facecolor": PAPER,
+    "axes.prop_cycle": plt.cycler(color=SERIES),
+    "font.size": 8,
+    "font.family": "DejaVu Sans",  # wide: what the page has in its place takes no more room
+    "svg.fonttype": "none",
+    "svg.hashsalt": "repopt",
+}
+# What a picture in a page consists of: elements, and attributes that are coordinates.
+SHAPES = {"path", "rect", "line", "polyline", "polygon", "circle", "ellipse", "text", "tspan", "image"}
+ELEMENTS = {"svg", "g", "defs", "use", "clipPath"} | SHAPES
+GEOMETRY = {"d", "points", "transform", "x", "y", "width", "height"}
+VIEW_BOX = re.compile(r"-?[\d.]+ -?[\d.]+ \d+(?:\.\d+)? \d+(?:\.\d+)?")
+ELSEWHERE = re.compile(r"\\|//|:\s*data|javascript|image-set|url\((?!#)", re.IGNORECASE)
 
 
 class Range(NamedTuple):
@@ -29,22 +60,91 @@ class Range(NamedTuple):
     highest: float
 
 
-def plot_accuracy(curves: Mapping[str, Curves], path: Path) -> None:
+def plot_accuracy(curves: Mapping[str, Curves], path: Path, *, size: Size = (7, 4.2)) -> None:
     """Top-1 (percent) by epoch: the mean over a setup's runs, and the band between its worst and best.
 
     Args:
         curves: by name of the setup, one {epoch: accuracy} per run.
-        path: of the PNG.
+        path: of the picture, whose suffix is its format.
+        size: in inches.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, runs in curves.items():
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    for index, (name, runs) in enumerate(curves.items()):
         epochs = sorted(set.intersection(*(set(run) for run in runs)))
         values = np.array([[run[epoch] for epoch in epochs] for run in runs])
-        (line,) = axes.plot(epochs, values.mean(0), label=f"{name} ({values.mean(0)[-1]:.1f} %)")
-        axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        color, style = _series(index)
+        axes.plot(epochs, values.mean(0), style, color=color, label=f"{name} ({values.mean(0)[-1]:.1f} %)")
+        axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="epoch", ylabel="top-1 (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    if len(curves) <= 4:
+        axes.legend(loc="lower right")
+    else:  # it would hide the curves
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _series(index: int) -> tuple[str, str]:
+    """The colour and the line of the n-th of many series; the colours come again, with other lines."""
+    return f"C{index % 10}", ("-", "--", ":", "-.")[index // 10 % 4]
+
+
+def plot_lines(
+    panels: Mapping[str, Mapping[str, Mapping[int, float | None]]], path: Path, *, x: str, size: Size | None = None
+) -> None:
+    """Curves over steps, epochs or the like: a panel per quantity, one below the other.
+
+    Args:
+        panels: by quantity and name of the line, {place: number}; None is a gap. A line without a name is not in the
+            legend.
+        path: of the picture, whose suffix is its format.
+        x: what the places are.
+        size: in inches.
+    """
+    size = size or (7, 1.6 + 2.1 * len(panels))
+    figure, column = plt.subplots(len(panels), figsize=size, layout="constrained", sharex=True, squeeze=False)
+    named = {}
+    for axes, (quantity, curves) in zip(column[:, 0], panels.items(), strict=True):
+        for index, (name, curve) in enumerate(curves.items()):
+            color, style = _series(index)
+            mark = "." if len(curve) == 1 else None
+            (line,) = axes.plot([*curve], np.array([*curve.values()], dtype=float), style, color=color, marker=mark)
+            if name:
+                named.setdefault(name, line)
+        axes.set(ylabel=quantity)
+        axes.grid(alpha=0.3)
+    column[-1, 0].set(xlabel=x)
+    figure.align_ylabels()
+    if named:
+        figure.legend(named.values(), named, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_scales_by_epoch(
+    curves: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path, *, size: Size = (7, 4.2)
+) -> None:
+    """How the mean scale of every block moved away from what was first recorded: a panel per branch, a line per block.
+
+    Args:
+        curves: by branch and block, in the order of depth, {epoch: mean over the channels}.
+        path: of the picture, whose suffix is its format.
+        size: in inches.
+    """
+    figure, panels = plt.subplots(
+        1, len(curves), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    for index, (axes, (branch, blocks)) in enumerate(zip(panels[0], curves.items(), strict=True)):
+        for depth, curve in enumerate(blocks.values(), start=1):
+            first = next(iter(curve.values()), 0)
+            moved = [value - first for value in curve.values()]
+            axes.plot([*curve], moved, color=f"C{index}", alpha=0.15 + 0.85 * depth / len(blocks), linewidth=1)
+        axes.axhline(0, color=plt.rcParams["text.color"], linewidth=0.5)
+        axes.set_title(branch, fontsize="medium")
+        axes.set(xlabel="epoch")
+        axes.grid(alpha=0.3)
+    panels[0, 0].set(ylabel="change of the mean scale")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -62,7 +162,7 @@ def plot_scales(
     Args:
         model: that the scales belong to, in any mode of declared blocks.
         scales: (O,) each, by name, as `repopt.load_scales` gives them.
-        path: of the PNG.
+        path: of the picture, whose suffix is its format.
         mults: by the name of an update rule, the range of every block's Grad Mult in the order of the blocks: a panel
             per rule below the scales.
         title: above the panels.
@@ -79,7 +179,7 @@ def plot_scales(
         band = (means - deviations, means + deviations)
         top.fill_between(range(len(modules)), *band, color=line.get_color(), alpha=0.15, linewidth=0)
         top.vlines(range(len(modules)), *band, color=line.get_color(), alpha=0.4, linewidth=1)  # a block by itself too
-    top.axhline(0, color="black", linewidth=0.5)
+    top.axhline(0, color=plt.rcParams["text.color"], linewidth=0.5)
     top.set(ylabel="searched scale, mean ± std", xlim=(-0.7, len(modules) - 0.3))
     for axes, (rule, ranges) in zip(below, mults.items(), strict=True):
         _draw_ranges(axes, ranges)
@@ -102,7 +202,7 @@ def _draw_ranges(axes: Axes, ranges: Sequence[Range]) -> None:
     floor = max(lowest.min() / 1.5, 10.0 ** np.floor(np.log10(max(medians.min(), 1e-12)) - 1))
     places = np.arange(len(ranges))
     axes.vlines(places, np.maximum(lowest, floor), highest, color="tab:gray", linewidth=2, label="min to max")
-    axes.plot(places, medians, "o", color="black", markersize=4, label="median")
+    axes.plot(places, medians, "o", color=plt.rcParams["text.color"], markersize=4, label="median")
     off = lowest < floor
     if off.any():
         axes.plot(places[off], np.full(off.sum(), floor * 1.2), "v", color="tab:gray", label=f"min below {floor:g}")
@@ -115,7 +215,7 @@ def plot_weights(weights: Mapping[str, Mapping[str, Mapping[str, Tensor]]], path
     Args:
         weights: by network (a row of panels) and form of the kernel (a panel), the parts of the kernel by name: tensors
             of any shape, drawn over each other.
-        path: of the PNG.
+        path: of the picture, whose suffix is its format.
         title: above the panels.
     """
     columns = max(map(len, weights.values()))
@@ -155,7 +255,7 @@ def plot_by_depth(
         panels: by quantity, network and form of the kernel, a number per layer. None, infinities, and what has
             no place on a log scale are gaps.
         layers: names, in their order.
-        path: of the PNG.
+        path: of the picture, whose suffix is its format.
         log: quantities that have a log scale.
     """
     size = (max(8.0, 0.3 * len(layers)), 1.6 + 2.1 * len(panels))
@@ -175,3 +275,89 @@ def plot_by_depth(
     column[-1, 0].set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def svg_of(draw: Callable[[Path], None]) -> ElementTree.Element:
+    """What one of these functions draws, for `inline_svg`.
+
+    Args:
+        draw: calls it with a path.
+    """
+    with tempfile.TemporaryDirectory() as folder, plt.rc_context(PAGE_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page has other fonts
+        path = Path(folder, "picture.svg")
+        draw(path)
+        return read_svg(path)
+
+
+def read_svg(path: Path) -> ElementTree.Element:
+    """An SVG file; UserError where it is none."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise UserError(f"{str(path)!r} is no SVG: {one_line(error)}") from None
+    if _local(root.tag) != "svg" or not VIEW_BOX.fullmatch(root.get("viewBox", "")):
+        raise UserError(f"{str(path)!r} is no SVG with a viewBox")
+    return root
+
+
+def inline_svg(picture: ElementTree.Element, prefix: str, description: str) -> str:
+    """A picture as a part of an HTML page: in the page's colours, and without all that runs or comes from elsewhere.
+
+    Args:
+        picture: with the colours of PAGE_STYLE for those that the page has.
+        prefix: of its ids, by which those of many pictures are told apart.
+        description: for those who do not see it.
+    """
+    box = picture.attrib["viewBox"]
+    width = float(box.split()[2])
+    content = "".join(_markup(child, prefix) for child in picture)
+    attributes = {"viewBox": box, "style": f"--w: {width:.0f}", "role": "img", "aria-label": description}
+    return f"<svg{_attributes(attributes)}>{content}</svg>"
+
+
+def _local(name: object) -> str:
+    """A name without its namespace; empty for comments and the like."""
+    return name.rpartition("}")[2] if isinstance(name, str) else ""
+
+
+def _markup(element: ElementTree.Element, prefix: str) -> str:
+    name = _local(element.tag)
+    if name not in ELEMENTS:
+        return ""
+    attributes = {}
+    for full, value in element.attrib.items():
+        key = _local(full)
+        if key == "id":
+            value = prefix + value
+        elif key == "href":
+            if name == "image" and value.startswith("data:image/png;base64,"):
+                pass
+            elif value.startswith("#"):
+                value = f"#{prefix}{value[1:]}"
+            else:
+                continue
+        elif key.startswith("on") or ELSEWHERE.search(value):
+            continue
+        else:
+            value = value.replace("url(#", f"url(#{prefix}")
+            value = _rounded(value) if key in GEOMETRY else _in_page_colors(value)
+        attributes[key] = value
+    inner = html.escape(element.text or "", quote=False) if name in ("text", "tspan") else ""
+    for child in element:
+        inner += _markup(child, prefix)
+        inner += html.escape(child.tail or "", quote=False) if name == "text" else ""
+    return f"<{name}{_attributes(attributes)}>{inner}</{name}>" if inner else f"<{name}{_attributes(attributes)}/>"
+
+
+def _attributes(attributes: Mapping[str, str]) -> str:
+    return "".join(f' {key}="{html.escape(value)}"' for key, value in attributes.items())
+
+
+def _rounded(value: str) -> str:
+    """Coordinates to a hundredth, which is less than what is seen."""
+    return re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), value)
+
+
+def _in_page_colors(value: str) -> str:
+    return re.sub(r"#[0-9a-f]{6}\b", lambda match: PAGE_COLORS.get(match[0].lower(), match[0]), value)
