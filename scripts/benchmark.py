@@ -5,14 +5,14 @@
 Subjects: optimizer, data, hyper-search, train, infer, scaling, start-up; `SUBJECT --help` says what each measures.
 
 What is compared takes turns, round after round, so that what else the machine does meets all alike; times are medians.
-The result is printed as tables, and written to benchmarks/<subject>-<cpu or cuda>.json with the machine, the versions
-and the command.
+The result is printed as tables, and written as JSON with the machine, the versions and the command.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import _root
 import torch
@@ -41,6 +41,7 @@ def main() -> int:
         summary = str(subject.__doc__)
         own = subjects.add_parser(name, help=" ".join(summary.partition(".")[0].split()), description=summary)
         own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        own.add_argument("--json", type=Path, help=f"default: benchmarks/{name}-<cpu or cuda>.json")
         subject.add_arguments(own)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -54,7 +55,7 @@ def main() -> int:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     header = environment(device)
-    keep(_root.ROOT / "benchmarks" / f"{arguments.subject}-{device.type}.json", header, tables)
+    keep(arguments.json or _root.ROOT / "benchmarks" / f"{arguments.subject}-{device.type}.json", header, tables)
     print(present(header, tables))
     return 0
 

@@ -9,8 +9,48 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Protocol
+
+
+class Job(Protocol):
+    """A command line of a script, which may need others done before."""
+
+    @property
+    def script(self) -> str:
+        """Whose `main` takes the command line."""
+        ...
+
+    @property
+    def command(self) -> list[str]:
+        """Its arguments."""
+        ...
+
+    @property
+    def needs(self) -> Sequence[Job]:
+        """What comes before; what is not among the jobs is done already."""
+        ...
+
+
+def run_side_by_side(jobs: Sequence[Job], watch: Callable[[], object]) -> None:
+    """Run jobs, each as soon as those that it needs are done, and call `watch` every second.
+
+    Raises:
+        RuntimeError: one failed; with what it said.
+    """
+    todo, running, done = list(jobs), dict[Future[None], Job](), set[Job]()
+    with workers(len(jobs)) as pool:
+        while todo or running:
+            for job in [job for job in todo if all(other in done or other not in jobs for other in job.needs)]:
+                todo.remove(job)
+                running[pool.submit(quietly, Path(job.script).stem, job.command)] = job
+            finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            for future in finished:
+                future.result()  # raises what went wrong in it
+                done.add(running.pop(future))
+            watch()
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, str]:
         name = models[0] if models else platform.processor() or platform.machine()
         machine = f"{name}, {torch.get_num_threads()} threads"
     return {
-        "command": f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
+        "command": f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
         "machine": machine,
         "python": platform.python_version(),
         **{package.__name__: package.__version__ for package in (torch, torchvision, timm)},
@@ -61,5 +61,5 @@ def present(environment: Mapping[str, str], tables: Tables) -> str:
 
 def keep(file: Path, environment: Mapping[str, str], tables: Tables) -> None:
     """Write a result as JSON."""
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**environment, "tables": tables}, indent=1) + "\n")

@@ -65,22 +65,25 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
         plain = maker(arch, REPOPT, device, arguments.image_size, mode, textbook=True)
         memories = {kind: memory(make, batch_size) for kind, make in makes.items()}
         own = speeds(makes | {"textbook": plain}, batch_size, arguments.rounds, peak)
-        rows += [
-            {
-                "model": arch,
-                "training": kind,
-                **row,
-                "MB per image": memories[kind].per_image / 1e6 if kind in memories else None,
-            }
-            for kind, row in own.items()
-        ]
         most = {kind: found.largest_batch(available) for kind, found in memories.items()}
+        of_largest = {}
         if gpu:
             of_largest = {k: at_most(make, most[k], arguments.rounds, peak) for k, make in makes.items()}
             most = {kind: row["batch"] for kind, row in of_largest.items()}
             for kind, row in of_largest.items():
                 ratio = row["images/s"] / of_largest[REPVGG]["images/s"]
                 largest.append({"model": arch, "training": kind, **row, "speed / RepVGG": ratio})
+        rows += [
+            {
+                "model": arch,
+                "training": kind,
+                **row,
+                "MB per image": memories[kind].per_image / 1e6 if kind in memories else None,
+                "largest batch": most.get(kind),
+                "images/s in it": of_largest[kind]["images/s"] if kind in of_largest else None,
+            }
+            for kind, row in own.items()
+        ]
         beside.append(beside_the_paper(arch, own, most))
     of = f"images of {arguments.image_size} x {arguments.image_size}, compile {mode}"
     tables = {f"Batches of {batch_size} {of}; the device's measured peak is {peak / 1e12:.2f} TFLOP/s": rows}

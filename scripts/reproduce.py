@@ -1,0 +1,89 @@
+"""The paper's tables and figures, from one command each: its numbers and yours side by side.
+
+    python scripts/reproduce.py --table 4 [6 9 ...] [--scale demo|full] [--seeds 0 1 2] [--dry-run]
+    python scripts/reproduce.py --figure 6
+
+`demo` is the same experiment with small networks on images that come with scikit-learn, minutes on a CPU; `full` is the
+paper's own setting, on GPUs, with the data sets in the folders that the environment variables IMAGENET, CIFAR and
+CALTECH name. Runs go to <output>/<scale>/<arch>/<name>-seed<seed>/; tables share them. What is done is skipped, what
+was stopped goes on. `--dry-run` prints what would be run, as a script for a shell, with GPUs and hours.
+
+The result is printed and written beside the runs: table4.md, table4.json (`scripts/report.py` makes a page of it), and
+the pictures of figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import _root
+
+from main_repopt import INTERRUPTED
+from repopt.errors import run_command
+
+SCALES = ("full", "demo")
+DONE = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; 0, 2 after a mistake of the user, 75 where it was interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for kind in ("table", "figure"):
+        parser.add_argument(f"--{kind}", nargs="+", default=[], metavar="N", help=f"{kind}s of the paper")
+    parser.add_argument("--scale", choices=SCALES, default="demo", help="default: %(default)s")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    parser.add_argument("--output", type=Path, default=Path("output/reproduce"), help="default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
+    arguments = parser.parse_args(argv)
+    names = [f"{kind} {number}" for kind in ("table", "figure") for number in getattr(arguments, kind)]
+    if not names:
+        parser.error("what? --table N or --figure N")
+    os.chdir(_root.ROOT)
+
+    def command() -> int:
+        try:
+            reproduce(names, arguments.scale, arguments.seeds, arguments.output, dry_run=arguments.dry_run)
+        except KeyboardInterrupt:
+            print("reproduce.py: stopped; the same command goes on from there", file=sys.stderr)
+            return INTERRUPTED
+        return DONE
+
+    return run_command("reproduce.py", command)
+
+
+def reproduce(names: Sequence[str], scale: str, seeds: Sequence[int], output: Path, *, dry_run: bool) -> None:
+    """Run and show tables and figures, or show what would be run.
+
+    Raises:
+        UserError: an unknown one, one that there is not at this scale, or a run that cannot be run or failed.
+        KeyboardInterrupt: the user, or a signal, stopped it.
+    """
+    from reproduction import drawings, execute, experiment, result
+    from reproduction.run import runs_of, with_needs
+
+    folder = output / scale
+    for experiment_ in [experiment.load(name, scale) for name in names]:
+        wanted = drawings.trainings_of(experiment_) + result.trainings_of(experiment_)
+        runs = runs_of(experiment_, wanted, seeds, folder)
+        every = with_needs([run for of_name in runs.values() for run in of_name])
+        if dry_run:
+            print(execute.show(every, scale))
+            continue
+        execute.execute(every, scale)
+        content = result.of(experiment_, runs, every)
+        folder.mkdir(parents=True, exist_ok=True)
+        content["pictures"] = drawings.draw(experiment_, runs, folder)
+        stem = folder / experiment_.name.replace(" ", "")
+        text = result.as_markdown(content)
+        stem.with_suffix(".md").write_text(f"{text}\n")
+        stem.with_suffix(".json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        print(f"{text}\n\n{stem}.md, {stem}.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""How long a training takes on the paper's GPUs (2080Ti), at the speed that its table 2 prints.
+
+Models that are not in it take as long as their multiply-adds do at the speed of RepOpt-VGG-B1. That is too short for
+small images (a search on CIFAR-100), and far too short for grouped convolutions: those are not guessed.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from repopt.models import parse_arch
+from reproduction import paper
+from reproduction.quantities import multiply_adds, network
+from reproduction.run import Run
+
+TRAINING_IMAGES = {"imagenet": 1_281_167, "cf100": 50_000, "caltech256": 257 * 60}
+SIZES = {"cf100": 32}  # of images; the others have the configuration's
+REFERENCE = "RepOpt-VGG-B1"
+
+
+def gpu_hours(run: Run) -> float | None:
+    """Of a training on one of the paper's GPUs; None where it is not known, or nothing is trained for long."""
+    cfg = run.cfg if run.training.do in ("train", "qat") else None
+    if cfg is None or cfg.DATA.DATASET not in TRAINING_IMAGES:
+        return None
+    speed = images_per_second(run.arch, SIZES.get(cfg.DATA.DATASET, cfg.DATA.IMG_SIZE))
+    return speed and TRAINING_IMAGES[cfg.DATA.DATASET] * cfg.TRAIN.EPOCHS / speed / 3600
+
+
+def images_per_second(arch: str, size: int) -> float | None:
+    """Of a training on one of the paper's GPUs, in batches of 32."""
+    model, mode, _ = parse_arch(arch)
+    name = model.replace("RepOpt-VGG", "RepVGG") if mode == "repvgg" else model
+    table = paper.read("table2_imagenet_2080ti")
+    if name in (row[0] for row in table.rows):
+        reference, name_of_reference = arch, name
+    elif not any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in network(arch).modules()):
+        reference, name_of_reference = f"{REFERENCE}-target", REFERENCE
+    else:
+        return None
+    speed = table.row([name_of_reference])["train samples/s/GPU @BS=32"]
+    return speed * multiply_adds(reference) / multiply_adds(arch, size)

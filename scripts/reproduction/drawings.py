@@ -1,0 +1,179 @@
+"""The paper's figures, drawn from runs, by the names that the YAML files use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from analyse_kernels import split
+from plots import plot_by_depth, plot_lines, plot_weights
+from runs import epochs_of
+from torch import Tensor, nn
+
+import repopt
+from repopt.layers import RepConv2d
+from repopt.models import parse_arch
+from repopt.reparam import key_of
+from reproduction.experiment import Experiment
+from reproduction.quantities import kernels
+from reproduction.run import Run
+
+First = Mapping[str, Run]
+"""The first seed's run of what is shown, by what it is called."""
+
+IMAGES, SIZE = 16, 224  # of the identity's share
+
+
+def deployed_kernels(runs: First, path: Path) -> None:
+    """Histograms of the kernels of the paper's layer as they are deployed (figure 3)."""
+    plot_weights(
+        {name: {form: split(kernel) for form, kernel in [*forms.items()][-1:]} for name, forms in _layers(runs)},
+        path,
+        title="Weights of the layer that the paper shows, as deployed; a panel is as wide as the range of INT8",
+    )
+
+
+def kernels_on_their_way(runs: First, path: Path) -> None:
+    """The same in every form from the training to the deployment (figure 5)."""
+    plot_weights(
+        {name: {form: split(kernel) for form, kernel in forms.items()} for name, forms in _layers(runs)},
+        path,
+        title="Weights of the layer that the paper shows; a panel is as wide as the range of INT8",
+    )
+
+
+def _layers(runs: First) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    for name, run in runs.items():
+        layer, every = kernels(run)
+        yield name, every[layer]
+
+
+def identity_share(runs: First, path: Path) -> None:
+    """The share of the identity branch in the variance of a layer, in fresh networks on normal noise (figure 4)."""
+    torch.manual_seed(0)
+    images = torch.randn(IMAGES, 3, SIZE, SIZE)
+    model, _, _ = parse_arch("RepOpt-VGG-B1-hs")
+    networks = {
+        "ResNet-50": torchvision.models.resnet50(),
+        "search model, scales begin at 1": repopt.create_model(model, mode="hs", initial_scales="one"),
+        "search model, scales begin by depth": repopt.create_model(model, mode="hs"),
+    }
+    shares = {name: [*identity_shares(network, images)] for name, network in networks.items()}
+    curves = {name: dict(enumerate(values, start=1)) for name, values in shares.items()}
+    plot_lines({"share of the identity in the variance": curves}, path, x="layers with an identity branch, by depth")
+
+
+def identity_shares(model: nn.Module, images: Tensor) -> Iterator[float]:
+    """Of every layer of a ResNet or a search model that has an identity branch, by depth.
+
+    Args:
+        model: in training mode, so that its batch norms use the statistics of the images.
+        images: (N, 3, H, W).
+    """
+    inputs, sums = dict[nn.Module, Tensor](), dict[nn.Module, Tensor]()
+    with _watching(model, inputs, sums), torch.no_grad():
+        model(images)
+    for block, total in sums.items():
+        yield float(_identity(block, inputs[block]).var() / total.var())
+
+
+def _identity(block: nn.Module, x: Tensor) -> Tensor:
+    if not isinstance(block, RepConv2d):
+        return x
+    (branch,) = (branch for branch in block.block.branches if branch.scale is None)
+    return x * block.values(branch.kernel).view(-1, 1, 1)
+
+
+@contextmanager
+def _watching(model: nn.Module, inputs: dict[nn.Module, Tensor], sums: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Keep what goes into blocks with an identity branch, and the sum of their branches."""
+    with _Hooks() as hooks:
+        for block in model.modules():
+            if isinstance(block, torchvision.models.resnet.Bottleneck) and block.downsample is None:
+                hooks.before(block, lambda x, block=block: inputs.update({block: x}))
+                hooks.after(block.bn3, lambda y, block=block: sums.update({block: y + inputs[block]}))
+            elif isinstance(block, RepConv2d) and any(branch.scale is None for branch in block.block.branches):
+                hooks.before(block, lambda x, block=block: inputs.update({block: x}))
+                hooks.before(block.bn, lambda y, block=block: sums.update({block: y}))
+        yield
+
+
+class _Hooks:
+    """Hooks that are gone afterwards."""
+
+    def __enter__(self) -> _Hooks:
+        self._handles: list[Any] = []
+        return self
+
+    def before(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+        self._handles.append(module.register_forward_pre_hook(lambda module, arguments: see(arguments[0])))
+
+    def after(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+        self._handles.append(module.register_forward_hook(lambda module, arguments, output: see(output)))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+STAGE = "stage3"  # whose last block the paper shows
+
+
+def scales_by_epoch(runs: First, path: Path) -> None:
+    """The mean of the scales in the last block of the third stage, epoch by epoch (figure 6)."""
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for name, run in runs.items():
+        model = _search_model(run)
+        block = [path for path, _ in repopt.declared_blocks(model) if path.startswith(f"{STAGE}.")][-1]
+        for branch in dict(repopt.declared_blocks(model))[block].block.branches:
+            key = key_of(block, branch.searched)
+            curve = {epoch["epoch"]: epoch["scales"][key] for epoch in epochs_of(run.folder)}
+            panels.setdefault(f"mean of {branch.searched}", {})[name] = curve
+    plot_lines(panels, path, x="epoch")
+
+
+def scales_by_depth(runs: First, path: Path) -> None:
+    """The mean of the scales that searches ended with, block by block (figure 7)."""
+    panels: dict[str, dict[str, dict[str, Sequence[float | None]]]] = {}
+    layers: list[str] = []
+    for name, run in runs.items():
+        blocks = dict(repopt.declared_blocks(_search_model(run)))
+        layers, scales = [*blocks], repopt.load_scales(run.folder / "scales.pth")
+        for searched in dict.fromkeys(branch.searched for m in blocks.values() for branch in m.block.branches):
+            found = [scales.get(key_of(block, searched)) for block in blocks]
+            means = [None if values is None else float(values.mean()) for values in found]
+            panels.setdefault(f"mean of {searched}", {})[name] = {"searched": means}
+    plot_by_depth(panels, layers, path)
+
+
+def _search_model(run: Run) -> nn.Module:
+    model, mode, _ = parse_arch(run.arch)
+    with torch.device("meta"):
+        return repopt.create_model(model, mode=mode)
+
+
+DRAWINGS: dict[str, Callable[[First, Path], None]] = {
+    "deployed kernels": deployed_kernels,
+    "kernels on their way": kernels_on_their_way,
+    "identity share": identity_share,
+    "scales by epoch": scales_by_epoch,
+    "scales by depth": scales_by_depth,
+}
+
+
+def trainings_of(experiment: Experiment) -> list[str]:
+    """That a figure shows."""
+    return list(experiment.of.values())
+
+
+def draw(experiment: Experiment, runs: Mapping[str, Sequence[Run]], folder: Path) -> list[dict[str, str]]:
+    """Draw the figure, if it is one; the pictures by title and file in the folder."""
+    if experiment.draw is None:
+        return []
+    name = f"{experiment.name.replace(' ', '')}.png"
+    DRAWINGS[experiment.draw]({label: runs[training][0] for label, training in experiment.of.items()}, folder / name)
+    return [{"title": f"{experiment.name.capitalize()}: {experiment.title}", "file": name}]

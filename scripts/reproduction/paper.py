@@ -1,0 +1,48 @@
+"""The numbers of the paper, from one file (scripts/paper_tables.json)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FILE = Path(__file__).resolve().parents[1] / "paper_tables.json"
+LABEL = "model"  # what stands in the first column of a table whose rows have names
+
+
+class PaperTable(NamedTuple):
+    """A table of the paper.
+
+    Attributes:
+        columns: names, those of the labels first.
+        rows: cells in the order of the columns; None where the paper has no number.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def row(self, labels: Sequence[Any]) -> dict[str, Any]:
+        """The cells, by column, of the row that begins with these labels."""
+        (row,) = (row for row in self.rows if list(row[: len(labels)]) == list(labels))
+        return dict(zip(self.columns, row, strict=True))
+
+
+@functools.cache
+def read(name: str) -> PaperTable:
+    """A table by its name in the file."""
+    content = json.loads(FILE.read_text())[name]
+    if "rows" in content:
+        return PaperTable(content["columns"], content["rows"])
+    rows = [[key, *values] for key, values in content.items() if key != "columns"]
+    return PaperTable([LABEL, *content["columns"]], rows)
+
+
+def number(cell: Any) -> float | None:
+    """The number that a cell begins with ("78.41±0.01" is 78.41), or None."""
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        return float(cell)
+    found = re.match(r"\d+(\.\d+)?", cell) if isinstance(cell, str) else None
+    return float(found[0]) if found else None

@@ -1,0 +1,165 @@
+"""A table of the paper with the numbers of runs beside it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from measure.report import as_table, environment
+
+from reproduction import paper
+from reproduction.experiment import Cell, Experiment
+from reproduction.quantities import QUANTITIES
+from reproduction.run import Run
+
+Content = dict[str, Any]
+"""Of a result's JSON."""
+
+
+def trainings_of(experiment: Experiment) -> list[str]:
+    """Whose runs the table shows."""
+    cells = (cell for row in experiment.rows for cell in row.cells)
+    named = dict.fromkeys(cell.of for cell in cells if QUANTITIES[cell.quantity].of is not None)
+    return [name for name in named if name in experiment.trainings]
+
+
+def of(experiment: Experiment, runs: Mapping[str, Sequence[Run]], every: Sequence[Run]) -> Content:
+    """The result of an experiment whose runs are done, as its JSON holds it.
+
+    Args:
+        experiment: a table or figure.
+        runs: that it shows, by training.
+        every: those, and what they needed.
+    """
+    rows = rows_of(experiment, runs)
+    return {
+        "name": experiment.name,
+        "title": experiment.title,
+        "scale": experiment.scale,
+        "notes": list(experiment.notes),
+        "labels": experiment.labels if rows else [],
+        "rows": rows,
+        "orderings": orderings(rows),
+        "pictures": [],
+        "runs": {name: [str(run.folder) for run in of_name] for name, of_name in runs.items()},
+        "commands": [run.shell_line(run.training.gpus if experiment.scale == "full" else 0) for run in every],
+        "environment": environment(torch.device("cuda" if experiment.scale == "full" else "cpu")),
+    }
+
+
+def rows_of(experiment: Experiment, runs: Mapping[str, Sequence[Run]]) -> list[Content]:
+    """The rows of a table: what they are called, and per column the paper's number and that of the runs."""
+    rows = []
+    for row in experiment.rows:
+        there = experiment.paper.row(row.labels) if experiment.paper else {}
+        cells = [_cell(cell, there[cell.column], runs) for cell in row.cells]
+        rows.append({"labels": [*map(_words, row.labels)], "cells": cells})
+    return rows
+
+
+def _cell(cell: Cell, there: Any, runs: Mapping[str, Sequence[Run]]) -> Content:
+    quantity = QUANTITIES[cell.quantity]
+    if quantity.counted is not None:
+        values = [quantity.counted(cell.of)]
+    else:
+        assert quantity.of is not None
+        values = [quantity.of(run, **cell.arguments) for run in runs.get(cell.of, ())]
+    values = [value for value in values if value is not None]
+    numeric = all(isinstance(value, int | float) for value in values)
+    mean = statistics.mean(values) if values and numeric else None
+    std = statistics.stdev(values) if mean is not None and len(values) > 1 else None
+    known = paper.number(there)
+    return {
+        "quantity": cell.column,
+        "paper": _words(there),
+        "mean": mean if numeric else _words(values[0]),
+        "std": std,
+        "values": values,
+        "difference": None if mean is None or known is None else mean - known,
+        "decimals": quantity.decimals,
+        "ordered": quantity.ordered,
+    }
+
+
+def _words(value: Any) -> str | None:
+    """A cell of the paper or a setting as it is shown; None where there is none."""
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def table_of(content: Content) -> str:
+    """The table as Markdown: the paper, this run, and the difference."""
+    rows = []
+    for row in content["rows"]:
+        shown = {name: label or "–" for name, label in zip(content["labels"], row["labels"], strict=True)}
+        for cell in row["cells"]:
+            shown[f"{cell['quantity']}: paper"] = cell["paper"]
+            shown["this run" + " " * len(shown)] = _measured(cell)  # columns have names of their own
+            shown["difference" + " " * len(shown)] = _number(cell["difference"], cell["decimals"], sign="+")
+        rows.append(shown)
+    return "\n".join(" ".join(line.split()) for line in as_table(rows).splitlines())
+
+
+def _measured(cell: Content) -> str | None:
+    if not isinstance(cell["mean"], int | float):
+        return cell["mean"]
+    mean = _number(cell["mean"], cell["decimals"])
+    return mean if cell["std"] is None else f"{mean} ± {_number(cell['std'], cell['decimals'])}"
+
+
+def _number(value: float | None, decimals: int, sign: str = "") -> str | None:
+    return None if value is None else f"{value:{sign}.{decimals}f}"
+
+
+def orderings(rows: Sequence[Content]) -> list[str]:
+    """Of every column: how many pairs of rows the runs order as the paper does, and which they order otherwise.
+
+    Two rows of which several seeds were run are not ordered where their means are closer than the standard deviation of
+    the difference of two single runs.
+    """
+    texts = []
+    columns = dict.fromkeys(cell["quantity"] for row in rows for cell in row["cells"] if cell["ordered"])
+    for column in columns:
+        alike, close, opposite = 0, 0, []
+        for (name, mean, std, there), (name_2, mean_2, std_2, there_2) in itertools.combinations(
+            _numbers(rows, column), 2
+        ):
+            if there == there_2:
+                continue
+            if abs(mean - mean_2) <= math.hypot(std, std_2):
+                close += 1
+            elif (mean > mean_2) == (there > there_2):
+                alike += 1
+            else:
+                higher, lower = (name, name_2) if mean > mean_2 else (name_2, name)
+                opposite.append(f"{higher} above {lower}")
+        if pairs := alike + close + len(opposite):
+            text = f"{column}: of {pairs} pairs of rows {alike} are ordered as in the paper, {close} are closer than "
+            text += f"their spread, {len(opposite)} are the other way round"
+            texts.append(text + (f" ({'; '.join(opposite)})" if opposite else ""))
+    return texts
+
+
+def _numbers(rows: Sequence[Content], column: str) -> Iterator[tuple[str, float, float, float]]:
+    """Name, mean, deviation and the paper's number of every row that has them in this column."""
+    for row in rows:
+        for cell in row["cells"]:
+            there = paper.number(cell["paper"])
+            if cell["quantity"] == column and isinstance(cell["mean"], int | float) and there is not None:
+                yield ", ".join(filter(None, row["labels"])), cell["mean"], cell["std"] or 0.0, there
+
+
+def as_markdown(content: Content) -> str:
+    """All of a result that is text."""
+    parts = [f"## {content['name'].capitalize()}: {content['title']} ({content['scale']} scale)"]
+    parts += ["\n".join(content["notes"])] if content["notes"] else []
+    parts += [table_of(content)] if content["rows"] else []
+    parts += ["\n".join(f"- {line}." for line in content["orderings"])] if content["orderings"] else []
+    return "\n\n".join(parts)

@@ -1,0 +1,214 @@
+"""One training and seed: its command line, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import quantize
+from runs import epochs_of
+
+from repopt import config
+from repopt.errors import UserError, shown
+from reproduction.experiment import Experiment, Training
+
+# Data sets whose folder is found in an environment variable; the others come with a package.
+FOLDERS = {"imagenet": "IMAGENET", "cf100": "CIFAR", "caltech256": "CALTECH"}
+
+SETTINGS = "reproduce.json"  # in a run's folder: what it was started with
+_OF_PLACES = ("DATA.DATA_PATH", "OUTPUT", "MODEL.RESUME", "TRAIN.SCALES_PATH")  # keys by which runs do not differ
+
+
+class Kind(NamedTuple):
+    """A way to run a training.
+
+    Attributes:
+        script: that does it.
+        left: the file in the run's folder that is there when it came to its end.
+        alone: whether other work on the machine would spoil it.
+    """
+
+    script: str
+    left: Callable[[Run], str]
+    alone: bool = False
+
+
+_QUANTIZED = Kind("scripts/quantize.py", lambda run: "artifacts/results.json")
+KINDS = {
+    "train": Kind("main_repopt.py", lambda run: f"ckpt_epoch_{run.cfg.TRAIN.EPOCHS - 1}.pth"),
+    "ptq": _QUANTIZED,
+    "qat": _QUANTIZED,
+    "throughput": Kind("main_repopt.py", lambda run: "throughput.json", alone=True),
+    "training speed": Kind("scripts/benchmark.py", lambda run: "speed.json", alone=True),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of an experiment.
+
+    Attributes:
+        training: what is done.
+        seed: of everything random in it.
+        output: below which all runs are.
+        scales, of: the runs whose scales it takes and whose network it quantizes.
+    """
+
+    training: Training
+    seed: int
+    output: Path
+    scales: Run | None = None
+    of: Run | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """How it is run."""
+        return KINDS[self.training.do]
+
+    @property
+    def needs(self) -> list[Run]:
+        """Runs that come before it."""
+        return [run for run in (self.scales, self.of) if run is not None]
+
+    @property
+    def script(self) -> str:
+        """That does it."""
+        return self.kind.script
+
+    @property
+    def arch(self) -> str:
+        """Of main_repopt.py."""
+        arch = self.training.arch or (self.of.arch if self.of else None)
+        assert arch is not None
+        return arch
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return self.output / self.arch / self._tag
+
+    @property
+    def _tag(self) -> str:
+        return f"{self.training.name}-seed{self.seed}"
+
+    @cached_property
+    def command(self) -> list[str]:
+        """Arguments of its script; the data's folder is the name of an environment variable, "$IMAGENET"."""
+        if self.training.do == "training speed":
+            return [*self.training.arguments, "--json", str(self.folder / self.kind.left(self))]
+        arguments = [*(("--cfg", self.training.cfg) if self.training.cfg else ()), "--arch", self.arch]
+        arguments += ["--tag", self._tag, "--output", str(self.output)]
+        if self.of is not None:
+            arguments += ["--method", self.training.do, "--resume", str(self.of.folder / "latest.pth")]
+        if self.training.do == "throughput":
+            arguments += ["--throughput"]
+        if self.scales is not None:
+            arguments += ["--scales-path", str(self.scales.folder / "scales.pth")]
+        options = ["--opts", "SEED", str(self.seed)]
+        for key, value in self.training.set.items():
+            options += [key, str(tuple(value) if isinstance(value, list) else value)]
+        dataset = config.parse([*arguments, *options], self._program).cfg.DATA.DATASET
+        if dataset in FOLDERS and self.training.do != "throughput":
+            arguments += ["--data-path", f"${FOLDERS[dataset]}"]
+        return [*arguments, *self.training.arguments, *options]
+
+    @property
+    def _program(self) -> config.Program:
+        return quantize.PROGRAM if self.of is not None else config.MAIN
+
+    @cached_property
+    def cfg(self) -> Any:
+        """The configuration that its command line gives, as the data set leaves it open."""
+        return config.parse(self.command, self._program).cfg
+
+    def started_with(self) -> dict[str, Any]:
+        """What makes this run, except places."""
+        if self.training.do == "training speed":
+            return {"arguments": list(self.training.arguments)}
+        cfg, given = config.parse(self.command, self._program)
+        settings = {key: config.lookup(cfg, key) for key in sorted(given - set(_OF_PLACES))}
+        return {"do": self.training.do, **json.loads(json.dumps(settings))}
+
+    def is_done(self) -> bool:
+        """Whether it came to its end, in this or an earlier start.
+
+        Raises:
+            UserError: its folder is that of a run with other settings.
+        """
+        path = self.folder / SETTINGS
+        if not path.is_file():
+            return False
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            before = None
+        if before != (now := self.started_with()):
+            differing = sorted(key for key in {*now, *(before or ())} if (before or {}).get(key) != now.get(key))
+            key = differing[0]
+            was = shown((before or {}).get(key))
+            raise UserError(
+                f"{str(self.folder)!r} holds a run with other settings ({key} was {was} and is {now.get(key)!r} now): "
+                "delete it, or give another --output"
+            )
+        return (self.folder / self.kind.left(self)).is_file()
+
+    def begin(self) -> None:
+        """Note what it is started with."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / SETTINGS).write_text(json.dumps(self.started_with(), indent=1) + "\n")
+
+    def with_folders(self) -> list[str]:
+        """The command with the folders of data sets in it.
+
+        Raises:
+            UserError: an environment variable that it needs is not set.
+        """
+        for name in (argument[1:] for argument in self.command if argument.startswith("$")):
+            if not os.environ.get(name):
+                raise UserError(f"where is the data set of {self.training.name!r}? Set {name} to its folder")
+        return [os.environ[a[1:]] if a.startswith("$") else a for a in self.command]
+
+    def shell_line(self, gpus: int) -> str:
+        """The command as it is typed: on so many GPUs, or without for 0."""
+        launcher = f"torchrun --standalone --nproc_per_node {gpus}" if gpus and not self.kind.alone else "python"
+        words = [f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in self.command]
+        return " ".join([launcher, self.script, *words])
+
+    def progress(self) -> int:
+        """Epochs done, or 1 where there are none."""
+        return len(epochs_of(self.folder)) if self.training.do == "train" else int(self.is_done())
+
+    def length(self) -> int:
+        """What `progress` ends at."""
+        return self.cfg.TRAIN.EPOCHS if self.training.do == "train" else 1
+
+
+def runs_of(experiment: Experiment, names: Sequence[str], seeds: Sequence[int], output: Path) -> dict[str, list[Run]]:
+    """The runs of trainings, by name: one per seed, or one in all."""
+
+    def run(name: str, seed: int) -> Run:
+        training = experiment.trainings[name]
+        if training.once:
+            seed = seeds[0]
+        needed: Mapping[str, Run | None] = {
+            "scales": run(training.scales, seed) if training.scales else None,
+            "of": run(training.of, seed) if training.of else None,
+        }
+        return Run(training, seed, output, **needed)
+
+    return {name: list(dict.fromkeys(run(name, seed) for seed in seeds)) for name in names}
+
+
+def with_needs(runs: Sequence[Run]) -> list[Run]:
+    """These runs and all that come before them, each once, in an order in which they can be run."""
+    ordered: dict[Run, None] = {}
+    for run in runs:
+        for needed in (*with_needs(run.needs), run):
+            ordered.setdefault(needed)
+    return list(ordered)
