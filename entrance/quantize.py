@@ -21,7 +21,7 @@ from entrance.loaders import calibration_loader, eval_loader
 from entrance.placement import to_device
 from entrance.resolve import resolve
 from entrance.resume import check_same_run, find_scales
-from entrance.run import begin, fit
+from entrance.run import begin, fit, keep_settings
 from repopt import checkpoint, config, engine, export, quantize
 from repopt.distributed import World, decided_by_first, world
 from repopt.errors import UserError, shown
@@ -88,6 +88,8 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     artifacts = Path(cfg.OUTPUT, "artifacts")
     decided_by_first(lambda: export.refuse_existing(artifacts))
     folder = begin("quantize.py", cfg, world, argv)
+    if not qat:  # a training keeps them when it is sure to go on
+        keep_settings(cfg, world, folder)
     logger.info(f"{cfg.QUANT.PRESET}: {quantize.find_preset(cfg.QUANT.PRESET).meaning}")
     source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH)
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)

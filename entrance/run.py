@@ -28,6 +28,8 @@ from repopt.logging import logger, start_log
 from repopt.models import Arch, parse_arch, zoo
 from repopt.run_folder import RunFolder
 
+CONFIG = "config.json"
+
 
 def start(settings: config.Settings, argv: Sequence[str]) -> bool:
     """Do what the command line `argv`, read as `settings`, says; whether it came to its end.
@@ -121,6 +123,12 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunF
     return fit(arch, cfg, world, to_device(model, world), scales, folder, content)
 
 
+def keep_settings(cfg: CfgNode, world: World, folder: RunFolder) -> None:
+    """Write the configuration to the folder of its run."""
+    if world.is_main:
+        (folder.path / CONFIG).write_text(json.dumps(config.as_dict(cfg), indent=1) + "\n")
+
+
 def fit(
     arch: Arch,
     cfg: CfgNode,
@@ -145,8 +153,7 @@ def fit(
     if content is not None:
         state.restore(content, rank=world.rank, processes=world.size)
         logger.info(f"goes on after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
-    if world.is_main:
-        (folder.path / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    keep_settings(cfg, world, folder)
     logger.info(
         f"{cfg.MODEL.ARCH}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{train_loader.num_images} training and {val_loader.num_images} test images"

@@ -15,13 +15,12 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import _root
 from runs import epochs_of
-from workers import quietly, workers
+from workers import run_side_by_side
 
 SEEDS = (0, 1, 2)
 EPOCHS = 80  # of configs/digits/train.yaml
@@ -60,13 +59,23 @@ class Run(NamedTuple):
         return self.family.folder / self.arch / f"seed{self.seed}"
 
     @property
+    def script(self) -> str:
+        """That does it."""
+        return "main_repopt.py"
+
+    @property
+    def needs(self) -> list[Run]:
+        """The search whose scales it takes."""
+        return [search_of(self.family)] if self.mode == "target" else []
+
+    @property
     def command(self) -> list[str]:
         """Arguments of main_repopt.py."""
         arguments = ["--arch", self.arch, "--tag", f"seed{self.seed}"]
         arguments += ["--output", str(self.family.folder)]
         arguments += ["--cfg", f"configs/digits/{'search' if self.mode == 'hs' else 'train'}.yaml"]
-        if self.mode == "target":
-            arguments += ["--scales-path", str(search_of(self.family).folder / "scales.pth")]
+        for search in self.needs:
+            arguments += ["--scales-path", str(search.folder / "scales.pth")]
         return [*arguments, "--opts", "SEED", str(self.seed)]
 
 
@@ -101,22 +110,9 @@ def train_all(family: Family) -> None:
     """Train every run, several at a time; those that need the searched scales wait for them."""
     from tqdm import tqdm
 
-    targets, baselines, plain = setups_of(family).values()
-    runs = [search_of(family), *baselines, *plain, *targets]
-    with workers(len(runs)) as pool, tqdm(total=EPOCHS * len(runs), unit="epoch", desc=f"{len(runs)} runs") as bar:
-
-        def start(run: Run) -> Future[None]:
-            return pool.submit(quietly, "main_repopt", run.command)
-
-        search = start(runs[0])
-        waiting: set[Future[None]] = {search, *map(start, (*baselines, *plain))}
-        while waiting:
-            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()  # raises what went wrong in it
-            if search in done:
-                waiting |= set(map(start, targets))
-            bar.update(sum(len(epochs_of(run.folder)) for run in runs) - bar.n)
+    runs = [search_of(family), *(run for of_setup in setups_of(family).values() for run in of_setup)]
+    with tqdm(total=EPOCHS * len(runs), unit="epoch", desc=f"{len(runs)} runs") as bar:
+        run_side_by_side(runs, lambda: bar.update(sum(len(epochs_of(run.folder)) for run in runs) - bar.n))
 
 
 def report(family: Family) -> None:

@@ -16,13 +16,12 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import _root
 from demo import FAMILIES, SEEDS, Family, Run, spread
-from workers import quietly, workers
+from workers import run_side_by_side
 
 from repopt.errors import UserError, run_command
 
@@ -35,6 +34,16 @@ class Quantization(NamedTuple):
     run: Run
     method: str
     preset: str
+
+    @property
+    def script(self) -> str:
+        """That does it."""
+        return "quantize.py"
+
+    @property
+    def needs(self) -> list[Run]:
+        """Nothing that is still to be done."""
+        return []
 
     @property
     def folder(self) -> Path:
@@ -101,10 +110,8 @@ def run(family: Family) -> None:
     for missing in {str(q.run.folder / "latest.pth") for q in every if not (q.run.folder / "latest.pth").is_file()}:
         raise UserError(f"{missing} is not there yet: run the demo before (bash scripts/demo.sh)")
     todo = [quantization for quantization in every if not quantization.folder.exists()]
-    with workers(len(todo)) as pool:
-        futures = [pool.submit(quietly, "quantize", quantization.command) for quantization in todo]
-        for future in tqdm(as_completed(futures), total=len(futures), unit="network", desc="quantizing"):
-            future.result()  # raises what went wrong in it
+    with tqdm(total=len(todo), unit="network", desc="quantizing") as bar:
+        run_side_by_side(todo, lambda: bar.update(sum(q.folder.exists() for q in todo) - bar.n))
     report(family, every)
     print(f"{time.perf_counter() - started:.0f} seconds; pictures and files are in {family.folder}/int8/")
 

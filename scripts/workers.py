@@ -77,7 +77,7 @@ def quietly(program: str, argv: Sequence[str]) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
         code = main(argv)
     if code:
-        raise RuntimeError(errors.getvalue().strip())
+        raise RuntimeError(errors.getvalue().strip() or f"{program} ended with exit code {code}")
 
 
 def _end_with(parent: int) -> None:

@@ -85,7 +85,7 @@ def _identity(block: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(block, RepConv2d):
         return x
     (branch,) = (branch for branch in block.block.branches if branch.scale is None)
-    return x * block.values(branch.kernel).view(-1, 1, 1)
+    return x * block.values(branch.kernel).detach().view(-1, 1, 1)
 
 
 @contextmanager

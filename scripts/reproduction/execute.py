@@ -58,7 +58,7 @@ def execute(runs: Sequence[Run], scale: Scale) -> None:
         return
     beside, by_themselves = ([run for run in todo if run.kind.alone == alone] for alone in (False, True))
     side_by_side(beside)
-    for run in tqdm(by_themselves, unit="run", desc="measuring", disable=not by_themselves):
+    for run in tqdm(by_themselves, unit="run", desc="measuring", disable=None if by_themselves else True):
         alone(run, scale)
 
 
@@ -78,9 +78,7 @@ def side_by_side(runs: Sequence[Run]) -> None:
     """Run several at a time on the CPU."""
     if not runs:
         return
-    for run in runs:
-        run.begin()
-    with tqdm(total=sum(run.length() for run in runs), unit="epoch", desc=f"{len(runs)} runs") as bar:
+    with tqdm(total=sum(run.length() for run in runs), unit="epoch", desc=f"{len(runs)} runs", disable=None) as bar:
         try:
             run_side_by_side(runs, lambda: bar.update(sum(run.progress() for run in runs) - bar.n))
         except RuntimeError as error:
@@ -89,7 +87,6 @@ def side_by_side(runs: Sequence[Run]) -> None:
 
 def alone(run: Run, scale: Scale) -> None:
     """Run one, and wait for it."""
-    run.begin()
     processes = gpus(run, scale)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher = launcher if processes and not run.kind.alone else []

@@ -19,6 +19,11 @@ from reproduction.run import Run
 Content = dict[str, Any]
 """Of a result's JSON."""
 
+DEMO = (
+    "At demo scale the runs are of small networks on other images: the orderings of rows compare with the paper's, the "
+    "differences do not."
+)
+
 
 def trainings_of(experiment: Experiment) -> list[str]:
     """Whose runs the table shows."""
@@ -40,7 +45,7 @@ def of(experiment: Experiment, runs: Mapping[str, Sequence[Run]], every: Sequenc
         "name": experiment.name,
         "title": experiment.title,
         "scale": experiment.scale,
-        "notes": list(experiment.notes),
+        "notes": [*experiment.notes, *([DEMO] if experiment.scale == "demo" and rows else [])],
         "labels": experiment.labels if rows else [],
         "rows": rows,
         "orderings": orderings(rows),

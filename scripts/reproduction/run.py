@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import quantize
 from runs import epochs_of
 
+from entrance.run import CONFIG
 from repopt import config
 from repopt.errors import UserError, shown
 from reproduction.experiment import Experiment, Training
@@ -21,8 +22,7 @@ from reproduction.experiment import Experiment, Training
 # Data sets whose folder is found in an environment variable; the others come with a package.
 FOLDERS = {"imagenet": "IMAGENET", "cf100": "CIFAR", "caltech256": "CALTECH"}
 
-SETTINGS = "reproduce.json"  # in a run's folder: what it was started with
-_OF_PLACES = ("DATA.DATA_PATH", "OUTPUT", "MODEL.RESUME", "TRAIN.SCALES_PATH")  # keys by which runs do not differ
+_OF_PLACES = {"BASE", "DATA.DATA_PATH", "OUTPUT", "MODEL.RESUME", "TRAIN.SCALES_PATH"}  # by which runs do not differ
 
 
 class Kind(NamedTuple):
@@ -127,41 +127,31 @@ class Run:
         """The configuration that its command line gives, as the data set leaves it open."""
         return config.parse(self.command, self._program).cfg
 
-    def started_with(self) -> dict[str, Any]:
-        """What makes this run, except places."""
-        if self.training.do == "training speed":
-            return {"arguments": list(self.training.arguments)}
-        cfg, given = config.parse(self.command, self._program)
-        settings = {key: config.lookup(cfg, key) for key in sorted(given - set(_OF_PLACES))}
-        return {"do": self.training.do, **json.loads(json.dumps(settings))}
-
     def is_done(self) -> bool:
-        """Whether it came to its end, in this or an earlier start.
+        """Whether it came to its end, in whatever start.
 
         Raises:
             UserError: its folder is that of a run with other settings.
         """
-        path = self.folder / SETTINGS
+        self._check_settings()
+        return (self.folder / self.kind.left(self)).is_file()
+
+    def _check_settings(self) -> None:
+        path = self.folder / CONFIG
         if not path.is_file():
-            return False
+            return
         try:
             before = json.loads(path.read_text())
         except ValueError:
-            before = None
-        if before != (now := self.started_with()):
-            differing = sorted(key for key in {*now, *(before or ())} if (before or {}).get(key) != now.get(key))
-            key = differing[0]
-            was = shown((before or {}).get(key))
-            raise UserError(
-                f"{str(self.folder)!r} holds a run with other settings ({key} was {was} and is {now.get(key)!r} now): "
-                "delete it, or give another --output"
-            )
-        return (self.folder / self.kind.left(self)).is_file()
-
-    def begin(self) -> None:
-        """Note what it is started with."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / SETTINGS).write_text(json.dumps(self.started_with(), indent=1) + "\n")
+            return  # it was being written
+        cfg, given = config.parse(self.command, self._program)
+        for key in sorted(given - _OF_PLACES):
+            then, now = config.lookup(before, key), config.lookup(cfg, key)
+            if then != (list(now) if isinstance(now, tuple) else now):
+                raise UserError(
+                    f"{str(self.folder)!r} holds a run with other settings ({key} was {shown(then)} and is {now!r} "
+                    "now): delete it, or give another --output"
+                )
 
     def with_folders(self) -> list[str]:
         """The command with the folders of data sets in it.
