@@ -129,7 +129,7 @@ def load(name: str, scale: Scale) -> Experiment:
         name,
         scale,
         content["title"],
-        tuple(content.get("notes", ())),
+        tuple(note for note in content.get("notes", ()) if note),
         table,
         trainings,
         tuple(known),

@@ -41,7 +41,7 @@ def read(name: str) -> PaperTable:
 
 
 def number(cell: Any) -> float | None:
-    """The number that a cell begins with ("78.41±0.01" is 78.41), or None."""
+    """The number that a cell begins with ("a±b" is a), or None."""
     if isinstance(cell, int | float) and not isinstance(cell, bool):
         return float(cell)
     found = re.match(r"\d+(\.\d+)?", cell) if isinstance(cell, str) else None

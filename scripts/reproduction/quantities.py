@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import repopt
 from entrance import trained
 from entrance.quantize import RESULTS
+from entrance.run import CONFIG
 from repopt import config
 from repopt.models import parse_arch
 from repopt.models.network import Network
@@ -75,8 +76,9 @@ def kernel_std(run: Run, form: str, part: str) -> float:
 
 
 def setting(run: Run, key: str) -> Any:
-    """What the run is configured with."""
-    return config.lookup(run.cfg, key)
+    """What the run is configured with; what follows from the data set is known once it has begun."""
+    path = run.folder / CONFIG
+    return config.lookup(json.loads(path.read_text()) if path.is_file() else run.cfg, key)
 
 
 @functools.cache

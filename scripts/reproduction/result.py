@@ -45,7 +45,7 @@ def of(experiment: Experiment, runs: Mapping[str, Sequence[Run]], every: Sequenc
         "name": experiment.name,
         "title": experiment.title,
         "scale": experiment.scale,
-        "notes": [*experiment.notes, *([DEMO] if experiment.scale == "demo" and rows else [])],
+        "notes": [*experiment.notes, *([DEMO] if experiment.scale == "demo" and rows and runs else [])],
         "labels": experiment.labels if rows else [],
         "rows": rows,
         "orderings": orderings(rows),
@@ -75,13 +75,14 @@ def _cell(cell: Cell, there: Any, runs: Mapping[str, Sequence[Run]]) -> Content:
         values = [quantity.of(run, **cell.arguments) for run in runs.get(cell.of, ())]
     values = [value for value in values if value is not None]
     numeric = all(isinstance(value, int | float) for value in values)
+    values = values if numeric else [*map(_words, values)]
     mean = statistics.mean(values) if values and numeric else None
-    std = statistics.stdev(values) if mean is not None and len(values) > 1 else None
+    std = statistics.stdev(values) if mean is not None and quantity.ordered and len(values) > 1 else None
     known = paper.number(there)
     return {
         "quantity": cell.column,
         "paper": _words(there),
-        "mean": mean if numeric else _words(values[0]),
+        "mean": mean if numeric else values[0],
         "std": std,
         "values": values,
         "difference": None if mean is None or known is None else mean - known,
@@ -120,7 +121,7 @@ def _measured(cell: Content) -> str | None:
 
 
 def _number(value: float | None, decimals: int, sign: str = "") -> str | None:
-    return None if value is None else f"{value:{sign}.{decimals}f}"
+    return None if value is None else f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"  # no minus before zero
 
 
 def orderings(rows: Sequence[Content]) -> list[str]:
