@@ -16,6 +16,8 @@ import test_optim
 import torch
 from check_equivalency import BOUND, SIGNS, largest_difference
 from measure.report import as_table
+from reproduction import experiment
+from reproduction.result import table_of
 from test_convert import fenced_code
 
 from repopt import quantize
@@ -44,6 +46,7 @@ def test_every_document_is_tested():
         "quantization",
         "performance",
         "reliability",
+        "reproduction",
     }  # the first in test_convert, the last in test_soak
     assert {path.stem for path in DOCS.glob("*.md")} == tested
 
@@ -70,6 +73,16 @@ def test_quantization_is_what_was_measured():
     text = (DOCS / "quantization.md").read_text()
     for rows in json.loads((DOCS.parent / "benchmarks" / "int8.json").read_text()).values():
         assert as_table(rows) in text
+
+
+@pytest.mark.parametrize(
+    "file", sorted((DOCS.parent / "benchmarks" / "reproduction").glob("table*.json")), ids=lambda file: file.stem
+)
+def test_reproduction_is_what_was_run(file):
+    content, text = json.loads(file.read_text()), (DOCS / "reproduction.md").read_text()
+    for part in (f"## {content['name'].capitalize()}: {content['title']}", table_of(content), *content["orderings"]):
+        assert part in text
+    assert content["name"] in experiment.names()
 
 
 def test_quantization_names_every_preset():
