@@ -48,7 +48,8 @@ def train_loader(
 
     Args:
         source: where the images come from.
-        augmentation: how they are varied; digits, patches, cf100 and fake have their own crops and heed only the mixing.
+        augmentation: how they are varied; the sets that live on the device have crops of their own and heed only
+            the mixing.
         image_size: side of the images in pixels.
         interpolation: 'bilinear', 'bicubic', or 'random' (one of the two, per image).
         batch_size: images per step on this rank.
