@@ -19,7 +19,7 @@ import torch
 import yaml
 from reproduction import cost, drawings, experiment, paper, quantities, result
 from reproduction.quantities import QUANTITIES
-from reproduction.run import FOLDERS, Run, runs_of, with_needs
+from reproduction.run import FOLDERS, runs_of, with_needs
 from torch import nn
 
 import main_repopt
@@ -93,7 +93,7 @@ def test_the_papers_setting():
     assert runs["old-gradients-seed0"].cfg.TRAIN.CHANGE_GRADIENTS is False
     assert runs["ones-seed0"].scales is None
     assert runs["ones-seed0"].cfg.TRAIN.CONSTANTS == "one"
-    assert "TRAIN.BASE_LR" not in config.parse(runs["tuned-seed0"].command if "tuned-seed0" in runs else []).given
+    assert runs["old-gradients-seed0"].cfg.TRAIN.BASE_LR == target.cfg.TRAIN.BASE_LR == 0.1
 
 
 def test_hours_are_the_papers_speed():
@@ -357,5 +357,14 @@ def test_no_number_of_the_paper_is_typed_twice():
         assert not numbers & set(re.findall(r"\d\d\.\d\d", text)), path.name
 
 
-def test_main_is_what_runs_are_started_by():
-    assert Run.script and main_repopt.DONE == reproduce.DONE == 0
+def test_a_table_of_runs_that_were_made_elsewhere(declared, tmp_path, monkeypatch, capsys):
+    """At full scale, whose GPUs are not here, from the commands that a dry run prints."""
+    options = ("--table", 9, "--scale", "full", "--seeds", 0, "--output", tmp_path)
+    assert reproduced(*options, "--dry-run") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torchrun")]
+    for line in lines:
+        assert main_repopt.main(shlex.split(line.partition("main_repopt.py ")[2])) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert reproduced(*options) == 0
+    assert "| sqrt(2/l) | 54.53 |" in capsys.readouterr().out

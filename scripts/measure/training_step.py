@@ -13,7 +13,6 @@ import repopt
 from measure.compiling import under
 from measure.placement import memory_format_on, precision_on
 from repopt.engine import Precision
-from repopt.reparam import key_of
 from repopt.seeding import generator
 
 SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5}
@@ -22,15 +21,6 @@ SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5}
 def unchanged(model: nn.Module) -> nn.Module:
     """The model itself."""
     return model
-
-
-def initial_scales(model: nn.Module) -> dict[str, Tensor]:
-    """Those that the hyper-search of a model starts from."""
-    return {
-        key_of(path, branch.searched): torch.full(module.block.target.shape[:1], branch.initial)
-        for path, module in repopt.declared_blocks(model)
-        for branch in module.block.branches
-    }
 
 
 class TrainingStep:
@@ -77,7 +67,7 @@ class TrainingStep:
         if textbook:
             self._optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
         else:
-            scales = initial_scales(self.model) if mode == "target" else None
+            scales = repopt.constant_scales(self.model, "initial") if mode == "target" else None
             self._optimizer = repopt.build_optimizer("sgd", self.model, scales, **SGD)
 
     def backward(self) -> Tensor:

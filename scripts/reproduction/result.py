@@ -52,7 +52,7 @@ def of(experiment: Experiment, runs: Mapping[str, Sequence[Run]], every: Sequenc
         "pictures": [],
         "runs": {name: [str(run.folder) for run in of_name] for name, of_name in runs.items()},
         "commands": [run.shell_line(run.training.gpus if experiment.scale == "full" else 0) for run in every],
-        "environment": environment(torch.device("cuda" if experiment.scale == "full" else "cpu")),
+        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
 
 
