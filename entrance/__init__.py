@@ -6,4 +6,5 @@ resume          the checkpoint and scales that a run goes on from
 run             train, evaluate, measure throughput
 trained         a network from its checkpoint
 quantize        a trained network to INT8
+files           names of what they write
 """

@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 import data
 import repopt
 from entrance import trained
+from entrance.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
 from entrance.loaders import calibration_loader, eval_loader
 from entrance.placement import to_device
 from entrance.resolve import resolve
@@ -30,7 +31,6 @@ from repopt.models import Arch, parse_arch
 from repopt.run_folder import RunFolder
 
 QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safetensors", "fp32.onnx", "int8.onnx"
-RESULTS, SIGNAL_TO_NOISE = "results.json", "signal_to_noise.json"
 
 # What training for INT8 goes without, and what these keys may be: autocast rounds otherwise, and the exported graph is
 # changed between training and evaluation.
@@ -85,7 +85,7 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
             f"--method qat trains and evaluates at one size: DATA.IMG_SIZE is {cfg.DATA.IMG_SIZE}, DATA.TEST_SIZE "
             f"{cfg.DATA.TEST_SIZE}"
         )
-    artifacts = Path(cfg.OUTPUT, "artifacts")
+    artifacts = Path(cfg.OUTPUT, ARTIFACTS)
     decided_by_first(lambda: export.refuse_existing(artifacts))
     folder = begin("quantize.py", cfg, world, argv)
     if not qat:  # a training keeps them when it is sure to go on

@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 import data
 import repopt
 from entrance.build import clipping, distribute, network, training_state
+from entrance.files import CONFIG, THROUGHPUT
 from entrance.loaders import eval_loader, training_loader
 from entrance.placement import memory_format_of, precision_of, to_device
 from entrance.resolve import resolve
@@ -27,8 +28,6 @@ from repopt.errors import UserError
 from repopt.logging import logger, start_log
 from repopt.models import Arch, parse_arch, zoo
 from repopt.run_folder import RunFolder
-
-CONFIG = "config.json"
 
 
 def start(settings: config.Settings, argv: Sequence[str]) -> bool:
@@ -95,7 +94,7 @@ def report_throughput(cfg: CfgNode, world: World, model: nn.Module, folder: RunF
     )
     if world.is_main:
         found = {"images_per_second": speed, "batch_size": cfg.DATA.BATCH_SIZE, "image_size": cfg.DATA.TEST_SIZE}
-        (folder.path / "throughput.json").write_text(json.dumps(found) + "\n")
+        (folder.path / THROUGHPUT).write_text(json.dumps(found) + "\n")
 
 
 def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:

@@ -23,6 +23,7 @@ import _root
 from demo import FAMILIES, SEEDS, Family, Run, spread
 from workers import run_side_by_side
 
+from entrance.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
 from repopt.errors import UserError, run_command
 
 METHODS = ("ptq", "qat")
@@ -48,7 +49,7 @@ class Quantization(NamedTuple):
     @property
     def folder(self) -> Path:
         """Where its files are."""
-        return self.run.family.folder / "int8" / self.run.arch / self._tag / "artifacts"
+        return self.run.family.folder / "int8" / self.run.arch / self._tag / ARTIFACTS
 
     @property
     def command(self) -> list[str]:
@@ -63,14 +64,10 @@ class Quantization(NamedTuple):
 
     def top1(self, network: str) -> float:
         """Accuracy in percent of "fp32", "INT8" or "INT8, onnxruntime"."""
-        from entrance.quantize import RESULTS
-
         return json.loads((self.folder / RESULTS).read_text())[network]["top1"]
 
     def signal_to_noise(self) -> dict[str, float]:
         """Of every layer's output, in dB; infinite where there is no noise."""
-        from entrance.quantize import SIGNAL_TO_NOISE
-
         ratios = json.loads((self.folder / SIGNAL_TO_NOISE).read_text())
         return {layer: float("inf") if ratio is None else ratio for layer, ratio in ratios.items()}
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import _root
 
+from entrance.files import ARTIFACTS, SIGNAL_TO_NOISE
 from main_repopt import DONE, INTERRUPTED
 from repopt import config
 from repopt.errors import run_command
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not start(settings, argv):
             return INTERRUPTED
         if os.environ.get("RANK", "0") == "0":
-            draw(Path(settings.cfg.OUTPUT, "artifacts"))
+            draw(Path(settings.cfg.OUTPUT, ARTIFACTS))
         return DONE
 
     return run_command(PROGRAM.name, command)
@@ -53,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def draw(artifacts: Path) -> None:
     """A picture of the noise in every layer."""
     from plots import plot_by_depth
-
-    from entrance.quantize import SIGNAL_TO_NOISE
 
     layers = json.loads((artifacts / SIGNAL_TO_NOISE).read_text())
     panels = {"signal to noise (dB)": {"INT8": {"output of the layer": list(layers.values())}}}

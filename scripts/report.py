@@ -27,16 +27,17 @@ import jinja2
 import plots
 from inspect_scales import search_model
 from markupsafe import Markup
-from runs import CONFIG, METRICS, Log, Run, number, read_json, steps_of
+from runs import METRICS, Log, Run, number, read_json, steps_of
 from torch import Tensor
 
 import repopt
-from entrance import trained
+from entrance import files, trained
+from entrance.files import CONFIG
 from repopt import config
 from repopt.errors import UserError, run_command, shown
-from repopt.models import parse_arch
+from repopt.models import parse_arch, zoo
 
-RESULTS, SIGNAL_TO_NOISE = "artifacts/results.json", "artifacts/signal_to_noise.json"
+RESULTS, SIGNAL_TO_NOISE = (f"{files.ARTIFACTS}/{name}" for name in (files.RESULTS, files.SIGNAL_TO_NOISE))
 NONE = "–"
 NARROW, WIDE = (4.5, 3.3), (8.4, 4.4)
 """Inches of pictures: the narrow ones stand side by side where there is room, and are as wide as a phone."""
@@ -508,7 +509,7 @@ def kernels_of(file: Path) -> tuple[str, Mapping[str, Tensor]] | None:
     if not file.is_file():
         return None
     source = trained.read(file)
-    if source.quantized or source.arch.mode in ("hs", "csla"):
+    if source.quantized or source.arch.mode in ("hs", "csla", zoo.MODE):
         return None
     model = analyse_kernels.network_of(source)
     forms = analyse_kernels.forms_of(model)
@@ -523,13 +524,13 @@ def quantization(runs: Mapping[str, Run]) -> Iterator[Block]:
     """What INT8 costs: the accuracy of the networks, the noise in every layer, the sizes of the files."""
     columns = {"top1": ("top-1 (%)", 2), "top5": ("top-5 (%)", 2), "loss": ("loss", 4), "images": ("images", 0)}
     rows: list[Sequence[str]] = []
-    files: list[Sequence[str]] = []
+    sizes: list[Sequence[str]] = []
     noise: dict[tuple[str, ...], dict[str, list[float | None]]] = {}
     for name, folder in [(name, run.folder) for name, run in runs.items() if (run.folder / RESULTS).is_file()]:
         for network, row in read_json(folder / RESULTS, {str: {str: NUMBER}}).items():
             rows.append((name, network, *(figure(row.get(key), digits) for key, (_, digits) in columns.items())))
         for path in sorted((folder / RESULTS).parent.iterdir()):
-            files.append((name, path.name, f"{path.stat().st_size / 1e6:.2f}"))
+            sizes.append((name, path.name, f"{path.stat().st_size / 1e6:.2f}"))
         if (folder / SIGNAL_TO_NOISE).is_file():
             ratios = read_json(folder / SIGNAL_TO_NOISE, {str: NUMBER})
             noise.setdefault(tuple(ratios), {})[name] = [*map(number, ratios.values())]
@@ -537,7 +538,7 @@ def quantization(runs: Mapping[str, Run]) -> Iterator[Block]:
         heads = ("trained as", "network", *(title for title, _ in columns.values()))
         yield Table("fp32 and INT8", [[*map(Head, heads)]], rows, names=2)
         heads = ("trained as", "file", "MB")
-        yield Table("Files", [[*map(Head, heads)]], files, names=2, folded=True)
+        yield Table("Files", [[*map(Head, heads)]], sizes, names=2, folded=True)
     for layers, networks in noise.items():
         if layers:
             yield chart(

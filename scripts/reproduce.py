@@ -22,12 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _root
+from reproduction.experiment import SCALES
 
-from main_repopt import INTERRUPTED
+from main_repopt import DONE, INTERRUPTED
 from repopt.errors import run_command
-
-SCALES = ("full", "demo")
-DONE = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import _root  # noqa: F401
 
+from entrance.files import CONFIG
 from repopt import config
 from repopt.errors import UserError, one_line, shown
 
-METRICS, CONFIG, LOG = "metrics.jsonl", "config.json", "log_rank0.txt"
+METRICS, LOG = "metrics.jsonl", "log_rank0.txt"
 LOGGED = re.compile(
     r"\d+-\d+-\d+ \d+:\d+:\d+ "
     r"(?:(\w+\.py .*)|(torch .*)|\S+: (\S+ M) parameters(?:, (\d+) training and (\d+) test)?)"

@@ -368,3 +368,16 @@ def test_a_table_of_runs_that_were_made_elsewhere(declared, tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert reproduced(*options) == 0
     assert "| sqrt(2/l) | 54.53 |" in capsys.readouterr().out
+
+
+def test_it_needs_no_extra(tmp_path):
+    """Quantization's packages are needed where something is quantized."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(('torchao', 'onnx', 'onnxruntime', 'onnxscript'))); "
+        "import reproduce; sys.exit(reproduce.main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    command = [sys.executable, "-c", program, "--table", "10", "--dry-run", "--output", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scripts/quantize.py") == 12

@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import repopt
 from entrance import trained
-from entrance.quantize import RESULTS
-from entrance.run import CONFIG
+from entrance.files import CONFIG
 from repopt import config
 from repopt.models import parse_arch
 from repopt.models.network import Network
@@ -46,7 +45,7 @@ def top1(run: Run) -> float:
 
 def quantized_top1(run: Run, network: str) -> float:
     """Of a network of a quantization: "fp32", "INT8" or "INT8, onnxruntime", in percent."""
-    return json.loads((run.folder / "artifacts" / RESULTS).read_text())[network]["top1"]
+    return json.loads((run.folder / run.kind.left(run)).read_text())[network]["top1"]
 
 
 def throughput(run: Run) -> float:

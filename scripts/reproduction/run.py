@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import quantize
 from runs import epochs_of
 
-from entrance.run import CONFIG
+from entrance.files import ARTIFACTS, CONFIG, RESULTS, THROUGHPUT
 from repopt import config
 from repopt.errors import UserError, shown
 from reproduction.experiment import Experiment, Training
@@ -39,12 +39,12 @@ class Kind(NamedTuple):
     alone: bool = False
 
 
-_QUANTIZED = Kind("scripts/quantize.py", lambda run: "artifacts/results.json")
+_QUANTIZED = Kind("scripts/quantize.py", lambda run: f"{ARTIFACTS}/{RESULTS}")
 KINDS = {
     "train": Kind("main_repopt.py", lambda run: f"ckpt_epoch_{run.cfg.TRAIN.EPOCHS - 1}.pth"),
     "ptq": _QUANTIZED,
     "qat": _QUANTIZED,
-    "throughput": Kind("main_repopt.py", lambda run: "throughput.json", alone=True),
+    "throughput": Kind("main_repopt.py", lambda run: THROUGHPUT, alone=True),
     "training speed": Kind("scripts/benchmark.py", lambda run: "speed.json", alone=True),
 }
 
