@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -12,25 +11,14 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
-from entrance.placement import memory_format_of, precision_of
-from repopt import config, engine
+from entrance.placement import precision_of
+from entrance.tasks import Task
+from repopt import engine
 from repopt.distributed import World
 from repopt.errors import UserError
 from repopt.logging import logger
 from repopt.models import Arch
 from repopt.reparam import unwrapped
-
-# Arguments of our networks, which those of timm and torchvision do not take.
-OF_DECLARED = {"strides": "MODEL.STRIDES", "initial_scales": "MODEL.INITIAL_SCALES"}
-
-
-def network(arch: Arch, cfg: CfgNode) -> nn.Module:
-    """The network that an architecture and the configuration's MODEL keys describe, freshly initialized."""
-    overrides: dict[str, Any] = {"use_checkpoint": cfg.TRAIN.USE_CHECKPOINT}
-    for argument, key in OF_DECLARED.items():
-        if (value := config.lookup(cfg, key)) != config.KEYS[key].default:
-            overrides[argument] = value
-    return repopt.create_model(arch.model, mode=arch.mode, num_classes=cfg.MODEL.NUM_CLASSES, **overrides)
 
 
 def training_state(
@@ -52,16 +40,20 @@ def training_state(
         eps=rule.EPS,
         implementation=rule.IMPLEMENTATION,
     )
+    steps_per_epoch = engine.count_steps(batches, cfg.TRAIN.ACCUMULATION_STEPS)
+    warmup_steps = cfg.TRAIN.WARMUP_STEPS
     schedule = engine.build_schedule(
         optimizer,
         cfg.TRAIN.LR_SCHEDULER.NAME,
-        steps_per_epoch=engine.count_steps(batches, cfg.TRAIN.ACCUMULATION_STEPS),
+        steps_per_epoch=steps_per_epoch,
         epochs=cfg.TRAIN.EPOCHS,
-        warmup_epochs=cfg.TRAIN.WARMUP_EPOCHS,
+        warmup_steps=cfg.TRAIN.WARMUP_EPOCHS * steps_per_epoch if warmup_steps is None else warmup_steps,
         warmup_lr=cfg.TRAIN.WARMUP_LR * scaling,
         min_lr=cfg.TRAIN.MIN_LR * scaling,
         decay_epochs=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS,
         decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
+        milestones=cfg.TRAIN.LR_SCHEDULER.MILESTONES,
+        power=cfg.TRAIN.LR_SCHEDULER.POWER,
     )
     ema = None
     if cfg.TRAIN.EMA_ALPHA:  # of an image and an epoch of training; an update stands for many images
@@ -91,7 +83,7 @@ def clipping(
     return functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), cfg.TRAIN.CLIP_GRAD)
 
 
-def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
+def distribute(task: Task, cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
     """The model as it is trained: compiled where that is worth while, and in DDP where there are several processes."""
     if cfg.TRAIN.SYNC_BN and world.device.type != "cuda":
         raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
@@ -100,15 +92,16 @@ def distribute(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
     model = compiled(cfg, world, model)
     if world.size == 1:
         return model
-    model = engine.data_parallel(model, world.device)
+    parallel = engine.data_parallel(model, world.device)
     # After its first backward pass DDP orders its buckets anew, and with them the sums over processes: so that a step
     # rounds alike whether it is the first of a start or not, there is one pass before, which leaves nothing else.
-    images = torch.zeros(2, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, device=world.device)
-    model.eval()
+    before = [buffer.clone() for buffer in model.buffers()]
+    images, targets = task.example(cfg, world.device)
     with torch.compiler.set_stance("force_eager"):  # compiling takes long, and this has a shape of its own
-        model(images.contiguous(memory_format=memory_format_of(world))).sum().backward()
+        task.criterion(cfg)(task.forward(parallel.train(), images, targets), targets).backward()
     model.zero_grad(set_to_none=True)
-    return model
+    torch._foreach_copy_(list(model.buffers()), before)
+    return parallel
 
 
 def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:

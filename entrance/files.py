@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-CONFIG, THROUGHPUT = "config.json", "throughput.json"
+CONFIG, THROUGHPUT, PREDICTIONS = "config.json", "throughput.json", "predictions.png"
 ARTIFACTS = "artifacts"  # a folder in that of a quantization; in it are
 RESULTS, SIGNAL_TO_NOISE = "results.json", "signal_to_noise.json"

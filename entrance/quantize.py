@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -9,16 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 import data
 import repopt
-from entrance import trained
+from entrance import tasks, trained
 from entrance.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
-from entrance.loaders import calibration_loader, eval_loader
 from entrance.placement import to_device
 from entrance.resolve import resolve
 from entrance.resume import check_same_run, find_scales
@@ -35,6 +34,7 @@ QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safet
 # What training for INT8 goes without, and what these keys may be: autocast rounds otherwise, and the exported graph is
 # changed between training and evaluation.
 QAT_TAKES = {
+    "TASK": (config.CLASSIFY,),
     "TRAIN.EMA_ALPHA": (0.0,),
     "TRAIN.USE_CHECKPOINT": (False,),
     "TRAIN.SYNC_BN": (False,),
@@ -58,6 +58,8 @@ def start(settings: config.Settings, argv: Sequence[str]) -> bool:
     if not cfg.MODEL.RESUME:
         raise UserError("a trained network is needed: --resume FILE")
     quantize.find_preset(cfg.QUANT.PRESET)
+    if cfg.TASK == config.DETECT:
+        raise UserError("TASK detect cannot be quantized: what a detector computes depends on what it has found")
     if "TAG" not in given:
         cfg.TAG = f"{cfg.QUANT.METHOD}-{cfg.QUANT.PRESET}"
     arch = parse_arch(cfg.MODEL.ARCH)
@@ -79,7 +81,7 @@ def settle_for_qat(cfg: CfgNode) -> None:
 
 def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     """Quantize, evaluate before and after, and write the files; whether it came to its end."""
-    qat = cfg.QUANT.METHOD == "qat"
+    qat, task = cfg.QUANT.METHOD == "qat", tasks.of(cfg)
     if qat and cfg.DATA.IMG_SIZE != cfg.DATA.TEST_SIZE:
         raise UserError(
             f"--method qat trains and evaluates at one size: DATA.IMG_SIZE is {cfg.DATA.IMG_SIZE}, DATA.TEST_SIZE "
@@ -92,40 +94,43 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
         keep_settings(cfg, world, folder)
     logger.info(f"{cfg.QUANT.PRESET}: {quantize.find_preset(cfg.QUANT.PRESET).meaning}")
     source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH)
+    if (was := source.setting("TASK") or config.CLASSIFY) != cfg.TASK:
+        raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and this recipe's is {cfg.TASK}")
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
-    images = torch.zeros(1, 3, cfg.DATA.TEST_SIZE, cfg.DATA.TEST_SIZE, device=world.device)
-    loader = eval_loader(cfg, world)
-    results = {"fp32": evaluated("fp32", model, loader, world)}
+    loader = task.eval_loader(cfg, world)
+    images = decided_by_first(lambda: task.seen(cfg, next(iter(loader))[0])[:16].cpu())
+    evaluated = functools.partial(evaluate, task.evaluate(cfg), loader, world)
+    results = {"fp32": evaluated("fp32", model)}
     float_network = repopt.deploy(model)
     own = own_checkpoint(arch, cfg, folder) if qat else None
     scales = find_scales(arch, cfg, model, own or source.content) if qat else None
     del source  # its optimizer's state is as large as the network
-    observed = quantize.prepare(model, images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
-    calibrate(observed, cfg, world)
+    observed = quantize.prepare(model, images[:1].to(world.device), cfg.QUANT.METHOD, cfg.QUANT.PRESET)
+    calibrate(observed, task, cfg, world)
     if qat and not fit(arch, cfg, world, observed, scales, folder, own):
         return False
     int8 = quantize.convert(observed)
-    results["INT8"] = evaluated("INT8, torch", int8, loader, world)
-    written = decided_by_first(lambda: write_artifacts(artifacts, cfg, observed, float_network, int8, loader))
+    results["INT8"] = evaluated("INT8, torch", int8)
+    written = decided_by_first(lambda: write_artifacts(artifacts, cfg, observed, float_network, int8, images))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     in_onnxruntime = export.OnnxNetwork(written / INT8_ONNX, threads)
-    results["INT8, onnxruntime"] = evaluated("INT8, onnxruntime", in_onnxruntime, loader, world)
-    decided_by_first(lambda: finish(written, artifacts, results))
+    results["INT8, onnxruntime"] = evaluated("INT8, onnxruntime", in_onnxruntime)
+    decided_by_first(lambda: finish(written, artifacts, task, results))
     return True
 
 
-def evaluated(name: str, model: nn.Module, loader: data.Loader, world: World) -> engine.Evaluation:
-    """The accuracy of a network, logged."""
-    result = engine.evaluate(model, shown_while(name, loader, world), engine.Precision(world.device))
+def evaluate(by: engine.Evaluate, loader: data.Loader, world: World, name: str, model: nn.Module) -> engine.Result:
+    """What an evaluation finds, logged."""
+    result = by(model, shown_while(name, loader, world), engine.Precision(world.device))
     assert result is not None, "nothing stops it"
     logger.info(f"{name}: {result}")
     return result
 
 
-def calibrate(observed: quantize.Observed, cfg: CfgNode, world: World) -> None:
+def calibrate(observed: quantize.Observed, task: tasks.Task, cfg: CfgNode, world: World) -> None:
     """Let the network see the images that choose its ranges."""
-    batches = shown_while("calibration", calibration_loader(cfg, world), world)
-    quantize.calibrate(observed, (images for images, _ in batches))
+    batches = shown_while("calibration", task.calibration_loader(cfg, world), world)
+    quantize.calibrate(observed, (task.seen(cfg, images) for images, _ in batches))
 
 
 def shown_while(doing: str, loader: data.Loader, world: World) -> Iterable[tuple[Tensor, Tensor]]:
@@ -158,15 +163,15 @@ def write_artifacts(
     observed: quantize.Observed,
     float_network: nn.Module,
     int8: quantize.Int8,
-    loader: data.Loader,
+    images: Tensor,
 ) -> Path:
     """Write the files of both networks to a folder beside `path`, and check them; that folder."""
     beside = path.with_name(f"{path.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    images = next(iter(loader))[0][:16].cpu()
     try:
-        checkpoint.write({"model": observed.state_dict(), "config": config.as_dict(cfg)}, beside / QUANTIZED)
+        content = {"model": observed.state_dict(), "config": config.as_dict(cfg), "image_size": list(images.shape[2:])}
+        checkpoint.write(content, beside / QUANTIZED)
         write_json(quantize.signal_to_noise(observed.cpu(), int8.cpu(), images), beside / SIGNAL_TO_NOISE)
         export.write_safetensors(float_network.cpu(), beside / FP32_SAFETENSORS)
         for network, name in ((float_network, FP32_ONNX), (int8, INT8_ONNX)):
@@ -178,16 +183,21 @@ def write_artifacts(
     return beside
 
 
-def finish(written: Path, path: Path, results: Mapping[str, engine.Evaluation]) -> None:
+def finish(written: Path, path: Path, task: tasks.Task, results: Mapping[str, engine.Result]) -> None:
     """Compare the networks, and let the files have their place."""
-    lines = ["| network | top-1 (%) | top-5 (%) | loss | file (MB) |", "|---|---|---|---|---|"]
+    lines = [
+        f"| network | {' | '.join(column.title for column in task.columns)} | file (MB) |",
+        "|" + "---|" * (len(task.columns) + 2),
+    ]
     files = {"fp32": FP32_ONNX, "INT8, onnxruntime": INT8_ONNX}
     for name, result in results.items():
         size = f"{(written / files[name]).stat().st_size / 1e6:.2f}" if name in files else "–"
-        lines.append(f"| {name} | {result.top1:.2f} | {result.top5:.2f} | {result.loss:.4f} | {size} |")
+        numbers = result.numbers()
+        cells = [f"{numbers[column.name]:.{column.decimals}f}" for column in task.columns]
+        lines.append(f"| {name} | {' | '.join(cells)} | {size} |")
     table = "\n".join(lines)
     (written / "results.md").write_text(table + "\n")
-    write_json({name: result._asdict() for name, result in results.items()}, written / RESULTS)
+    write_json({name: result.numbers() for name, result in results.items()}, written / RESULTS)
     written.replace(path)
     integers = export.operations(path / INT8_ONNX)["QLinearConv"]
     logger.info(f"{table}\nonnxruntime runs {integers} convolutions on integers; the files are in {path}")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-import data
-from entrance.loaders import source_of
+from entrance import tasks
 from entrance.resume import needs_scales
 from repopt import config
 from repopt.errors import UserError
@@ -28,23 +27,14 @@ def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
     ):
         if not takes_it and config.lookup(cfg, key) != config.KEYS[key].default:
             raise UserError(f"{key} is of a RepOptimizer, and {cfg.MODEL.ARCH} is trained without: leave it out")
-    if not cfg.THROUGHPUT_MODE:
-        info = data.describe(source_of(cfg), splits=("val",) if cfg.EVAL_MODE else ("train", "val"))
-        for section, name, value in (
-            ("MODEL", "NUM_CLASSES", info.num_classes),
-            ("DATA", "IMG_SIZE", info.image_size),
-            ("DATA", "TEST_SIZE", info.image_size),
-        ):
-            if value is None or (cfg.DATA.ZIP_MODE and f"{section}.{name}" in given and cfg[section][name] > value):
-                continue  # a map file names the classes that occur, and there may be more
-            if f"{section}.{name}" in given and cfg[section][name] != value:
-                raise UserError(f"{section}.{name} is {cfg[section][name]}, but the data set's is {value}")
-            cfg[section][name] = value
+    for key in sorted(given):
+        if cfg.TASK not in (takes := config.KEYS[key].tasks):
+            raise UserError(f"{key} is for TASK {' and '.join(takes)}, and this one is {cfg.TASK}: leave it out")
+    tasks.of(cfg).settle(cfg, given)
     if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.EPOCHS:
         raise UserError(
             f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH} leaves none of {cfg.TRAIN.EPOCHS} TRAIN.EPOCHS to train"
         )
-    cfg.DATA.TEST_SIZE = cfg.DATA.TEST_SIZE or cfg.DATA.IMG_SIZE
     cfg.DATA.TEST_BATCH_SIZE = cfg.DATA.TEST_BATCH_SIZE or cfg.DATA.BATCH_SIZE
     cfg.TRAIN.ACCUMULATION_STEPS = max(1, cfg.TRAIN.ACCUMULATION_STEPS)
     cfg.OUTPUT = str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG))

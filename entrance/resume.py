@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
+from entrance.backbone import placed, scales_path
 from repopt import checkpoint, config
 from repopt.errors import UserError, shown
 from repopt.logging import logger
@@ -33,7 +34,8 @@ def goes_on(content: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     return content is not None and "optimizer" in content
 
 
-OF_A_START = ("MODEL.RESUME", "OUTPUT", "TAG", "EVAL_MODE")  # keys that differ without a meaning for the training
+# Keys that differ without a meaning for the training.
+OF_A_START = ("MODEL.RESUME", "MODEL.BACKBONE", "OUTPUT", "TAG", "EVAL_MODE")
 
 
 def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None:
@@ -61,8 +63,9 @@ def find_scales(
     """The scales of a run that needs them: those kept in the checkpoint that it resumes, or TRAIN.CONSTANTS."""
     if not needs_scales(arch):
         return None
-    path, kept = cfg.TRAIN.SCALES_PATH, content is not None and "scales" in content
-    if not kept and not path and cfg.TRAIN.CONSTANTS in ("searched", "channel-mean"):
+    kept, search = content is not None and "scales" in content, cfg.TRAIN.CONSTANTS in ("searched", "channel-mean")
+    path = scales_path(cfg) if search else cfg.TRAIN.SCALES_PATH
+    if not kept and not path and search:
         raise UserError(
             f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
             f"hyper-search ({arch.model}-target-norepopt trains with the plain optimizer, TRAIN.CONSTANTS initial does "
@@ -82,4 +85,5 @@ def find_scales(
 
 def constants(cfg: CfgNode, model: nn.Module, path: str | None) -> dict[str, Tensor]:
     """The constant scales that the configuration asks for, made of those at `path` where there are any."""
-    return repopt.constant_scales(model, cfg.TRAIN.CONSTANTS, repopt.load_scales(path) if path else None)
+    searched = placed(repopt.load_scales(path), cfg) if path else None
+    return repopt.constant_scales(model, cfg.TRAIN.CONSTANTS, searched)

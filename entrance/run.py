@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-import data
 import repopt
-from entrance.build import clipping, distribute, network, training_state
+from entrance import backbone, tasks
+from entrance.build import clipping, distribute, training_state
 from entrance.files import CONFIG, THROUGHPUT
-from entrance.loaders import eval_loader, training_loader
 from entrance.placement import memory_format_of, precision_of, to_device
 from entrance.resolve import resolve
 from entrance.resume import check_same_run, find_checkpoint, find_scales, goes_on
@@ -26,12 +24,12 @@ from repopt import checkpoint, config, engine
 from repopt.distributed import World, decided_by_first, world
 from repopt.errors import UserError
 from repopt.logging import logger, start_log
-from repopt.models import Arch, parse_arch, zoo
+from repopt.models import Arch, parse_arch
 from repopt.run_folder import RunFolder
 
 
-def start(settings: config.Settings, argv: Sequence[str]) -> bool:
-    """Do what the command line `argv`, read as `settings`, says; whether it came to its end.
+def start(settings: config.Settings, argv: Sequence[str], program: config.Program = config.MAIN) -> bool:
+    """Do what the command line `argv` of a program, read as `settings`, says; whether it came to its end.
 
     It does not where a signal stopped a training, which is saved then.
 
@@ -41,19 +39,21 @@ def start(settings: config.Settings, argv: Sequence[str]) -> bool:
     """
     if settings.cfg.QUANT.METHOD:
         raise UserError(f"QUANT.METHOD {settings.cfg.QUANT.METHOD} is for scripts/quantize.py")
+    if program.task != settings.cfg.TASK:
+        raise UserError(f"TASK {settings.cfg.TASK} is not what {program.name} does: its TASK is {program.task}")
+    if settings.cfg.TASK != config.CLASSIFY and "TAG" not in settings.given:
+        settings.cfg.TAG = settings.cfg.TASK
     arch = parse_arch(settings.cfg.MODEL.ARCH)
     with world() as here:
-        return run(arch, resolve(arch, settings), here, argv)
+        return run(arch, resolve(arch, settings), here, program.name, argv)
 
 
-def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
+def run(arch: Arch, cfg: CfgNode, world: World, program: str, argv: Sequence[str]) -> bool:
     """Train, or evaluate, or measure throughput, as the command line `argv` says; whether it came to its end."""
-    folder = begin(config.MAIN.name, cfg, world, argv)
-    model = network(arch, cfg)
-    if arch.mode == zoo.MODE:  # ours take images of every size
-        trains = not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE)
-        for size in {cfg.DATA.TEST_SIZE, *((cfg.DATA.IMG_SIZE,) if trains else ())}:
-            zoo.check_image_size(arch.model, model, size)
+    folder = begin(program, cfg, world, argv)
+    task = tasks.of(cfg)
+    model = task.network(arch, cfg)
+    task.check(arch, cfg, model)
     if cfg.THROUGHPUT_MODE:
         report_throughput(cfg, world, model, folder)
     elif cfg.EVAL_MODE:
@@ -98,14 +98,14 @@ def report_throughput(cfg: CfgNode, world: World, model: nn.Module, folder: RunF
 
 
 def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
-    """Print the accuracy of a checkpoint, and of its moving average where it keeps one."""
-    content = checkpoint.read(cfg.MODEL.RESUME)
-    loader = eval_loader(cfg, world)
+    """Print what an evaluation of a checkpoint finds, and of its moving average where it keeps one."""
+    content, task = checkpoint.read(cfg.MODEL.RESUME), tasks.of(cfg)
+    loader, evaluate = task.eval_loader(cfg, world), task.evaluate(cfg)
     model = to_device(model, world)
     for key, label in (("model", "val"), ("ema", "ema")):
         if key == "model" or isinstance(content.get(key), Mapping):
             repopt.load_weights(model, checkpoint.state_dict_of(content, key))
-            logger.info(f"{label}: {engine.evaluate(model, loader, precision_of(cfg, world))}")
+            logger.info(f"{label}: {evaluate(model, loader, precision_of(cfg, world))}")
 
 
 def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunFolder) -> bool:
@@ -117,8 +117,11 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunF
     if goes_on(content):
         check_same_run(arch, cfg, content)
     scales = find_scales(arch, cfg, model, content)
-    if scales is not None and content is None and cfg.TRAIN.CHANGE_INITIALIZATION:
-        repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
+    if content is None:
+        if scales is not None and cfg.TRAIN.CHANGE_INITIALIZATION:
+            repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
+        if cfg.MODEL.BACKBONE:
+            backbone.load(arch, cfg, model)
     return fit(arch, cfg, world, to_device(model, world), scales, folder, content)
 
 
@@ -142,9 +145,8 @@ def fit(
     Returns:
         Whether it came to its end. It does not where a signal stopped it; then it is saved.
     """
-    settings = config.as_dict(cfg)
-    augmentation = data.Augmentation(**{f.name: cfg.AUG[f.name.upper()] for f in fields(data.Augmentation)})
-    train_loader, val_loader = training_loader(cfg, world, augmentation), eval_loader(cfg, world)
+    settings, task = config.as_dict(cfg), tasks.of(cfg)
+    train_loader, val_loader = task.train_loader(cfg, world), task.eval_loader(cfg, world)
     if goes_on(content) and content.get("data") not in (None, train_loader.fingerprint):
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
     state = training_state(arch, cfg, world, model, scales, batches=len(train_loader))
@@ -159,10 +161,13 @@ def fit(
     )
     training = engine.Training(
         state,
-        distribute(cfg, world, model),
+        distribute(task, cfg, world, model),
         train_loader,
         val_loader,
-        nn.CrossEntropyLoss(label_smoothing=0.0 if augmentation.mixes else cfg.MODEL.LABEL_SMOOTHING),
+        task.criterion(cfg),
+        forward=task.forward,
+        evaluate=task.evaluate(cfg),
+        measure=task.measure,
         epochs=cfg.TRAIN.EPOCHS,
         folder=folder,
         config=settings,

@@ -11,13 +11,21 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
-from entrance.build import OF_DECLARED, network
+from entrance import tasks
 from repopt import checkpoint, config
 from repopt.errors import UserError, shown
 from repopt.models import Arch, list_models, parse_arch, same_arch
 
 if TYPE_CHECKING:
     from repopt import quantize
+
+
+# Keys of which a network is made.
+OF_NETWORK = [
+    name
+    for name, key in config.KEYS.items()
+    if key.fixed and name.startswith(("TASK", "MODEL.", "DETECT.", "DATA.DATASET"))
+]
 
 
 class Trained(NamedTuple):
@@ -69,16 +77,25 @@ class Trained(NamedTuple):
         from repopt import quantize  # an extra
 
         cfg = self._settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET")
-        images = torch.zeros(1, 3, self.image_size, self.image_size)
+        images = torch.zeros(1, 3, *self.image_size)
         observed = quantize.prepare(self._fresh(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
         quantize.load(observed, checkpoint.state_dict_of(self.content))
         return quantize.convert(observed)
 
     @property
-    def image_size(self) -> int:
-        """Height and width of the images on which the run evaluated; the default where it does not say."""
-        sizes = self._settings("DATA.IMG_SIZE", "DATA.TEST_SIZE").DATA
-        return sizes.TEST_SIZE or sizes.IMG_SIZE
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of what the network saw in evaluation; the default where nothing says it.
+
+        Raises:
+            UserError: the content says something else; or a detector, which has no such size.
+        """
+        if "image_size" in self.content:  # of a quantized one
+            size = self.content["image_size"]
+            if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+                raise UserError(f"{self.path!r} holds the image_size {shown(size)}, not a height and a width")
+            return size[0], size[1]
+        cfg = self._settings("TASK", "DATA.IMG_SIZE", "DATA.TEST_SIZE", "SEGMENT.CROP", "SEGMENT.WINDOW")
+        return tasks.of(cfg).image_size(cfg)
 
     def _settings(self, *keys: str) -> CfgNode:
         """The defaults, and these keys as the content says, checked."""
@@ -95,23 +112,26 @@ class Trained(NamedTuple):
         return sizes.pop() if len(sizes) == 1 else 1
 
     def _fresh(self, num_classes: int) -> nn.Module:
-        cfg = self._settings(*OF_DECLARED.values())
+        cfg = self._settings(*OF_NETWORK)
         cfg.MODEL.NUM_CLASSES = num_classes
-        return network(self.arch, cfg)
+        return tasks.of(cfg).network(self.arch, cfg)
 
 
-def read(path: str | os.PathLike[str], name: str | None = None) -> Trained:
+def read(path: str | os.PathLike[str], name: str | None = None, *, fallback: str | None = None) -> Trained:
     """A checkpoint, ours or one that holds weights alone.
 
     Args:
         path: of the file.
         name: of its architecture; None = as the checkpoint says.
+        fallback: the architecture of one that does not say.
 
     Raises:
         UserError: it is no checkpoint, or one of another architecture; or nothing says of which.
     """
     path, content = os.fspath(path), checkpoint.read(path)
     own = config.lookup(content.get("config"), "MODEL.ARCH")
+    if own is None:
+        name = name or fallback
     if name is None and own is None:
         raise UserError(f"{path!r} does not say of which network it is: give --arch")
     arch = parse_arch(str(own) if name is None else name)

@@ -24,6 +24,10 @@ _MAX_LITERAL = 1000  # characters; Python's parser has no bound of its own
 _MAX_BASES = 20  # recipes above one another
 
 
+CLASSIFY, SEGMENT, DETECT = TASKS = ("classify", "segment", "detect")
+DENSE = (SEGMENT, DETECT)
+
+
 class Key(NamedTuple):
     """A configuration key: its default, what it means, and what may stand there."""
 
@@ -35,26 +39,37 @@ class Key(NamedTuple):
     minimum: int = 0  # of a number
     maximum: float = sys.maxsize
     length: int | None = None  # of a tuple
+    whole: bool = False  # a tuple of integers
     fixed: bool = False  # a run that is resumed may not change it
+    tasks: tuple[str, ...] = TASKS  # whose runs read it
 
 
 KEYS: dict[str, Key] = {
     "BASE": Key([""], "YAML recipes, relative to this one, that it builds upon"),
+    "TASK": Key(CLASSIFY, "what the network is trained for", choices=TASKS, fixed=True),
     "DATA.BATCH_SIZE": Key(128, "images per process and step", flag="--batch-size", minimum=1),
     "DATA.DATA_PATH": Key("", "data set root", flag="--data-path"),
     "DATA.DATASET": Key("imagenet", "a row of data/registry.py", fixed=True),
-    "DATA.IMG_SIZE": Key(224, "side of a training image in pixels; small data sets bring their own", minimum=1),
-    "DATA.TEST_SIZE": Key(None, "side of a test image in pixels; None = IMG_SIZE", int, minimum=1),
+    "DATA.IMG_SIZE": Key(
+        224, "side of a training image in pixels; small data sets bring their own", minimum=1, tasks=(CLASSIFY,)
+    ),
+    "DATA.TEST_SIZE": Key(None, "side of a test image in pixels; None = IMG_SIZE", int, minimum=1, tasks=(CLASSIFY,)),
     "DATA.TEST_BATCH_SIZE": Key(None, "images per process and step in evaluation; None = BATCH_SIZE", int, minimum=1),
     "DATA.INTERPOLATION": Key(
-        "bilinear", "of resizing; random: one of two per training image", choices=("bilinear", "bicubic", "random")
+        "bilinear",
+        "of resizing; random: one of two per training image",
+        choices=("bilinear", "bicubic", "random"),
+        tasks=(CLASSIFY,),
     ),
-    "DATA.ZIP_MODE": Key(False, "read images from train.zip and val.zip with train_map.txt, val_map.txt", flag="--zip"),
+    "DATA.ZIP_MODE": Key(
+        False, "read images from train.zip and val.zip with train_map.txt, val_map.txt", flag="--zip", tasks=(CLASSIFY,)
+    ),
     "DATA.CACHE_MODE": Key(
         "part",
         "zipped images in memory: none, all on every process, or sharded over the processes",
         choices=("no", "full", "part"),
         flag="--cache-mode",
+        tasks=(CLASSIFY,),
     ),
     "DATA.PIN_MEMORY": Key(True, "copy batches to the GPU from pinned memory"),
     "DATA.NUM_WORKERS": Key(8, "worker processes that decode images, per process"),
@@ -79,10 +94,18 @@ KEYS: dict[str, Key] = {
         choices=("depth", "one"),
         fixed=True,
     ),
-    "MODEL.LABEL_SMOOTHING": Key(0.1, "of the training loss", maximum=1),
+    "MODEL.BACKBONE": Key(
+        "", "checkpoint of a classifier, with whose weights the backbone begins", flag="--backbone", tasks=DENSE
+    ),
+    "MODEL.FREEZE_BN": Key(
+        False, "statistics of the backbone's batch norms stay as they are", tasks=(DETECT,), fixed=True
+    ),
+    "MODEL.CHANNELS": Key(256, "of the feature pyramid and what follows it", minimum=1, tasks=DENSE, fixed=True),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, "of the training loss", maximum=1, tasks=(CLASSIFY,)),
     "TRAIN.START_EPOCH": Key(0, "epoch to start at when nothing is resumed"),
     "TRAIN.EPOCHS": Key(300, "epochs in all", minimum=1),
     "TRAIN.WARMUP_EPOCHS": Key(20, "epochs of linear warm-up"),
+    "TRAIN.WARMUP_STEPS": Key(None, "optimizer steps of linear warm-up, instead of WARMUP_EPOCHS", int),
     "TRAIN.WEIGHT_DECAY": Key(0.05, "of kernels; biases and other 1-D parameters are not decayed"),
     "TRAIN.BASE_LR": Key(5e-4, "learning rate per 256 images of the whole step; scaled linearly"),
     "TRAIN.WARMUP_LR": Key(0.0, "where the warm-up starts, per 256 images"),
@@ -93,9 +116,15 @@ KEYS: dict[str, Key] = {
     "TRAIN.AUTO_RESUME": Key(True, "resume latest.pth of the output folder where there is one"),
     "TRAIN.ACCUMULATION_STEPS": Key(0, "batches per optimizer step; 0 and 1 are the same", flag="--accumulation-steps"),
     "TRAIN.USE_CHECKPOINT": Key(False, "activation checkpointing: less memory, more time", flag="--use-checkpoint"),
-    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", "of the learning rate", choices=("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.NAME": Key(
+        "cosine", "of the learning rate", choices=("cosine", "linear", "poly", "step", "multistep")
+    ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "of the step schedule", minimum=1),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "of the step schedule"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "of the step and multistep schedules"),
+    "TRAIN.LR_SCHEDULER.MILESTONES": Key(
+        (8, 11), "epochs after which the multistep schedule decays", minimum=1, whole=True
+    ),
+    "TRAIN.LR_SCHEDULER.POWER": Key(0.9, "of the poly schedule"),
     "TRAIN.OPTIMIZER.NAME": Key(
         "sgd", "update rule: sgd, adamw, adam, rmsprop or lion; without RepOptimizer also adafactor", fixed=True
     ),
@@ -138,19 +167,70 @@ KEYS: dict[str, Key] = {
     "TRAIN.SYNC_BN": Key(
         False, "synchronise batch norms over GPUs; else their statistics are averaged before evaluation"
     ),
-    "AUG.MIXUP": Key(0.0, "alpha of mixup; 0 = off"),
-    "AUG.CUTMIX": Key(0.0, "alpha of cutmix; 0 = off"),
-    "AUG.CUTMIX_MINMAX": Key(None, "range of cutmix's side ratio, instead of alpha", tuple, length=2),
-    "AUG.MIXUP_PROB": Key(1.0, "of mixup or cutmix, per batch", maximum=1),
-    "AUG.MIXUP_SWITCH_PROB": Key(0.5, "of cutmix where both are on", maximum=1),
-    "AUG.MIXUP_MODE": Key("batch", "of mixup and cutmix", choices=("batch", "pair", "elem")),
-    "AUG.PRESET": Key(None, "of training images; None: the keys below", str, choices=(None, "raug15", "weak", "none")),
-    "AUG.COLOR_JITTER": Key(0.4, "strength"),
-    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "timm's policy, or none"),
-    "AUG.REPROB": Key(0.25, "probability of random erasing", maximum=1),
-    "AUG.REMODE": Key("pixel", "of random erasing", choices=("const", "rand", "pixel")),
-    "AUG.RECOUNT": Key(1, "of random erasing", minimum=1),
-    "TEST.CROP": Key(False, "evaluate on the centre of an image whose short side is 256/224 of TEST_SIZE"),
+    "AUG.MIXUP": Key(0.0, "alpha of mixup; 0 = off", tasks=(CLASSIFY,)),
+    "AUG.CUTMIX": Key(0.0, "alpha of cutmix; 0 = off", tasks=(CLASSIFY,)),
+    "AUG.CUTMIX_MINMAX": Key(
+        None, "range of cutmix's side ratio, instead of alpha", tuple, length=2, tasks=(CLASSIFY,)
+    ),
+    "AUG.MIXUP_PROB": Key(1.0, "of mixup or cutmix, per batch", maximum=1, tasks=(CLASSIFY,)),
+    "AUG.MIXUP_SWITCH_PROB": Key(0.5, "of cutmix where both are on", maximum=1, tasks=(CLASSIFY,)),
+    "AUG.MIXUP_MODE": Key("batch", "of mixup and cutmix", choices=("batch", "pair", "elem"), tasks=(CLASSIFY,)),
+    "AUG.PRESET": Key(
+        None,
+        "of training images; None: the keys below",
+        str,
+        choices=(None, "raug15", "weak", "none"),
+        tasks=(CLASSIFY,),
+    ),
+    "AUG.COLOR_JITTER": Key(0.4, "strength", tasks=(CLASSIFY,)),
+    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "timm's policy, or none", tasks=(CLASSIFY,)),
+    "AUG.REPROB": Key(0.25, "probability of random erasing", maximum=1, tasks=(CLASSIFY,)),
+    "AUG.REMODE": Key("pixel", "of random erasing", choices=("const", "rand", "pixel"), tasks=(CLASSIFY,)),
+    "AUG.RECOUNT": Key(1, "of random erasing", minimum=1, tasks=(CLASSIFY,)),
+    "SEGMENT.CROP": Key(
+        (512, 1024), "height and width of a training image", length=2, minimum=1, whole=True, tasks=(SEGMENT,)
+    ),
+    "SEGMENT.SCALES": Key(
+        (0.5, 2.0), "range of the factor by which a training image is resized", length=2, tasks=(SEGMENT,)
+    ),
+    "SEGMENT.WINDOW": Key(
+        None,
+        "height and width of what is evaluated at once; None = whole images",
+        tuple,
+        length=2,
+        minimum=1,
+        whole=True,
+        tasks=(SEGMENT,),
+    ),
+    "SEGMENT.STRIDE": Key(
+        None, "of the windows; None = two thirds of one", tuple, length=2, minimum=1, whole=True, tasks=(SEGMENT,)
+    ),
+    "DETECT.HEAD": Key(
+        "mask", "Faster, Mask or Cascade Mask R-CNN", choices=("faster", "mask", "cascade"), fixed=True, tasks=(DETECT,)
+    ),
+    "DETECT.NECK": Key(
+        "plain",
+        "3x3 convolutions of the feature pyramid: plain ones, or declared blocks in the backbone's mode",
+        choices=("plain", "declared"),
+        fixed=True,
+        tasks=(DETECT,),
+    ),
+    "DETECT.HIDDEN": Key(1024, "units of the box head's layers", minimum=1, fixed=True, tasks=(DETECT,)),
+    "DETECT.ROIS": Key(512, "regions per image that train the heads", minimum=1, tasks=(DETECT,)),
+    "DETECT.SIZES": Key(
+        (800,),
+        "short sides in pixels to which images are resized, the last one in evaluation",
+        minimum=1,
+        whole=True,
+        tasks=(DETECT,),
+    ),
+    "DETECT.MAX_SIZE": Key(1333, "longest side after resizing in pixels", minimum=1, tasks=(DETECT,)),
+    "DETECT.ANCHOR_SCALE": Key(
+        8, "side of an anchor in steps of its level of the pyramid", minimum=1, fixed=True, tasks=(DETECT,)
+    ),
+    "TEST.CROP": Key(
+        False, "evaluate on the centre of an image whose short side is 256/224 of TEST_SIZE", tasks=(CLASSIFY,)
+    ),
     "TEST.PERIOD": Key(1, "epochs between evaluations while training; the last is always evaluated", minimum=1),
     "AMP_OPT_LEVEL": Key(
         "",
@@ -169,7 +249,7 @@ KEYS: dict[str, Key] = {
     "SEED": Key(0, "of everything random", fixed=True),
     "DETERMINISTIC": Key(False, "deterministic algorithms on GPUs: the same weights in every run, bit for bit; slower"),
     "EVAL_MODE": Key(False, "evaluate only", flag="--eval"),
-    "THROUGHPUT_MODE": Key(False, "measure the inference throughput only", flag="--throughput"),
+    "THROUGHPUT_MODE": Key(False, "measure the inference throughput only", flag="--throughput", tasks=(CLASSIFY,)),
     "QUANT.METHOD": Key(
         None,
         "to INT8 after training (ptq) or by training on (qat), by scripts/quantize.py",
@@ -189,18 +269,25 @@ class Program(NamedTuple):
         name, description: for its help and messages.
         flags: the keys that they set.
         recipe: that is read where --cfg names none.
+        task: the TASK that it is for.
     """
 
     name: str
     description: str
     flags: Mapping[str, str]
     recipe: str | None = None
+    task: str = CLASSIFY
+
+
+def flags_of(task: str) -> dict[str, str]:
+    """Flags of a task's runs, and the keys that they set."""
+    return {key.flag: name for name, key in KEYS.items() if key.flag and task in key.tasks}
 
 
 MAIN = Program(
     "main_repopt.py",
     "Search scales (-hs), train a plain network with them (-target), evaluate it, measure its speed.",
-    {key.flag: name for name, key in KEYS.items() if key.flag},
+    flags_of(CLASSIFY),
 )
 
 
@@ -248,7 +335,10 @@ def parse(argv: Sequence[str] | None = None, program: Program = MAIN) -> Setting
     values |= dict(zip(arguments.opts[::2], arguments.opts[1::2], strict=True))
     if "BASE" in values:
         raise UserError("BASE stands in a recipe; on the command line give --cfg")
-    return build(values)
+    settings = build(values)
+    if "TASK" not in settings.given:
+        settings.cfg.TASK = program.task
+    return settings
 
 
 def build(values: Mapping[str, Any]) -> Settings:
@@ -308,8 +398,16 @@ def _coerce(name: str, value: Any) -> Any:
     if kind in (int, float) and value is not None and not key.minimum <= value <= key.maximum:
         limit = f"from {key.minimum} on" if key.maximum == sys.maxsize else f"from {key.minimum} to {key.maximum}"
         raise UserError(f"{name} is a number {limit}, not {shown(value)}")
-    if key.length and value is not None and (len(value) != key.length or not all(map(_is_number, value))):
-        raise UserError(f"{name} takes {key.length} numbers, not {shown(value)}")
+    if kind is tuple and value is not None:
+        is_one = _is_whole if key.whole else _is_number
+        if (
+            len(value) != (key.length or len(value))
+            or not value
+            or any(not is_one(v) or v < key.minimum for v in value)
+        ):
+            count, numbers = key.length or "one or more", "integers" if key.whole else "numbers"
+            least = f" from {key.minimum} on" if key.minimum else ""
+            raise UserError(f"{name} takes {count} {numbers}{least}, not {shown(value)}")
     if key.choices and value not in key.choices:
         raise unknown(f"value of {name}", str(value), map(str, key.choices))
     return value
@@ -327,6 +425,10 @@ def _literal(text: str) -> Any:
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.maxsize  # NaN is not
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and _is_number(value)
 
 
 def _read_recipe(path: Path) -> Iterator[tuple[str, Any]]:

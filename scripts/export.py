@@ -67,11 +67,13 @@ def export_all(arguments: argparse.Namespace) -> None:
     chosen = [writers[name] for name in arguments.formats]
     for path, _ in chosen:
         export.refuse_existing(path)
-    size = arguments.image_size or source.image_size
+    size = source.image_size if arguments.image_size is None else (arguments.image_size,) * 2
     if source.quantized and size != source.image_size:
-        raise UserError(f"--image-size {size}: the network was quantized for {source.image_size}")
+        raise UserError(
+            f"--image-size {size[0]}: the network was quantized for {' x '.join(map(str, source.image_size))}"
+        )
     network = source.int8_network() if source.quantized else repopt.deploy(source.network())
-    images = torch.randn(8, 3, size, size)
+    images = torch.randn(8, 3, *size)
     for path, write in chosen:
         write(network, images, path)
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")

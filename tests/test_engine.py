@@ -162,7 +162,7 @@ def test_evaluation_counts_every_image(classes):
     assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "poly", "step", "multistep"])
 def test_schedules(name):
     optimizer = torch.optim.SGD(network().parameters(), lr=0.8)
     schedule = engine.build_schedule(
@@ -170,11 +170,13 @@ def test_schedules(name):
         name,
         steps_per_epoch=10,
         epochs=10,
-        warmup_epochs=2,
+        warmup_steps=20,
         warmup_lr=0.1,
         min_lr=0.2,
         decay_epochs=3,
         decay_rate=0.5,
+        milestones=(4, 7),
+        power=0.9,
     )
     rates = []
     for step in range(100):
@@ -186,11 +188,13 @@ def test_schedules(name):
         expected = {
             "cosine": 0.2 + 0.6 * (1 + math.cos(math.pi * step / 100)) / 2,
             "linear": 0.8 - 0.6 * step / 100,
+            "poly": 0.2 + 0.6 * (1 - step / 100) ** 0.9,
             "step": 0.8 * 0.5 ** (step // 30),
+            "multistep": 0.8 * 0.5 ** ((step >= 40) + (step >= 70)),
         }[name]
         assert rates[step] == pytest.approx(expected)
     with pytest.raises(UserError, match="did you mean 'cosine'"):
-        engine.build_schedule(optimizer, "cosin", steps_per_epoch=1, epochs=1, warmup_epochs=0)
+        engine.build_schedule(optimizer, "cosin", steps_per_epoch=1, epochs=1, warmup_steps=0)
 
 
 def test_fp16_scaling_needs_no_gpu_to_be_off():
@@ -200,7 +204,7 @@ def test_fp16_scaling_needs_no_gpu_to_be_off():
 
 def make_state(model, *, average=True):
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
-    schedule = engine.build_schedule(optimizer, "cosine", steps_per_epoch=5, epochs=4, warmup_epochs=1)
+    schedule = engine.build_schedule(optimizer, "cosine", steps_per_epoch=5, epochs=4, warmup_steps=5)
     ema = ModelEmaV3(model, decay=0.8) if average else None
     return engine.TrainingState(model, optimizer, schedule, engine.Precision(CPU), ema=ema)
 

@@ -19,6 +19,7 @@ FLOORS = [
     {"models"},
     {"torchfile", "checkpoint", "run_folder", "scales", "deploy", "convert", "quantize", "export"},
     {"engine"},
+    {"segmentation", "detection"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 FILES = sorted((ROOT / "repopt").rglob("*.py"))

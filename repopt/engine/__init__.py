@@ -1,7 +1,7 @@
 """Training, evaluation and measurement of speed: plain functions with explicit arguments."""
 
 from repopt.engine.compilation import COMPILE_MODES, compiled
-from repopt.engine.evaluate import Evaluation, evaluate
+from repopt.engine.evaluate import Evaluate, Evaluation, Result, evaluate
 from repopt.engine.interruption import Interrupted
 from repopt.engine.parallel import average_statistics, data_parallel
 from repopt.engine.precision import Precision
@@ -14,10 +14,12 @@ from repopt.engine.training import Training
 
 __all__ = [
     "COMPILE_MODES",
+    "Evaluate",
     "Evaluation",
     "Interrupted",
     "Precision",
     "Progress",
+    "Result",
     "Safeguard",
     "Training",
     "TrainingState",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,39 @@ from torch import Tensor, nn
 
 from repopt.distributed import sum_over_processes
 from repopt.engine.precision import Precision
+
+
+class Result(Protocol):
+    """What an evaluation finds, whatever the task; its text is one line for a log."""
+
+    @property
+    def score(self) -> float:
+        """By which networks are compared, in percent: more is better."""
+        ...
+
+    def numbers(self) -> dict[str, Any]:
+        """All that was found, by name."""
+        ...
+
+
+class Evaluate(Protocol):
+    """Evaluates a network, together with the other processes, on what this process's loader gives."""
+
+    def __call__(
+        self, model: nn.Module, loader: Iterable[Any], precision: Precision, *, stops: Callable[[], object] = ...
+    ) -> Result | None:
+        """Evaluate.
+
+        Args:
+            model: not wrapped in DDP; left in eval mode.
+            loader: (inputs, targets) on the device; processes may have different numbers of batches.
+            precision: of the forward pass.
+            stops: asked before every batch whether to give up.
+
+        Returns:
+            None where a process has given up.
+        """
+        ...
 
 
 class Evaluation(NamedTuple):
@@ -25,6 +58,15 @@ class Evaluation(NamedTuple):
     loss: float
     images: int
     unreadable: int = 0
+
+    @property
+    def score(self) -> float:
+        """top-1."""
+        return self.top1
+
+    def numbers(self) -> dict[str, float]:
+        """By name."""
+        return self._asdict()
 
     def __str__(self) -> str:
         unreadable = f", {self.unreadable} of them unreadable and counted as wrong" if self.unreadable else ""
@@ -41,17 +83,7 @@ def evaluate(
     *,
     stops: Callable[[], object] = lambda: False,
 ) -> Evaluation | None:
-    """Evaluate a model on the images that this process's loader gives, together with the other processes.
-
-    Args:
-        model: not wrapped in DDP; left in eval mode.
-        loader: (images, class indices) on the device; processes may have different numbers of batches. The class of an
-            image that could not be read is negative.
-        stops: asked before every batch whether to give up.
-
-    Returns:
-        None where a process has given up.
-    """
+    """The accuracy of a classifier (`Evaluate`); the class of an image that could not be read is negative."""
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=precision.device)
     for images, targets in loader:

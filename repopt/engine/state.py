@@ -30,7 +30,7 @@ class TrainingState:
         epoch: epochs done.
         seen: what of the next epoch is done, as its loader says (``Loader.position_after``); empty at its beginning.
         skipped: steps that were left out because something was not finite.
-        max_accuracy, max_ema_accuracy: best top-1 so far, in percent.
+        max_accuracy, max_ema_accuracy: best score so far (top-1 of a classifier), in percent.
         data: fingerprint of the training images; None where it is not known.
     """
 

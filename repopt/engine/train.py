@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from repopt.engine.precision import Precision
 from repopt.engine.safeguard import Safeguard
+
+Forward = Callable[[nn.Module, Any, Any], Any]
+"""Calls a model in training with the images and targets of a batch."""
+
+
+def images_alone(model: nn.Module, images: Any, targets: Any) -> Any:
+    """As classifiers take them."""
+    return model(images)
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,11 @@ def count_steps(batches: int, accumulation_steps: int) -> int:
 
 def train_one_epoch(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    loader: Iterable[tuple[Any, Any]],
+    criterion: Callable[[Any, Any], Tensor],
     optimizer: torch.optim.Optimizer,
     *,
+    forward: Forward = images_alone,
     batches: int,
     first_batch: int = 0,
     first_step: int = 0,
@@ -70,7 +80,8 @@ def train_one_epoch(
     Args:
         model: plain or wrapped in DDP.
         loader: (images, targets) on the device; the batches of the epoch that are left.
-        criterion: mean loss of a batch.
+        criterion: mean loss of a batch, of what `forward` gives and the targets.
+        forward: calls the model.
         batches: of the whole epoch.
         first_batch: batches of the epoch that are done already.
         first_step: optimizer steps before the first of these batches.
@@ -100,7 +111,7 @@ def train_one_epoch(
         waits = isinstance(model, DistributedDataParallel) and not last_of_window
         with model.no_sync() if waits else nullcontext():
             with precision.autocast():
-                loss = criterion(model(images), targets)
+                loss = criterion(forward(model, images, targets), targets)
             precision.scaler.scale(safeguard.poison(loss) / window).backward()
         if last_of_window:
             before_step(step)

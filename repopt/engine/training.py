@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from repopt import seeding
 from repopt.distributed import Vote, World, gather
-from repopt.engine.evaluate import Evaluation, evaluate
+from repopt.engine.evaluate import Evaluate, Result, evaluate
 from repopt.engine.interruption import Interrupted, stop_requests
 from repopt.engine.parallel import average_statistics
 from repopt.engine.safeguard import Safeguard
 from repopt.engine.state import TrainingState
-from repopt.engine.train import Progress, count_steps, train_one_epoch
+from repopt.engine.train import Forward, Progress, count_steps, images_alone, train_one_epoch
 from repopt.errors import UserError
 from repopt.logging import Metrics, logger
 from repopt.reparam import extract_scales
@@ -45,7 +45,7 @@ class Loader(Protocol):
         """Batches of the chosen epoch that are left."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __iter__(self) -> Iterator[tuple[Any, Any]]: ...
 
     def set_epoch(self, epoch: int, seen: Sequence[Mapping[str, Any]] = ()) -> None:
         """Choose the epoch that is iterated next, and what of it is done."""
@@ -66,7 +66,10 @@ class Training:
         state: updated in place.
         model: ``state.model``, or what wraps it for training (DDP).
         train_loader, val_loader: of this process.
-        criterion: mean loss of a batch.
+        criterion: mean loss of a batch, of what `forward` gives and the targets.
+        forward: calls the model in training.
+        evaluate: the model, on the batches of `val_loader`.
+        measure: the name of the score that it finds.
         epochs: in all, those already done included.
         folder: where the first process writes checkpoints, metrics, and (searching) the scales.
         config: goes into every checkpoint.
@@ -86,8 +89,11 @@ class Training:
     model: nn.Module
     train_loader: Loader
     val_loader: Loader
-    criterion: Callable[[Tensor, Tensor], Tensor]
+    criterion: Callable[[Any, Any], Tensor]
     _: KW_ONLY
+    forward: Forward = images_alone
+    evaluate: Evaluate = evaluate
+    measure: str = "top-1"
     epochs: int
     folder: RunFolder
     config: Mapping[str, Any]
@@ -142,7 +148,7 @@ class Training:
         ):
             while state.epoch < self.epochs:
                 self._epoch()
-        logger.info(f"best top-1 {state.max_accuracy:.3f} %, checkpoints in {self.folder.path}")
+        logger.info(f"best {self.measure} {state.max_accuracy:.3f} %, checkpoints in {self.folder.path}")
 
     def _batches_done(self) -> int:
         """Batches of the chosen epoch that are not left, counted in batches of this number of processes."""
@@ -161,6 +167,7 @@ class Training:
             self.train_loader,
             self.criterion,
             state.optimizer,
+            forward=self.forward,
             batches=self._batches,
             first_batch=self._batches_done(),
             first_step=first_step,
@@ -257,15 +264,15 @@ class Training:
                 average_statistics(averaged)
         if epoch % self.eval_period and epoch != self.epochs:
             return []
-        results = {}
+        results: dict[str, Result] = {}
         for key, model in state.models().items():
-            result = evaluate(model, self.val_loader, state.precision, stops=lambda: self._request)
+            result = self.evaluate(model, self.val_loader, state.precision, stops=lambda: self._request)
             if result is None:
                 self._save_within_epoch(done, buffers)
                 self._interrupt()
             logger.info(f"epoch {epoch} {key}: {result}")
             results[key] = result
-            numbers[key] = result._asdict()
+            numbers[key] = result.numbers()
         return _new_bests(state, results)
 
     def _report(self, progress: Progress) -> None:
@@ -298,13 +305,13 @@ class _Eta:
         return timedelta(seconds=round(seconds * (self._total - done)))
 
 
-def _new_bests(state: TrainingState, results: Mapping[str, Evaluation]) -> list[str]:
-    """Checkpoints to write because an accuracy is the best so far; the state remembers it."""
+def _new_bests(state: TrainingState, results: Mapping[str, Result]) -> list[str]:
+    """Checkpoints to write because a score is the best so far; the state remembers it."""
     names = []
-    if results["val"].top1 > state.max_accuracy:
-        state.max_accuracy = results["val"].top1
+    if results["val"].score > state.max_accuracy:
+        state.max_accuracy = results["val"].score
         names.append("best_ckpt.pth")
-    if "ema" in results and results["ema"].top1 > state.max_ema_accuracy:
-        state.max_ema_accuracy = results["ema"].top1
+    if "ema" in results and results["ema"].score > state.max_ema_accuracy:
+        state.max_ema_accuracy = results["ema"].score
         names.append("best_ema_ckpt.pth")
     return names

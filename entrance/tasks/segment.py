@@ -1,0 +1,82 @@
+"""Semantic segmentation: a class for every pixel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import data
+from data import segmentation as images_and_labels
+from entrance.tasks.base import Column, Task, fill_in, loading, of_backbone, source_of
+from repopt import engine, segmentation
+from repopt.distributed import World
+from repopt.models import Arch
+
+
+class Segment(Task):
+    """UPerNet on the backbone."""
+
+    measure = "mIoU"
+    columns = (Column("miou", "mIoU (%)", 2), Column("pixel_accuracy", "pixel accuracy (%)", 2))
+    body = segmentation.BODY
+
+    def settle(self, cfg: CfgNode, given: set[str]) -> None:  # noqa: D102
+        fill_in(cfg, given, "MODEL.NUM_CLASSES", len(_class_names(cfg)))
+
+    def network(self, arch: Arch, cfg: CfgNode) -> nn.Module:  # noqa: D102
+        return segmentation.create_segmenter(
+            arch.model,
+            mode=arch.mode,
+            num_classes=cfg.MODEL.NUM_CLASSES,
+            channels=cfg.MODEL.CHANNELS,
+            **of_backbone(cfg),
+        )
+
+    def train_loader(self, cfg: CfgNode, world: World) -> data.Loader:  # noqa: D102
+        return images_and_labels.train_loader(
+            source_of(cfg),
+            crop=cfg.SEGMENT.CROP,
+            scales=cfg.SEGMENT.SCALES,
+            batch_size=cfg.DATA.BATCH_SIZE,
+            seed=cfg.SEED,
+            **loading(cfg, world),
+        )
+
+    def eval_loader(self, cfg: CfgNode, world: World, **chosen: Any) -> data.Loader:  # noqa: D102
+        return images_and_labels.eval_loader(
+            source_of(cfg), batch_size=cfg.DATA.TEST_BATCH_SIZE, **chosen, **loading(cfg, world)
+        )
+
+    def example(self, cfg: CfgNode, device: torch.device) -> tuple[Tensor, Tensor]:  # noqa: D102
+        images = torch.zeros(2, 3, *cfg.SEGMENT.CROP, device=device)
+        return images, torch.zeros(2, *cfg.SEGMENT.CROP, dtype=torch.int64, device=device)
+
+    def criterion(self, cfg: CfgNode) -> Callable[[Any, Any], Tensor]:  # noqa: D102
+        return nn.CrossEntropyLoss(ignore_index=segmentation.IGNORED)
+
+    def image_size(self, cfg: CfgNode) -> tuple[int, int]:  # noqa: D102
+        return cfg.SEGMENT.WINDOW or cfg.SEGMENT.CROP
+
+    def seen(self, cfg: CfgNode, images: Tensor) -> Tensor:  # noqa: D102
+        height, width = cfg.SEGMENT.WINDOW or images.shape[2:]
+        return segmentation.padded(images[:, :, :height, :width])
+
+    def evaluate(self, cfg: CfgNode) -> engine.Evaluate:  # noqa: D102
+        return functools.partial(
+            segmentation.evaluate,
+            class_names=_class_names(cfg),
+            window=cfg.SEGMENT.WINDOW,
+            stride=cfg.SEGMENT.STRIDE,
+        )
+
+
+def _class_names(cfg: CfgNode) -> tuple[str, ...]:
+    return images_and_labels.describe(source_of(cfg)).class_names
+
+
+TASK = Segment()

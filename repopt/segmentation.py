@@ -1,0 +1,201 @@
+"""Semantic segmentation on our backbones: UPerNet (arXiv 1807.10221) of segmentation_models_pytorch, and its mIoU.
+
+    model = create_segmenter("RepOpt-VGG-B1", mode="target", num_classes=19)
+
+The package is an extra: requirements-downstream.txt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repopt.distributed import sum_over_processes
+from repopt.engine import Precision
+from repopt.errors import UserError, one_line
+from repopt.models import zoo
+from repopt.models.timm_registry import timm_name
+
+BODY = "encoder.model"  # where the backbone stands in the network
+IGNORED = 255  # label of pixels that count neither in training nor in evaluation
+MULTIPLE = 32  # of which height and width of what the network sees have to be
+REDUCTIONS = [4, 8, 16, 32]  # of the features that UPerNet takes
+NEEDS = "segmentation needs {} (pip install -r requirements-downstream.txt)"
+
+
+def create_segmenter(name: str, *, mode: str, num_classes: int, channels: int = 256, **backbone: Any) -> nn.Module:
+    """UPerNet on a backbone, (N, 3, H, W) -> logits (N, num_classes, H, W), H and W multiples of 32.
+
+    Args:
+        name: of the backbone, one of ours or "timm/NAME".
+        mode: of `repopt.create_model`.
+        num_classes: of a pixel.
+        channels: of the decoder.
+        backbone: arguments of the backbone (strides, initial_scales, use_checkpoint ...).
+
+    Raises:
+        UserError: the backbone's features are not 4, 8, 16 and 32 times smaller than the image.
+    """
+    try:
+        from segmentation_models_pytorch import UPerNet
+    except ImportError:
+        raise UserError(NEEDS.format("segmentation_models_pytorch")) from None
+    if mode == zoo.MODE:
+        encoder = name.removeprefix("timm/")
+    else:
+        encoder, backbone = timm_name(name), {"mode": mode, **backbone}
+    try:
+        model = UPerNet(
+            f"tu-{encoder}", encoder_weights=None, decoder_channels=channels, classes=num_classes, **backbone
+        )
+    except (
+        ValueError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+    ) as error:  # of networks that give no features
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} cannot be the backbone of UPerNet: {one_line(error)}") from None
+    found = model.get_submodule(BODY).feature_info.reduction()[-4:]
+    if found != REDUCTIONS:
+        raise UserError(
+            f"UPerNet takes features 4, 8, 16 and 32 times smaller than the image, and those of {name} are "
+            f"{', '.join(map(str, found))} times smaller"
+        )
+    return model
+
+
+class Segmentation(NamedTuple):
+    """Intersection over union in percent, over all pixels of all processes, each counted once.
+
+    Attributes:
+        miou: mean over the classes that occur, in the labels or in what was predicted.
+        pixel_accuracy: of the pixels that have a label, in percent.
+        iou: by class; NaN where it does not occur.
+        images: evaluated.
+    """
+
+    miou: float
+    pixel_accuracy: float
+    iou: dict[str, float]
+    images: int
+
+    @property
+    def score(self) -> float:
+        """mIoU."""
+        return self.miou
+
+    def numbers(self) -> dict[str, float]:
+        """By name."""
+        of_classes = {f"iou {name}": value for name, value in self.iou.items()}
+        return {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy, **of_classes, "images": self.images}
+
+    def __str__(self) -> str:
+        found = f"mIoU {self.miou:.3f} % pixel accuracy {self.pixel_accuracy:.3f} % on {self.images} images"
+        return f"{found}; IoU {' '.join(f'{name} {value:.1f}' for name, value in self.iou.items())}"
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    precision: Precision,
+    *,
+    class_names: Sequence[str],
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
+    stops: Callable[[], object] = lambda: False,
+) -> Segmentation | None:
+    """The mIoU of a segmenter (`repopt.engine.Evaluate`).
+
+    Args:
+        model: see `Evaluate`.
+        loader: images (N, 3, H, W) of any size, and labels int64 (N, H, W), `IGNORED` where there is none.
+        precision, stops: see `Evaluate`.
+        class_names: of every class.
+        window, stride: see `predict`.
+    """
+    try:
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+    except ImportError:
+        raise UserError(NEEDS.format("torchmetrics")) from None
+    settings = {"num_classes": len(class_names), "ignore_index": IGNORED, "validate_args": False}
+    metrics = MetricCollection(
+        {
+            "iou": MulticlassJaccardIndex(average=None, zero_division=math.nan, **settings),
+            "accuracy": MulticlassAccuracy(average="micro", **settings),
+        }
+    ).to(precision.device)
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.int64, device=precision.device)  # images, and processes that have given up
+    for images, labels in loader:
+        if stops():
+            counts[1] = 1
+            break
+        with precision.autocast():
+            logits = predict(model, images, window, stride)
+        metrics.update(logits.argmax(1), labels)
+        counts[0] += len(images)
+    seen, given_up = sum_over_processes(counts).tolist()
+    if given_up:
+        return None
+    found = metrics.compute()  # over all processes
+    iou = 100 * found["iou"].double()
+    return Segmentation(
+        iou.nanmean().item(),
+        100 * found["accuracy"].item(),
+        dict(zip(class_names, iou.tolist(), strict=True)),
+        seen,
+    )
+
+
+def predict(
+    model: nn.Module,
+    images: Tensor,
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
+) -> Tensor:
+    """Logits (N, num_classes, H, W) of images (N, 3, H, W) of any size.
+
+    Args:
+        model: a segmenter; it sees `padded` images.
+        images: normalised.
+        window: height and width of what it sees at once; where windows overlap, the logits are their mean. None = all.
+        stride: from a window to the next, in both directions; the last ones end with the image. None = two thirds of a
+            window.
+    """
+    height, width = images.shape[2:]
+    if window is None:
+        return model(padded(images))[:, :, :height, :width]
+    steps = stride or tuple(max(1, 2 * side // 3) for side in window)
+    starts = [_starts(*sides) for sides in zip((height, width), window, steps, strict=True)]
+    total, times = None, images.new_zeros(1, 1, height, width)
+    for top, left in itertools.product(*starts):
+        place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+        logits = predict(model, images[place]).float()
+        total = logits.new_zeros(len(images), logits.shape[1], height, width) if total is None else total
+        total[place] += logits
+        times[place] += 1
+    assert total is not None
+    return total / times
+
+
+def padded(images: Tensor) -> Tensor:
+    """Images with zeros below and right, up to multiples of 32 in height and width."""
+    height, width = images.shape[2:]
+    return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+
+
+def _starts(length: int, window: int, step: int) -> list[int]:
+    """Where windows start that cover a length; the last one ends with it."""
+    last = max(0, length - window)
+    return [*range(0, last, step), last]

@@ -1,0 +1,30 @@
+"""What the commands beside it have in common."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from main_repopt import DONE, INTERRUPTED
+from repopt import config
+from repopt.errors import run_command
+
+
+def run_program(program: config.Program, argv: Sequence[str] | None) -> int:
+    """Run a command line of a program, draw what its network predicts, and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def command() -> int:
+        settings = config.parse(argv, program)
+        from entrance.run import start  # torch and timm take seconds
+
+        if not start(settings, argv, program):
+            return INTERRUPTED
+        if os.environ.get("RANK", "0") == "0":
+            from downstream.pictures import draw
+
+            draw(settings.cfg)
+        return DONE
+
+    return run_command(program.name, command)

@@ -1,0 +1,38 @@
+"""Train and evaluate detection: Faster, Mask or Cascade Mask R-CNN with a feature pyramid on a backbone of ours.
+
+    torchrun --nproc_per_node 8 scripts/downstream/detect.py --arch RepOpt-VGG-B1-target-norepopt --backbone FILE \\
+        --data-path COCO
+    python scripts/downstream/detect.py --cfg configs/scenes/detect.yaml --arch RepOpt-VGG-nano-target --backbone FILE
+    python scripts/downstream/detect.py --arch RepOpt-VGG-B1-target --data-path COCO --eval --resume FILE
+
+The backbone begins with a classifier's weights (--backbone) or from scratch; DETECT.NECK declared makes the pyramid's
+3x3 convolutions blocks of RepOpt-VGG, whose scales an -hs run searches. The configuration, folder, logs and checkpoints
+are those of main_repopt.py; predictions.png shows what the network finds in some images.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import _root
+from downstream.command import run_program
+
+from repopt import config
+
+PROGRAM = config.Program(
+    "detect.py",
+    "Train and evaluate detection (Faster, Mask or Cascade Mask R-CNN) on a backbone of ours.",
+    config.flags_of(config.DETECT),
+    recipe=str(_root.ROOT / "configs" / "coco" / "detect.yaml"),
+    task=config.DETECT,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code, as main_repopt.py does."""
+    return run_program(PROGRAM, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""predictions.png of a run: some images of the evaluation, what is in them, and what the network predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, no windows
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from yacs.config import CfgNode
+
+import repopt
+from data import detection as of_boxes
+from data import segmentation as of_labels
+from entrance import tasks
+from entrance.files import PREDICTIONS
+from entrance.placement import to_device
+from entrance.tasks.base import source_of
+from repopt import checkpoint, config, segmentation
+from repopt.distributed import World
+from repopt.models import parse_arch
+
+IMAGES = 6  # that are shown
+LEAST_SCORE = 0.5  # of a box that is shown
+ENLARGED = 320  # pixels that the longer side of an image has at least, so that labels can be read
+PALETTE = [tuple(round(255 * part) for part in color) for color in matplotlib.colormaps["tab20"].colors]
+
+Rows = dict[str, list[Tensor]]  # uint8 (3, H, W) by what they show
+
+
+@torch.inference_mode()
+def draw(cfg: CfgNode) -> None:
+    """Draw what the newest checkpoint of a run predicts, or the one that was evaluated."""
+    here = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    task = tasks.of(cfg)
+    model = to_device(task.network(parse_arch(cfg.MODEL.ARCH), cfg), here)
+    path = cfg.MODEL.RESUME if cfg.EVAL_MODE else Path(cfg.OUTPUT, "latest.pth")
+    repopt.load_weights(model, checkpoint.state_dict_of(checkpoint.read(path)))
+    rows = DRAWN[cfg.TASK](cfg, model.eval(), task.eval_loader(cfg, here, split="val", most=IMAGES))
+    columns = len(next(iter(rows.values())))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(2.4 * columns, 2.6 * len(rows)), squeeze=False)
+    for of_row, (title, pictures) in zip(axes, rows.items(), strict=True):
+        of_row[0].set_title(title, loc="left", fontsize=10)
+        for axis, picture in zip(of_row, pictures, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).numpy())
+            axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(Path(cfg.OUTPUT, PREDICTIONS), dpi=100)
+    plt.close(figure)
+
+
+def segmented(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Rows:
+    """Images, their labels, and the predicted ones."""
+    info = of_labels.describe(source_of(cfg))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (info.mean, info.std))
+    rows: Rows = {"image": [], "labels": [], "prediction": []}
+    for images, labels in batches:
+        predicted = segmentation.predict(model, images, cfg.SEGMENT.WINDOW, cfg.SEGMENT.STRIDE).argmax(1)
+        for image, label, prediction in zip(images.cpu(), labels.cpu(), predicted.cpu(), strict=True):
+            picture = (255 * (image * std + mean)).round().clamp(0, 255).byte()
+            rows["image"].append(picture)
+            rows["labels"].append(colored(picture, label, len(info.class_names)))
+            rows["prediction"].append(colored(picture, prediction, len(info.class_names)))
+    return rows
+
+
+def colored(picture: Tensor, label: Tensor, classes: int) -> Tensor:
+    """A picture with a colour over every pixel of a class."""
+    masks = torch.stack([label == index for index in range(classes)])
+    return draw_segmentation_masks(picture, masks, alpha=0.7, colors=[color_of(index) for index in range(classes)])
+
+
+def detected(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> Rows:
+    """Images with the objects in them, and with those that are found."""
+    source = source_of(cfg)
+    info, truth = of_boxes.describe(source), of_boxes.ground_truth(source)
+    rows: Rows = {"objects": [], f"found (score of {LEAST_SCORE} and more)": []}
+    there, found = rows.values()
+    for images, targets in batches:
+        for image, target, output in zip(images, targets, model(images), strict=True):
+            picture = (255 * image).round().byte().cpu()
+            objects = truth.loadAnns(truth.getAnnIds(imgIds=[int(target["image_id"])]))
+            boxes = torch.tensor([thing["bbox"] for thing in objects]).view(-1, 4)
+            labels = [info.category_ids.index(thing["category_id"]) for thing in objects]
+            there.append(boxed(picture, torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels, info))
+            sure = output["scores"] >= LEAST_SCORE
+            if "masks" in output:
+                picture = masked(picture, output["masks"][sure, 0].cpu() > 0.5, (output["labels"][sure] - 1).tolist())
+            found.append(boxed(picture, output["boxes"][sure].cpu(), (output["labels"][sure] - 1).tolist(), info))
+    return rows
+
+
+def boxed(picture: Tensor, boxes: Tensor, classes: Sequence[int], info: of_boxes.Info) -> Tensor:
+    """A picture, enlarged where it is small, with boxes (N, 4) and the names of their classes."""
+    times = -(-ENLARGED // max(picture.shape[1:]))
+    picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    if not len(boxes):
+        return picture
+    names, colors = [info.class_names[index] for index in classes], [color_of(index) for index in classes]
+    return draw_bounding_boxes(picture, times * boxes, names, colors, width=3, label_colors="white", fill_labels=True)
+
+
+def masked(picture: Tensor, masks: Tensor, classes: Sequence[int]) -> Tensor:
+    """A picture with masks (N, H, W)."""
+    return draw_segmentation_masks(picture, masks, alpha=0.6, colors=[color_of(index) for index in classes])
+
+
+def color_of(index: int) -> tuple[int, ...]:
+    """Of a class."""
+    return PALETTE[index % len(PALETTE)]
+
+
+DRAWN = {config.SEGMENT: segmented, config.DETECT: detected}

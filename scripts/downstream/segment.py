@@ -1,0 +1,38 @@
+"""Train and evaluate semantic segmentation: UPerNet on a backbone of ours.
+
+    torchrun --nproc_per_node 4 scripts/downstream/segment.py --arch RepOpt-VGG-B1-target-norepopt --backbone FILE \\
+        --data-path CITYSCAPES
+    python scripts/downstream/segment.py --cfg configs/scenes/segment.yaml --arch RepOpt-VGG-nano-target \\
+        --backbone FILE
+    python scripts/downstream/segment.py --arch RepOpt-VGG-B1-target --data-path CITYSCAPES --eval --resume FILE
+
+The backbone begins with a classifier's weights (--backbone) or from scratch. The configuration, folder, logs and
+checkpoints are those of main_repopt.py; predictions.png shows what the network makes of some images.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import _root
+from downstream.command import run_program
+
+from repopt import config
+
+PROGRAM = config.Program(
+    "segment.py",
+    "Train and evaluate semantic segmentation (UPerNet) on a backbone of ours.",
+    config.flags_of(config.SEGMENT),
+    recipe=str(_root.ROOT / "configs" / "cityscapes" / "segment.yaml"),
+    task=config.SEGMENT,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code, as main_repopt.py does."""
+    return run_program(PROGRAM, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
