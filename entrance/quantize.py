@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 import data
 import repopt
 from entrance import tasks, trained
-from entrance.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
+from entrance.files import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
 from entrance.placement import to_device
 from entrance.resolve import resolve
 from entrance.resume import check_same_run, find_scales
@@ -115,7 +115,7 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     in_onnxruntime = export.OnnxNetwork(written / INT8_ONNX, threads)
     results["INT8, onnxruntime"] = evaluated("INT8, onnxruntime", in_onnxruntime)
-    decided_by_first(lambda: finish(written, artifacts, task, results))
+    decided_by_first(lambda: finish(written, artifacts, COLUMNS[cfg.TASK], results))
     return True
 
 
@@ -183,17 +183,17 @@ def write_artifacts(
     return beside
 
 
-def finish(written: Path, path: Path, task: tasks.Task, results: Mapping[str, engine.Result]) -> None:
+def finish(written: Path, path: Path, columns: Sequence[Column], results: Mapping[str, engine.Result]) -> None:
     """Compare the networks, and let the files have their place."""
     lines = [
-        f"| network | {' | '.join(column.title for column in task.columns)} | file (MB) |",
-        "|" + "---|" * (len(task.columns) + 2),
+        f"| network | {' | '.join(column.head for column in columns)} | file (MB) |",
+        "|" + "---|" * (len(columns) + 2),
     ]
     files = {"fp32": FP32_ONNX, "INT8, onnxruntime": INT8_ONNX}
     for name, result in results.items():
         size = f"{(written / files[name]).stat().st_size / 1e6:.2f}" if name in files else "–"
         numbers = result.numbers()
-        cells = [f"{numbers[column.name]:.{column.decimals}f}" for column in task.columns]
+        cells = [f"{numbers[column.name]:.{column.decimals}f}" for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} | {size} |")
     table = "\n".join(lines)
     (written / "results.md").write_text(table + "\n")

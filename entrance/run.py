@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 import repopt
 from entrance import backbone, tasks
 from entrance.build import clipping, distribute, training_state
-from entrance.files import CONFIG, THROUGHPUT
+from entrance.files import COLUMNS, CONFIG, THROUGHPUT
 from entrance.placement import memory_format_of, precision_of, to_device
 from entrance.resolve import resolve
 from entrance.resume import check_same_run, find_checkpoint, find_scales, goes_on
@@ -167,7 +167,7 @@ def fit(
         task.criterion(cfg),
         forward=task.forward,
         evaluate=task.evaluate(cfg),
-        measure=task.measure,
+        measure=COLUMNS[cfg.TASK][0].title,
         epochs=cfg.TRAIN.EPOCHS,
         folder=folder,
         config=settings,

@@ -117,7 +117,7 @@ def train_all(family: Family) -> None:
 
 def report(family: Family) -> None:
     """Print the table; write it and the pictures."""
-    from plots import plot_accuracy, plot_scales
+    from plots import plot_scales, plot_scores
 
     import repopt
     from repopt.models import parse_arch
@@ -138,7 +138,7 @@ def report(family: Family) -> None:
     table = "\n".join(lines)
     print(table)
     (family.folder / "results.md").write_text(table + "\n")
-    plot_accuracy(curves, family.folder / "accuracy.png")
+    plot_scores(curves, family.folder / "accuracy.png", measure="top-1")
     model = repopt.create_model(family.model, mode=search.mode)
     plot_scales(model, repopt.load_scales(search.folder / "scales.pth"), family.folder / "scales.png")
 

@@ -60,11 +60,12 @@ class Range(NamedTuple):
     highest: float
 
 
-def plot_accuracy(curves: Mapping[str, Curves], path: Path, *, size: Size = (7, 4.2)) -> None:
-    """Top-1 (percent) by epoch: the mean over a setup's runs, and the band between its worst and best.
+def plot_scores(curves: Mapping[str, Curves], path: Path, *, measure: str, size: Size = (7, 4.2)) -> None:
+    """A score (percent) by epoch: the mean over a setup's runs, and the band between its worst and best.
 
     Args:
-        curves: by name of the setup, one {epoch: accuracy} per run.
+        curves: by name of the setup, one {epoch: score} per run.
+        measure: the score's name.
         path: of the picture, whose suffix is its format.
         size: in inches.
     """
@@ -75,7 +76,7 @@ def plot_accuracy(curves: Mapping[str, Curves], path: Path, *, size: Size = (7, 
         color, style = _series(index)
         axes.plot(epochs, values.mean(0), style, color=color, label=f"{name} ({values.mean(0)[-1]:.1f} %)")
         axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-    axes.set(xlabel="epoch", ylabel="top-1 (%)", ylim=(0, 100))
+    axes.set(xlabel="epoch", ylabel=f"{measure} (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     if len(curves) <= 4:
         axes.legend(loc="lower right")

@@ -32,12 +32,13 @@ from torch import Tensor
 
 import repopt
 from entrance import files, trained
-from entrance.files import CONFIG
+from entrance.files import CONFIG, PREDICTIONS, Column
 from repopt import config
 from repopt.errors import UserError, run_command, shown
 from repopt.models import parse_arch, zoo
 
 RESULTS, SIGNAL_TO_NOISE = (f"{files.ARTIFACTS}/{name}" for name in (files.RESULTS, files.SIGNAL_TO_NOISE))
+IMAGES = Column("images", "images", 0, "")
 NONE = "–"
 NARROW, WIDE = (4.5, 3.3), (8.4, 4.4)
 """Inches of pictures: the narrow ones stand side by side where there is room, and are as wide as a phone."""
@@ -219,6 +220,7 @@ def section_of_run(folder: Path) -> Section:
     content: dict[str, Iterable[Block]] = {
         "Results": [*([Facts(facts)] if facts else ()), *quantization({name: run})],
         "Training": training(run, name),
+        "Predictions": predictions({name: run}),
         "Searched scales": searched_scales({name: run}),
         "Kernels": kernels({name: run}),
         "Command lines and environment": [
@@ -243,7 +245,8 @@ def section_of_table(file: Path) -> Section:
             *([Lines("Orderings", table["orderings"])] if table["orderings"] else ()),
         ],
         "Pictures": [picture(entry["title"], file.parent / entry["file"]) for entry in table["pictures"]],
-        "Runs": accuracies(runs),
+        "Runs": scores(runs),
+        "Predictions": predictions(first),
         "Searched scales": searched_scales(first),
         "Kernels": kernels(first),
         "Quantization": quantization(first),
@@ -361,38 +364,52 @@ def written(setting: object) -> str:
 # --- runs
 
 
-def accuracies(runs: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
-    """Of some runs by name: their accuracy by epoch, and each of them in numbers."""
-    evaluated = {name: [run.accuracy for run in group if run.accuracy] for name, group in runs.items()}
-    curves = {name: group for name, group in evaluated.items() if group and set.intersection(*map(set, group))}
-    if curves:
-        finals = [f"{name} {statistics.fmean(c[max(c)] for c in group):.1f} %" for name, group in curves.items()]
-        yield chart(
-            "Top-1 by epoch: the mean over the seeds, and the band between the worst and the best",
-            f"Top-1 accuracy by epoch; at the end: {', '.join(finals)}.",
-            plots.plot_accuracy,
-            {plain(name): group for name, group in curves.items()},
-            size=WIDE,
-        )
-    rows = [(name, str(run.folder), run.summary()) for name, group in runs.items() for run in group]
-    recorded = [row for row in rows if row[-1]]
-    if recorded:
-        heads = [*map(Head, ("run", "folder", *recorded[0][-1]))]
-        lines = [(name, folder, *summary.values()) for name, folder, summary in recorded]
-        yield Table(f"Every run by itself ({len(recorded)})", [heads], lines, names=2, folded=True)
-    if absent := [folder for _, folder, summary in rows if not summary and not Path(folder, RESULTS).is_file()]:
-        yield Lines("Nothing is recorded of", absent)
+def scores(runs: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
+    """Of some runs by name: their scores by epoch, and each of them in numbers."""
+    by_measure: dict[str, dict[str, Sequence[Run]]] = {}
+    for name, group in runs.items():
+        if group:
+            by_measure.setdefault(group[0].measure.title, {})[name] = group
+    for measure, alike in by_measure.items():
+        evaluated = {name: [run.scores for run in group if run.scores] for name, group in alike.items()}
+        curves = {name: group for name, group in evaluated.items() if group and set.intersection(*map(set, group))}
+        if curves:
+            finals = [f"{name} {statistics.fmean(c[max(c)] for c in group):.1f} %" for name, group in curves.items()]
+            yield chart(
+                f"{measure} by epoch: the mean over the seeds, and the band between the worst and the best",
+                f"{measure} by epoch; at the end: {', '.join(finals)}.",
+                plots.plot_scores,
+                {plain(name): group for name, group in curves.items()},
+                measure=measure,
+                size=WIDE,
+            )
+        rows = [(name, str(run.folder), run.summary()) for name, group in alike.items() for run in group]
+        recorded = [row for row in rows if row[-1]]
+        if recorded:
+            heads = [*map(Head, ("run", "folder", *recorded[0][-1]))]
+            lines = [(name, folder, *summary.values()) for name, folder, summary in recorded]
+            yield Table(f"Every run by itself ({len(recorded)})", [heads], lines, names=2, folded=True)
+        if absent := [folder for _, folder, summary in rows if not summary and not Path(folder, RESULTS).is_file()]:
+            yield Lines("Nothing is recorded of", absent)
+
+
+def predictions(runs: Mapping[str, Run]) -> Iterator[Block]:
+    """What the networks of the runs make of some images."""
+    for name, run in runs.items():
+        if (file := run.folder / PREDICTIONS).is_file():
+            yield picture(f"{name}: some test images", file)
 
 
 def training(run: Run, name: str) -> Iterator[Block]:
-    """The accuracy by epoch; the loss and the learning rate by step."""
-    if accuracy := run.accuracy:
-        first, last = min(accuracy), max(accuracy)
+    """The score by epoch; the loss and the learning rate by step."""
+    if found := run.scores:
+        first, last, measure = min(found), max(found), run.measure.title
         yield chart(
-            "Top-1 by epoch",
-            f"Top-1 accuracy by epoch: {accuracy[first]:.1f} % in epoch {first}, {accuracy[last]:.1f} % in {last}.",
-            plots.plot_accuracy,
-            {plain(name): [accuracy]},
+            f"{measure} by epoch",
+            f"{measure} by epoch: {found[first]:.1f} % in epoch {first}, {found[last]:.1f} % in {last}.",
+            plots.plot_scores,
+            {plain(name): [found]},
+            measure=measure,
             size=NARROW,
         )
     steps = {record["step"]: record["train"] for record in steps_of(run.folder)}
@@ -522,21 +539,23 @@ def kernels_of(file: Path) -> tuple[str, Mapping[str, Tensor]] | None:
 
 def quantization(runs: Mapping[str, Run]) -> Iterator[Block]:
     """What INT8 costs: the accuracy of the networks, the noise in every layer, the sizes of the files."""
-    columns = {"top1": ("top-1 (%)", 2), "top5": ("top-5 (%)", 2), "loss": ("loss", 4), "images": ("images", 0)}
-    rows: list[Sequence[str]] = []
+    tables: dict[tuple[Column, ...], list[Sequence[str]]] = {}
     sizes: list[Sequence[str]] = []
     noise: dict[tuple[str, ...], dict[str, list[float | None]]] = {}
-    for name, folder in [(name, run.folder) for name, run in runs.items() if (run.folder / RESULTS).is_file()]:
+    for name, run in [(name, run) for name, run in runs.items() if (run.folder / RESULTS).is_file()]:
+        folder, columns = run.folder, (*run.columns, IMAGES)
         for network, row in read_json(folder / RESULTS, {str: {str: NUMBER}}).items():
-            rows.append((name, network, *(figure(row.get(key), digits) for key, (_, digits) in columns.items())))
+            cells = (figure(row.get(column.name), column.decimals) for column in columns)
+            tables.setdefault(columns, []).append((name, network, *cells))
         for path in sorted((folder / RESULTS).parent.iterdir()):
             sizes.append((name, path.name, f"{path.stat().st_size / 1e6:.2f}"))
         if (folder / SIGNAL_TO_NOISE).is_file():
             ratios = read_json(folder / SIGNAL_TO_NOISE, {str: NUMBER})
             noise.setdefault(tuple(ratios), {})[name] = [*map(number, ratios.values())]
-    if rows:
-        heads = ("trained as", "network", *(title for title, _ in columns.values()))
+    for columns, rows in tables.items():
+        heads = ("trained as", "network", *(column.head for column in columns))
         yield Table("fp32 and INT8", [[*map(Head, heads)]], rows, names=2)
+    if sizes:
         heads = ("trained as", "file", "MB")
         yield Table("Files", [[*map(Head, heads)]], sizes, names=2, folded=True)
     for layers, networks in noise.items():

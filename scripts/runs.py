@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import _root  # noqa: F401
 
-from entrance.files import CONFIG
+from entrance.files import COLUMNS, CONFIG, Column
 from repopt import config
 from repopt.errors import UserError, one_line, shown
 
@@ -41,20 +41,31 @@ class Run(NamedTuple):
         return str(config.lookup(self.settings, "MODEL.ARCH") or "")
 
     @property
-    def accuracy(self) -> dict[int, float]:
-        """Top-1 (percent) by epoch, where it was evaluated."""
-        found = {record["epoch"]: number(config.lookup(record, "val.top1")) for record in self.epochs}
-        return {epoch: top1 for epoch, top1 in found.items() if top1 is not None}
+    def columns(self) -> Sequence[Column]:
+        """Numbers of its evaluations."""
+        return COLUMNS.get(str(config.lookup(self.settings, "TASK")), COLUMNS[config.CLASSIFY])
+
+    @property
+    def measure(self) -> Column:
+        """The one that says how good its network is."""
+        return self.columns[0]
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """That number (percent) by epoch, where it was evaluated."""
+        found = {record["epoch"]: number(config.lookup(record, f"val.{self.measure.name}")) for record in self.epochs}
+        return {epoch: score for epoch, score in found.items() if score is not None}
 
     def summary(self) -> dict[str, str]:
         """The training in a few numbers; empty where nothing was recorded."""
         if not self.epochs:
             return {}
-        facts = dict.fromkeys(("final top-1", "best top-1"), "–")
-        if accuracy := self.accuracy:
-            best = max(accuracy, key=accuracy.__getitem__)
-            facts["final top-1"] = f"{accuracy[max(accuracy)]:.2f} %"
-            facts["best top-1"] = f"{accuracy[best]:.2f} % (epoch {best})"
+        final, highest = (f"{which} {self.measure.title}" for which in ("final", "best"))
+        facts = dict.fromkeys((final, highest), "–")
+        if scores := self.scores:
+            best = max(scores, key=scores.__getitem__)
+            facts[final] = f"{scores[max(scores)]:.2f} %"
+            facts[highest] = f"{scores[best]:.2f} % (epoch {best})"
         done, planned = self.epochs[-1]["epoch"], number(config.lookup(self.settings, "TRAIN.EPOCHS"))
         seconds = sum(number(record.get("train_seconds")) or 0 for record in self.epochs)
         return facts | {

@@ -279,8 +279,8 @@ def test_the_runs_in_numbers(page, runs):
 
 def test_charts_say_what_they_show(page):
     labels = [svg["aria-label"] for svg in page.all("svg")]
-    assert "Top-1 accuracy by epoch; at the end: search 70.0 %, plain 90.6 %, RepVGG 60.0 %." in labels
-    assert "Top-1 accuracy by epoch: 31.0 % in epoch 1, 91.2 % in 3." in labels
+    assert "top-1 by epoch; at the end: search 70.0 %, plain 90.6 %, RepVGG 60.0 %." in labels
+    assert "top-1 by epoch: 31.0 % in epoch 1, 91.2 % in 3." in labels
     assert "Curves by step; at the end: training loss 0.333, learning rate 0.1." in labels
     assert sum(label.startswith("Searched scales by depth") for label in labels) == 2
     assert sum(label.startswith("Change of the mean scale by epoch") for label in labels) == 2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +24,13 @@ OF_BACKBONE = {
 }
 
 
-class Column(NamedTuple):
-    """A number of a result (`engine.Result.numbers`) in a table."""
-
-    name: str
-    title: str
-    decimals: int
-
-
 class Task(ABC):
     """What differs from one task to another.
 
     Attributes:
-        measure: the name of the score that decides which checkpoint is the best.
-        columns: of a table of results.
         body: the module that is the backbone; "" where the network is a classifier.
     """
 
-    measure: ClassVar[str]
-    columns: ClassVar[Sequence[Column]]
     body: ClassVar[str] = ""
 
     @abstractmethod

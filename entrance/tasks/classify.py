@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 import data
 import repopt
-from entrance.tasks.base import Column, Task, fill_in, loading, of_backbone, source_of
+from entrance.tasks.base import Task, fill_in, loading, of_backbone, source_of
 from repopt import engine
 from repopt.distributed import World
 from repopt.models import Arch, zoo
@@ -20,9 +20,6 @@ from repopt.models import Arch, zoo
 
 class Classify(Task):
     """Of one class per image."""
-
-    measure = "top-1"
-    columns = (Column("top1", "top-1 (%)", 2), Column("top5", "top-5 (%)", 2), Column("loss", "loss", 4))
 
     def settle(self, cfg: CfgNode, given: set[str]) -> None:  # noqa: D102
         if not cfg.THROUGHPUT_MODE:

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 import data
 from data import detection as images_and_boxes
-from entrance.tasks.base import Column, Task, fill_in, loading, of_backbone, source_of
+from entrance.tasks.base import Task, fill_in, loading, of_backbone, source_of
 from repopt import detection, engine
 from repopt.distributed import World
 from repopt.errors import UserError
@@ -22,8 +22,6 @@ from repopt.models import Arch
 class Detect(Task):
     """Faster, Mask or Cascade Mask R-CNN on the backbone."""
 
-    measure = "box mAP"
-    columns = (Column("box_map", "box mAP (%)", 2), Column("mask_map", "mask mAP (%)", 2))
     body = detection.BODY
 
     def settle(self, cfg: CfgNode, given: set[str]) -> None:  # noqa: D102

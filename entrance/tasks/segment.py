@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 import data
 from data import segmentation as images_and_labels
-from entrance.tasks.base import Column, Task, fill_in, loading, of_backbone, source_of
+from entrance.tasks.base import Task, fill_in, loading, of_backbone, source_of
 from repopt import engine, segmentation
 from repopt.distributed import World
 from repopt.models import Arch
@@ -21,8 +21,6 @@ from repopt.models import Arch
 class Segment(Task):
     """UPerNet on the backbone."""
 
-    measure = "mIoU"
-    columns = (Column("miou", "mIoU (%)", 2), Column("pixel_accuracy", "pixel accuracy (%)", 2))
     body = segmentation.BODY
 
     def settle(self, cfg: CfgNode, given: set[str]) -> None:  # noqa: D102

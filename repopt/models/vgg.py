@@ -74,12 +74,16 @@ class RepOptVGG(Network):
         self._add_head(in_channels, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
 
 
+def block_of(mode: str, *, se: bool = False) -> Callable[..., nn.Module]:
+    """What makes the blocks of a network, as `RepOptVGG` takes it: in hs, csla or target mode, else the baseline's."""
+    return functools.partial(VGGBlock, mode=mode, se=se) if mode in MODES else functools.partial(RepVGGBlock, se=se)
+
+
 def build_vgg(
     *, mode: str, layers: Sequence[int], widths: Sequence[float], se: bool = False, **arguments: Any
 ) -> RepOptVGG:
     """A RepOpt-VGG in the mode hs, csla or target, or its baseline RepVGG (mode repvgg); arguments of `RepOptVGG`."""
-    block = functools.partial(RepVGGBlock, se=se) if mode == "repvgg" else functools.partial(VGGBlock, mode=mode, se=se)
-    return RepOptVGG(layers, widths, block, **arguments)
+    return RepOptVGG(layers, widths, block_of(mode, se=se), **arguments)
 
 
 _B, _L = (4, 6, 16, 1), (8, 14, 24, 1)

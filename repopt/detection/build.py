@@ -1,0 +1,158 @@
+"""Detectors, built from torchvision's parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
+
+from repopt.detection.backbone import LEVELS, PLAIN, STRIDES, PyramidBackbone
+from repopt.detection.cascade import STAGES, CascadeHeads, Stage
+from repopt.detection.parts import Anchors, BoxPredictor, ClassAgnosticPredictor, MaskPredictor, RPNHead
+from repopt.errors import unknown
+from repopt.layers import InitialScales
+
+FASTER, MASK, CASCADE = HEADS = ("faster", "mask", "cascade")
+WITH_MASKS = (MASK, CASCADE)
+BODY = "backbone.body"  # where the backbone stands in a detector
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+
+
+class Detector(GeneralizedRCNN):
+    """A detector, as torchvision's are called.
+
+    In training ``model(images, targets)`` is a dict of losses, in eval mode ``model(images)`` a list of a dict per
+    image: "boxes" (D, 4), "labels" (D,), "scores" (D,), and "masks" (D, 1, H, W). Images are (3, H, W) floats in
+    [0, 1]; targets have "boxes" (K, 4), "labels" (K,) from 1 on, and "masks" (K, H, W). Boxes are x1, y1, x2, y2.
+
+    Attributes:
+        masks: whether it finds masks.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        rpn: RegionProposalNetwork,
+        roi_heads: nn.Module,
+        transform: GeneralizedRCNNTransform,
+        *,
+        masks: bool,
+    ) -> None:
+        super().__init__(backbone, rpn, roi_heads, transform)
+        self.masks = masks
+
+
+def create_detector(
+    name: str,
+    *,
+    mode: str,
+    num_classes: int,
+    head: str = MASK,
+    neck: str = PLAIN,
+    channels: int = 256,
+    hidden: int = 1024,
+    rois: int = 512,
+    sizes: Sequence[int] = (800,),
+    max_size: int = 1333,
+    anchor_scale: int = 8,
+    mean: Sequence[float],
+    std: Sequence[float],
+    strides: Sequence[int] = STRIDES,
+    initial_scales: InitialScales = "depth",
+    freeze_batch_norm: bool = False,
+    use_checkpoint: bool = False,
+) -> Detector:
+    """A detector with default initialization.
+
+    Args:
+        name, mode, neck, strides, initial_scales, freeze_batch_norm, use_checkpoint: see `PyramidBackbone`.
+        num_classes: of objects; the background is none.
+        head: Faster R-CNN ("faster"), Mask R-CNN ("mask") or Cascade Mask R-CNN ("cascade").
+        channels: of the feature pyramid and of the mask heads.
+        hidden: channels of the box heads' layers.
+        rois: boxes of an image that a head is trained on, a quarter of them of objects.
+        sizes: of the shorter side of an image, one drawn for every training image; the last in evaluation.
+        max_size: of the longer side.
+        anchor_scale: side of a level's anchors, in its pixels.
+        mean, std: by which the channels of images are normalised.
+
+    Raises:
+        UserError: an unknown head, or see `PyramidBackbone`.
+    """
+    if head not in HEADS:
+        raise unknown("detection head", head, HEADS)
+    backbone = PyramidBackbone(
+        name,
+        mode=mode,
+        neck=neck,
+        channels=channels,
+        strides=strides,
+        initial_scales=initial_scales,
+        use_checkpoint=use_checkpoint,
+        freeze_batch_norm=freeze_batch_norm,
+    )
+    reductions, classes = backbone.reductions, num_classes + 1
+    box_pool, mask_pool = _pool(7, reductions), _pool(14, reductions)
+
+    def heads(stage: Stage, predictor: type[BoxPredictor]) -> RoIHeads:
+        masks: tuple[nn.Module, ...] = ()
+        if head in WITH_MASKS:
+            layers = MaskRCNNHeads(channels, (channels,) * 4, dilation=1)
+            masks = mask_pool, layers, MaskPredictor(channels, channels, classes)
+        return RoIHeads(
+            box_pool,
+            TwoMLPHead(channels * math.prod(box_pool.output_size), hidden),
+            predictor(hidden, classes),
+            stage.iou,
+            stage.iou,
+            rois,
+            0.25,
+            stage.coder_weights,
+            0.05,
+            0.5,
+            100,
+            *masks,
+        )
+
+    if head == CASCADE:
+        stages = [heads(stage, ClassAgnosticPredictor) for stage in STAGES]
+        roi_heads: nn.Module = CascadeHeads(stages, [stage.loss_weight for stage in STAGES])
+    else:
+        roi_heads = heads(STAGES[0], BoxPredictor)
+    transform = GeneralizedRCNNTransform(tuple(sizes), max_size, mean, std, size_divisible=reductions[-1])
+    return Detector(backbone, _rpn(channels, reductions, anchor_scale), roi_heads, transform, masks=head in WITH_MASKS)
+
+
+def _rpn(channels: int, reductions: Sequence[int], anchor_scale: int) -> RegionProposalNetwork:
+    """As torchvision's Faster R-CNN has it."""
+    sides = [anchor_scale * reduction for reduction in (*reductions, 2 * reductions[-1])]
+    anchors = Anchors([(side,) for side in sides], [ASPECT_RATIOS] * len(sides))
+    return RegionProposalNetwork(
+        anchors,
+        RPNHead(channels, len(ASPECT_RATIOS)),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 2000, "testing": 1000},
+        post_nms_top_n={"training": 2000, "testing": 1000},
+        nms_thresh=0.7,
+    )
+
+
+def _pool(size: int, reductions: Sequence[int]) -> MultiScaleRoIAlign:
+    """Features of boxes, (R, C, size, size), from the level of the pyramid that suits a box's size."""
+    pool = MultiScaleRoIAlign(LEVELS, output_size=size, sampling_ratio=2)
+    # By itself it would take them from the first batch it meets, and wrongly where images are small.
+    pool.scales = [1 / reduction for reduction in reductions]
+    pool.map_levels = LevelMapper(*(int(math.log2(reductions[end])) for end in (0, -1)))
+    return pool

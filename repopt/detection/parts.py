@@ -1,0 +1,62 @@
+"""Parts of torchvision's detectors that give at least float32 wherever coordinates are computed.
+
+torchvision computes anchors and boxes in the type of features and of heads' outputs. Under autocast that would be
+bfloat16, whose numbers around 1000 are 4 to 8 apart: pixels, there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import rpn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Anchors(AnchorGenerator):
+    """`AnchorGenerator`, in the type of the images."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:  # noqa: D102
+        # Besides the type, the sizes of the features are all that is asked for.
+        return super().forward(image_list, [image_list.tensors.new_empty(0, *f.shape[-2:]) for f in feature_maps])
+
+
+class RPNHead(rpn.RPNHead):
+    """`rpn.RPNHead`."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: D102
+        logits, deltas = super().forward(x)
+        return list(map(_wide, logits)), list(map(_wide, deltas))
+
+
+class BoxPredictor(FastRCNNPredictor):
+    """`FastRCNNPredictor`: features (R, in_channels) -> logits (R, classes) and box deltas (R, 4 classes)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        logits, deltas = super().forward(x)
+        return _wide(logits), _wide(deltas)
+
+
+class ClassAgnosticPredictor(BoxPredictor):
+    """The same, where the box deltas of all classes are equal."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes)
+        self.bbox_pred = nn.Linear(in_channels, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        logits, deltas = super().forward(x)
+        return logits, deltas.repeat(1, logits.shape[1])
+
+
+class MaskPredictor(MaskRCNNPredictor):
+    """`MaskRCNNPredictor`: features (R, in_channels, h, w) -> logits (R, classes, 2 h, 2 w)."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return _wide(super().forward(x))
