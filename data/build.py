@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data import registry, transforms
-from data.decoded import Blank, DecodedLoader, Mend, refuse, replace
+from data.decoded import Blank, Decoded, DecodedLoader, mending, replace
 from data.loader import Loader
 from data.on_device import Erase, Mix, Normalize
 from data.resident import RandomCropFlip, ResidentLoader
@@ -90,13 +90,11 @@ def train_loader(
     _check_labels(files.labels, num_classes, source)
     sharded = source.zip_mode and source.cache_mode == "part"
     return DecodedLoader(
-        files,
-        transform,
+        Decoded(files, transform, seed),
         TrainSampler(len(files.labels), batch_size, rank, world_size, seed, sharded),
         normalize,
-        mend=_mend(source, replace),
+        mend=mending(source.on_bad_image, replace),
         device=device,
-        seed=seed,
         num_workers=num_workers,
         pin_memory=pin_memory,
         erase=Erase(augmentation, seed, device) if erasing else None,
@@ -160,13 +158,11 @@ def eval_loader(
     files = row.open(source, split, num_classes, rank, world_size)
     _check_labels(files.labels, num_classes, source)
     return DecodedLoader(
-        files,
-        transforms.eval_transform(image_size, interpolation, crop=crop),
+        Decoded(files, transforms.eval_transform(image_size, interpolation, crop=crop), seed=0),  # nothing is random
         sampler(len(files.labels)),
         normalize,
-        mend=_mend(source, Blank(image_size) if split == "val" else replace),
+        mend=mending(source.on_bad_image, Blank(image_size) if split == "val" else replace),
         device=device,
-        seed=0,  # nothing is random
         num_workers=num_workers,
         pin_memory=pin_memory,
     )
@@ -178,10 +174,6 @@ def _find(source: Source, image_size: int, interpolation: str) -> registry.Resid
     if isinstance(row, registry.Resident) and row.info.image_size not in (None, image_size):
         raise UserError(f"data set {source.dataset!r} has images of size {row.info.image_size}, not {image_size}")
     return row
-
-
-def _mend(source: Source, skip: Mend) -> Mend:
-    return {"skip": skip, "raise": refuse}[source.on_bad_image]
 
 
 def _check_labels(labels: Tensor, num_classes: int, source: Source) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+T = TypeVar("T")
 
 _FRAMES = {0xC0, 0xC1, 0xC2}  # markers of the frames that are not lossless, arithmetically coded or hierarchical
 _BEFORE = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}  # of what stands before a frame: tables, applications' data
@@ -23,11 +27,29 @@ def to_pillow(data: bytes) -> Image.Image:
     Raises:
         OSError: the bytes are no image that Pillow can decode, or one of more pixels than Pillow's limit.
     """
+    return _decoded(data, lambda image: image.convert("RGB"))
+
+
+def to_values(data: bytes) -> np.ndarray:
+    """What the file holds for each pixel: of a greyscale or palette image its values or indices, uint8 [H, W].
+
+    Raises:
+        OSError: as `to_pillow`.
+    """
+
+    def values(image: Image.Image) -> np.ndarray:
+        image.load()
+        return np.array(image)
+
+    return _decoded(data, values)
+
+
+def _decoded(data: bytes, decode: Callable[[Image.Image], T]) -> T:
     try:
         image = Image.open(io.BytesIO(data))
         pixels = image.width * image.height
         if pixels <= _most_pixels():
-            return image.convert("RGB")
+            return decode(image)
     except UnidentifiedImageError as error:  # its own message is a memory address
         raise OSError("no image of a format that Pillow knows") from error
     except Exception as error:  # nothing but Pillow runs here, whose decoders raise many kinds at damaged bytes

@@ -30,15 +30,24 @@ def describe(root: str, splits: Sequence[str]) -> Info:
     return Info(num_classes=len(expected), image_size=None)
 
 
+def data_folder(root: str) -> Path:
+    """The folder of a data set.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not root or not Path(root).is_dir():
+        raise UserError(f"data folder {root!r} does not exist: give --data-path")
+    return Path(root)
+
+
 def find_classes(root: str, split: str) -> list[str]:
     """The names of the class folders, sorted: a class's index is its position.
 
     Raises:
         UserError: the folder is missing or has no class folders.
     """
-    if not Path(root).is_dir() or not root:
-        raise UserError(f"data folder {root!r} does not exist: give --data-path")
-    folder = Path(root, split)
+    folder = data_folder(root) / split
     if not folder.is_dir():
         raise UserError(f"no folder {split}/ in {root!r}: one folder per class is expected in it")
     return class_folders(folder)
@@ -73,8 +82,33 @@ def open_split(root: str, split: str) -> FolderImages:
     return FolderImages(folder, found)
 
 
-class FolderImages:
-    """Image files below one folder.
+class Files:
+    """Files below one folder.
+
+    Args:
+        folder: the folder.
+        paths: of the files; they start with the folder's.
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
+        self._folder = os.fsencode(folder)
+        # One array rather than a million objects, which reference counts would copy into every worker.
+        self._paths = np.array([os.fsencode(path)[len(self._folder) :] for path in paths])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one file."""
+        return Path(self.name(index)).read_bytes()
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return os.fsdecode(self._folder + self._paths[index])
+
+
+class FolderImages(Files):
+    """Image files below one folder, with a label each.
 
     Args:
         folder: the folder.
@@ -82,15 +116,5 @@ class FolderImages:
     """
 
     def __init__(self, folder: Path, found: Sequence[tuple[str, int]]) -> None:
-        self._folder = os.fsencode(folder)
-        # One array each rather than a million objects, which reference counts would copy into every worker.
-        self._paths = np.array([os.fsencode(path)[len(self._folder) :] for path, _ in found])
+        super().__init__(folder, [path for path, _ in found])
         self.labels = torch.tensor([label for _, label in found])
-
-    def read(self, index: int) -> bytes:
-        """The encoded bytes of one image."""
-        return Path(self.name(index)).read_bytes()
-
-    def name(self, index: int) -> str:
-        """The image's path."""
-        return os.fsdecode(self._folder + self._paths[index])

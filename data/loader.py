@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from data import position
-from data.on_device import Erase, Mix, Normalize
+from data.on_device import Erase, Mix
 from data.position import Leg, Position
 from data.samplers import Sampler
 
@@ -17,34 +18,35 @@ from data.samplers import Sampler
 class Loader(ABC):
     """Batches of one rank, on the device: `for images, targets in loader`.
 
-    Images are normalised float32 [B, 3, H, W]; targets are int64 [B], or float [B, num_classes] under mixup or cutmix.
-    Iterating never waits for the device. A batch follows from the seed, the epoch and its images alone: neither
-    stopping within an epoch, nor workers, nor (but for the images that meet in a batch) the number of processes change
-    it.
+    Images are normalised float32 [B, 3, H, W]; targets are int64 [B], or float [B, num_classes] under mixup or cutmix
+    (`data.segmentation` and `data.detection` say what theirs are). Iterating never waits for the device. A batch
+    follows from the seed, the epoch and its images alone: neither stopping within an epoch, nor workers, nor (but for
+    the images that meet in a batch) the number of processes change it.
 
-    In evaluation an unreadable image may come as zeros before normalisation, with the target -100, which
-    `torch.nn.functional.cross_entropy` ignores; in training another of its batch takes its place.
+    In the evaluation of a classifier an unreadable image may come as zeros before normalisation, with the target -100,
+    which `torch.nn.functional.cross_entropy` ignores; in training another of its batch takes its place.
 
     Attributes:
         num_images: images of the whole split, over all ranks.
         images_per_batch: images of one (full) batch of every rank together.
         images_seen: images that all processes saw of the chosen epoch before `set_epoch`.
-        fingerprint: 16 hexadecimal digits that identify the split's labels in their order, and so its content cheaply.
+        fingerprint: 16 hexadecimal digits that identify the split's labels (or names, or boxes) in their order, and so
+            its content cheaply.
         unreadable: name and reason of every unreadable image met so far on this rank.
     """
 
     def __init__(
         self,
-        labels: Tensor,
+        contents: Tensor,
         sampler: Sampler,
-        normalize: Normalize,
+        normalize: Callable[[Any], Any],
         *,
         erase: Erase | None = None,
         mix: Mix | None = None,
     ) -> None:
-        self.num_images = len(labels)
+        self.num_images = sampler.num_images
         self.images_per_batch = sampler.batch_size * sampler.world_size
-        self.fingerprint = hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(contents.cpu().numpy().tobytes()).hexdigest()[:16]
         self.unreadable: dict[str, str] = {}
         self._sampler = sampler
         self._normalize, self._erase, self._mix = normalize, erase, mix
@@ -82,7 +84,7 @@ class Loader(ABC):
             sharded=self._sampler.sharded,
         )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         epoch = self._epoch
         for images, targets, indices in self._raw_batches(epoch, self._batches):
             images = self._normalize(images)
@@ -93,5 +95,5 @@ class Loader(ABC):
             yield images, targets
 
     @abstractmethod
-    def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """uint8 images [B, 3, H, W] and int64 labels [B] on the device, int64 image indices [B] on the CPU."""
+    def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Any, Any, Tensor]]:
+        """uint8 images [B, 3, H, W] and targets on the device, int64 image indices [B] on the CPU."""

@@ -1,10 +1,10 @@
-"""The table of data sets. A new one is a row here (and the file that reads its images)."""
+"""The table of data sets for classification. A new one is a row here (and the file that reads its images)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ from data import caltech, cifar, digits, fake, folder, patches, zipped
 from data.encoded import EncodedImages
 from data.types import ON_BAD_IMAGE, Info, Source
 from repopt.errors import UserError, unknown
+
+Row = TypeVar("Row")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -122,14 +124,22 @@ def find(source: Source) -> Resident | Decoded:
     """The data set's row.
 
     Raises:
+        UserError: as `look_up`.
+    """
+    return look_up(source, DATASETS)
+
+
+def look_up(source: Source, table: Mapping[str, Row]) -> Row:
+    """The data set's row in a table.
+
+    Raises:
         UserError: an unknown data set, zip mode with one that is in no zip, or an unknown way with unreadable images.
     """
     if source.on_bad_image not in ON_BAD_IMAGE:
         raise unknown("way with unreadable images", source.on_bad_image, ON_BAD_IMAGE)
-    if source.dataset not in DATASETS:
-        raise unknown("data set", source.dataset, DATASETS)
-    row = DATASETS[source.dataset]
-    if source.zip_mode and not row.zips:
-        zips = " and ".join(name for name, row in DATASETS.items() if row.zips)
-        raise UserError(f"--zip is for {zips}: data set {source.dataset!r} is in no zip")
-    return row
+    if source.dataset not in table:
+        raise unknown("data set", source.dataset, table)
+    zips = [name for name, row in DATASETS.items() if row.zips]
+    if source.zip_mode and source.dataset not in zips:
+        raise UserError(f"--zip is for {' and '.join(zips)}: data set {source.dataset!r} is in no zip")
+    return table[source.dataset]

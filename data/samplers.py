@@ -18,11 +18,13 @@ class Sampler(Protocol):
     """The batches of one rank.
 
     Attributes:
+        num_images: of the whole split.
         batch_size: most images in a batch.
         world_size: number of ranks.
         sharded: whether rank r has only images with index % world_size == r.
     """
 
+    num_images: int
     batch_size: int
     world_size: int
     sharded: bool

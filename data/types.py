@@ -12,13 +12,14 @@ class Source:
     """Where images come from.
 
     Attributes:
-        dataset: a name in `data.registry.DATASETS`.
-        root: the data set's folder (`--data-path`); unused by the data sets that need none (digits, patches, fake).
+        dataset: a name in `data.registry.DATASETS`, or in the table of `data.segmentation` or `data.detection`.
+        root: the data set's folder (`--data-path`); unused by the data sets that need none (digits, patches, fake), and
+            not needed by the one that is made where it is absent (scenes).
         zip_mode: read the images from a zip in `root` instead of class folders (`--zip`).
         cache_mode: with `zip_mode`, what a process keeps in memory: 'no' image, the 'full' set, or its 'part' of it.
         on_bad_image: what to do at an image that cannot be read or decoded: 'raise' an error that names it, or 'skip'
             it with a warning. A skipped image gives its place to another of its batch in training, and counts as
-            wrong in evaluation.
+            wrong in the evaluation of a classifier; in other evaluations it is an error anyway.
     """
 
     dataset: str

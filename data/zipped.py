@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.folder import data_folder
 from data.types import Info
 from repopt import archive
 from repopt.errors import UserError, one_line, shown, unknown
@@ -192,9 +193,7 @@ class _Cache:
 
 
 def _find_zip(root: str, split: str) -> Path:
-    folder = Path(root)
-    if not root or not folder.is_dir():
-        raise UserError(f"data folder {root!r} does not exist: give --data-path")
+    folder = data_folder(root)
     if (path := folder / f"{split}.zip").is_file():
         return path
     zips = [path for path in sorted(folder.glob("*.zip")) if path.name not in _SPLIT_ZIPS]

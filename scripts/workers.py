@@ -45,7 +45,7 @@ def run_side_by_side(jobs: Sequence[Job], watch: Callable[[], object]) -> None:
         while todo or running:
             for job in [job for job in todo if all(other in done or other not in jobs for other in job.needs)]:
                 todo.remove(job)
-                running[pool.submit(quietly, Path(job.script).stem, job.command)] = job
+                running[pool.submit(quietly, module_of(job.script), job.command)] = job
             finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             for future in finished:
                 future.result()  # raises what went wrong in it
@@ -65,6 +65,11 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def module_of(script: str) -> str:
+    """The name by which a script is imported: scripts/downstream/detect.py is downstream.detect."""
+    return ".".join(part for part in Path(script).with_suffix("").parts if part != "scripts")
 
 
 def quietly(program: str, argv: Sequence[str]) -> None:

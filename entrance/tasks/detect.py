@@ -53,7 +53,7 @@ class Detect(Task):
     def train_loader(self, cfg: CfgNode, world: World) -> data.Loader:  # noqa: D102
         return images_and_boxes.train_loader(
             source_of(cfg),
-            masks=cfg.DETECT.HEAD in detection.WITH_MASKS,
+            masks=_with_masks(cfg),
             batch_size=cfg.DATA.BATCH_SIZE,
             seed=cfg.SEED,
             **loading(cfg, world),
@@ -82,9 +82,13 @@ class Detect(Task):
         source = source_of(cfg)
         return functools.partial(
             detection.evaluate,
-            ground_truth=images_and_boxes.ground_truth(source),
+            ground_truth=images_and_boxes.ground_truth(source, masks=_with_masks(cfg)),
             category_ids=_described(source).category_ids,
         )
+
+
+def _with_masks(cfg: CfgNode) -> bool:
+    return cfg.DETECT.HEAD in detection.WITH_MASKS
 
 
 def _sum_of_losses(losses: dict[str, Tensor], targets: Any) -> Tensor:

@@ -43,8 +43,6 @@ class Detection(NamedTuple):
     mask_medium: float | None = None
     mask_large: float | None = None
 
-    measure = "box mAP"
-
     @property
     def score(self) -> float:
         """box mAP."""

@@ -90,7 +90,7 @@ def detected(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Any, Any]])
             labels = [info.category_ids.index(thing["category_id"]) for thing in objects]
             there.append(boxed(picture, torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels, info))
             sure = output["scores"] >= LEAST_SCORE
-            if "masks" in output:
+            if "masks" in output and sure.any():
                 picture = masked(picture, output["masks"][sure, 0].cpu() > 0.5, (output["labels"][sure] - 1).tolist())
             found.append(boxed(picture, output["boxes"][sure].cpu(), (output["labels"][sure] - 1).tolist(), info))
     return rows

@@ -4,6 +4,7 @@ A file holds
 
     title, notes        for its readers
     paper               name of its table in scripts/paper_tables.json
+    ours                labels and columns of rows that the paper has not
     trainings           by name; those of trainings.yaml are known to all. Their fields are those of `Training`; `like`
                         names another whose fields, except those given, are taken over (`set` is merged)
     rows                of a table: `labels`, by which the paper's row is found, and by the paper's column a cell: the
@@ -41,12 +42,13 @@ class Training:
 
     Attributes:
         name: in the file.
-        do: "train", "throughput" (of the deployed network), "training speed", or the quantization "ptq" or "qat".
+        do: "train", "segment", "detect", "throughput" (of the deployed network), "training speed", or the quantization
+            "ptq" or "qat".
         arch: of main_repopt.py.
         cfg: recipe.
         set: keys and values over it. A value may be `{paper: [LABEL ..., COLUMN]}`, a number of the experiment's table.
         scales: training whose scales it takes.
-        of: training whose network is quantized.
+        of: training whose network is quantized, or is the backbone.
         gpus: at full scale.
         once: whether all seeds share one run, of the first seed.
         arguments: further ones of the command line.
@@ -89,6 +91,7 @@ class Experiment:
     title: str
     notes: tuple[str, ...]
     paper: paper.PaperTable | None
+    ours: tuple[str, ...]
     trainings: Mapping[str, Training]
     rows: tuple[Row, ...]
     draw: str | None
@@ -99,6 +102,12 @@ class Experiment:
         """Columns that say what a row is."""
         assert self.paper is not None
         return list(self.paper.columns[: len(self.rows[0].labels)])
+
+    def of_paper(self, row: Row, cell: Cell) -> Any:
+        """What the paper has in a cell; None where it has none."""
+        if self.paper is None or cell.column in self.ours or any(label in self.ours for label in row.labels):
+            return None
+        return self.paper.row(row.labels)[cell.column]
 
 
 @functools.cache
@@ -131,6 +140,7 @@ def load(name: str, scale: Scale) -> Experiment:
         content["title"],
         tuple(note for note in content.get("notes", ()) if note),
         table,
+        tuple(content.get("ours", ())),
         trainings,
         tuple(known),
         content.get("draw"),
@@ -162,8 +172,9 @@ def _trainings(declared: Mapping[str, Mapping[str, Any]], table: paper.PaperTabl
 
     found = {}
     for name in declared:
-        training = Training(name, **fields(name))
-        if training.arch or training.of:
+        given = fields(name)
+        training = Training(name, **given)
+        if training.arch or (training.of and "arch" not in given):
             settings = {key: _of_paper(value, table) for key, value in training.set.items() if value is not None}
             found[name] = dataclasses.replace(training, set=settings, arguments=tuple(training.arguments))
     # What needs a training that is not of this scale is not either.

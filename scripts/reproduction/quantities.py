@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import analyse_kernels
@@ -38,14 +39,14 @@ class Quantity(NamedTuple):
     ordered: bool = True
 
 
-def top1(run: Run) -> float:
-    """Of the last epoch, in percent."""
-    return epochs_of(run.folder)[-1]["val"]["top1"]
+def score(run: Run, name: str) -> float:
+    """A number of the last evaluation, in percent."""
+    return epochs_of(run.folder)[-1]["val"][name]
 
 
-def quantized_top1(run: Run, network: str) -> float:
-    """Of a network of a quantization: "fp32", "INT8" or "INT8, onnxruntime", in percent."""
-    return json.loads((run.folder / run.kind.left(run)).read_text())[network]["top1"]
+def quantized(run: Run, network: str, name: str) -> float:
+    """A number of a network of a quantization ("fp32", "INT8" or "INT8, onnxruntime"), in percent."""
+    return json.loads((run.folder / run.kind.left(run)).read_text())[network][name]
 
 
 def throughput(run: Run) -> float:
@@ -123,8 +124,12 @@ def _stages(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 QUANTITIES: dict[str, Quantity] = {
-    "top1": Quantity(2, top1),
-    "quantized top1": Quantity(2, quantized_top1),
+    "top1": Quantity(2, partial(score, name="top1")),
+    "box mAP": Quantity(2, partial(score, name="box_map")),
+    "mask mAP": Quantity(2, partial(score, name="mask_map")),
+    "mIoU": Quantity(2, partial(score, name="miou")),
+    "quantized top1": Quantity(2, partial(quantized, name="top1")),
+    "quantized mIoU": Quantity(2, partial(quantized, name="miou")),
     "kernel std": Quantity(4, kernel_std),
     "throughput": Quantity(0, throughput),
     "training speed": Quantity(0, training_speed),

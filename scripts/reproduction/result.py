@@ -60,8 +60,7 @@ def rows_of(experiment: Experiment, runs: Mapping[str, Sequence[Run]]) -> list[C
     """The rows of a table: what they are called, and per column the paper's number and that of the runs."""
     rows = []
     for row in experiment.rows:
-        there = experiment.paper.row(row.labels) if experiment.paper else {}
-        cells = [_cell(cell, there[cell.column], runs) for cell in row.cells]
+        cells = [_cell(cell, experiment.of_paper(row, cell), runs) for cell in row.cells]
         rows.append({"labels": [*map(_words, row.labels)], "cells": cells})
     return rows
 

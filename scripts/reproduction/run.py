@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import quantize
+from downstream import detect, segment
 from runs import epochs_of
 
 from entrance.files import ARTIFACTS, CONFIG, RESULTS, THROUGHPUT
@@ -20,9 +21,16 @@ from repopt.errors import UserError, shown
 from reproduction.experiment import Experiment, Training
 
 # Data sets whose folder is found in an environment variable; the others come with a package.
-FOLDERS = {"imagenet": "IMAGENET", "cf100": "CIFAR", "caltech256": "CALTECH"}
+FOLDERS = {
+    "imagenet": "IMAGENET",
+    "cf100": "CIFAR",
+    "caltech256": "CALTECH",
+    "cityscapes": "CITYSCAPES",
+    "coco": "COCO",
+}
 
-_OF_PLACES = {"BASE", "DATA.DATA_PATH", "OUTPUT", "MODEL.RESUME", "TRAIN.SCALES_PATH"}  # by which runs do not differ
+# Keys by which runs do not differ.
+_OF_PLACES = {"BASE", "DATA.DATA_PATH", "OUTPUT", "MODEL.RESUME", "MODEL.BACKBONE", "TRAIN.SCALES_PATH"}
 
 
 class Kind(NamedTuple):
@@ -31,19 +39,39 @@ class Kind(NamedTuple):
     Attributes:
         script: that does it.
         left: the file in the run's folder that is there when it came to its end.
+        program: that reads its command line.
+        of: what the command line says of the run that it goes out from, whose checkpoint it names at last.
+        trains: whether it does so epoch by epoch.
         alone: whether other work on the machine would spoil it.
     """
 
     script: str
     left: Callable[[Run], str]
+    program: config.Program = config.MAIN
+    of: tuple[str, ...] = ()
+    trains: bool = False
     alone: bool = False
 
 
-_QUANTIZED = Kind("scripts/quantize.py", lambda run: f"{ARTIFACTS}/{RESULTS}")
+def _last_checkpoint(run: Run) -> str:
+    return f"ckpt_epoch_{run.cfg.TRAIN.EPOCHS - 1}.pth"
+
+
+def _trained(script: str, program: config.Program) -> Kind:
+    return Kind(script, _last_checkpoint, program, ("--backbone",), trains=True)
+
+
+def _quantized(method: str) -> Kind:
+    of = ("--method", method, "--resume")
+    return Kind("scripts/quantize.py", lambda run: f"{ARTIFACTS}/{RESULTS}", quantize.PROGRAM, of)
+
+
 KINDS = {
-    "train": Kind("main_repopt.py", lambda run: f"ckpt_epoch_{run.cfg.TRAIN.EPOCHS - 1}.pth"),
-    "ptq": _QUANTIZED,
-    "qat": _QUANTIZED,
+    "train": _trained("main_repopt.py", config.MAIN),
+    "segment": _trained("scripts/downstream/segment.py", segment.PROGRAM),
+    "detect": _trained("scripts/downstream/detect.py", detect.PROGRAM),
+    "ptq": _quantized("ptq"),
+    "qat": _quantized("qat"),
     "throughput": Kind("main_repopt.py", lambda run: THROUGHPUT, alone=True),
     "training speed": Kind("scripts/benchmark.py", lambda run: "speed.json", alone=True),
 }
@@ -57,7 +85,7 @@ class Run:
         training: what is done.
         seed: of everything random in it.
         output: below which all runs are.
-        scales, of: the runs whose scales it takes and whose network it quantizes.
+        scales, of: the runs whose scales it takes and whose network it goes out from.
     """
 
     training: Training
@@ -105,7 +133,7 @@ class Run:
         arguments = [*(("--cfg", self.training.cfg) if self.training.cfg else ()), "--arch", self.arch]
         arguments += ["--tag", self._tag, "--output", str(self.output)]
         if self.of is not None:
-            arguments += ["--method", self.training.do, "--resume", str(self.of.folder / "latest.pth")]
+            arguments += [*self.kind.of, str(self.of.folder / "latest.pth")]
         if self.training.do == "throughput":
             arguments += ["--throughput"]
         if self.scales is not None:
@@ -113,19 +141,15 @@ class Run:
         options = ["--opts", "SEED", str(self.seed)]
         for key, value in self.training.set.items():
             options += [key, str(tuple(value) if isinstance(value, list) else value)]
-        dataset = config.parse([*arguments, *options], self._program).cfg.DATA.DATASET
+        dataset = config.parse([*arguments, *options], self.kind.program).cfg.DATA.DATASET
         if dataset in FOLDERS and self.training.do != "throughput":
             arguments += ["--data-path", f"${FOLDERS[dataset]}"]
         return [*arguments, *self.training.arguments, *options]
 
-    @property
-    def _program(self) -> config.Program:
-        return quantize.PROGRAM if self.of is not None else config.MAIN
-
     @cached_property
     def cfg(self) -> Any:
         """The configuration that its command line gives, as the data set leaves it open."""
-        return config.parse(self.command, self._program).cfg
+        return config.parse(self.command, self.kind.program).cfg
 
     def is_done(self) -> bool:
         """Whether it came to its end, in whatever start.
@@ -144,7 +168,7 @@ class Run:
             before = json.loads(path.read_text())
         except ValueError:
             return  # it was being written
-        cfg, given = config.parse(self.command, self._program)
+        cfg, given = config.parse(self.command, self.kind.program)
         for key in sorted(given - _OF_PLACES):
             then, now = config.lookup(before, key), config.lookup(cfg, key)
             if then != (list(now) if isinstance(now, tuple) else now):
@@ -172,11 +196,11 @@ class Run:
 
     def progress(self) -> int:
         """Epochs done, or 1 where there are none."""
-        return len(epochs_of(self.folder)) if self.training.do == "train" else int(self.is_done())
+        return len(epochs_of(self.folder)) if self.kind.trains else int(self.is_done())
 
     def length(self) -> int:
         """What `progress` ends at."""
-        return self.cfg.TRAIN.EPOCHS if self.training.do == "train" else 1
+        return self.cfg.TRAIN.EPOCHS if self.kind.trains else 1
 
 
 def runs_of(experiment: Experiment, names: Sequence[str], seeds: Sequence[int], output: Path) -> dict[str, list[Run]]:

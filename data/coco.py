@@ -1,0 +1,323 @@
+"""COCO's layout: `<split>2017/*.jpg` and `annotations/instances_<split>2017.json`, read whole and checked once."""
+
+from __future__ import annotations
+
+import json
+import marshal
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from repopt.errors import UserError, one_line, shown
+
+LEAST_SIDE = 1e-3  # of a box, in pixels
+
+_MAX_PIXELS = 2**28  # of an image; of more, masks would be an attack on the memory
+_MAX_COORDINATE = 1e9  # of a box
+_CODE_BITS = 5  # of a run's length in a character of compressed run lengths
+_MAX_CODES = 7  # characters of one length
+
+
+@dataclass(frozen=True)
+class Split:
+    """An annotation file that is sound, its columns as arrays.
+
+    Attributes:
+        file: the annotation file.
+        folder: of the images.
+        content: the file's.
+        category_ids: ascending; the label k stands for the k-th, counted from 1.
+        class_names: of the same.
+        image_ids: int64 [N].
+        names: of the N image files, relative to the folder.
+        sizes: int64 [N, 2], width and height.
+        annotation_ids: int64 [A].
+        images: int64 [A], which image an annotation is of, 0..N-1.
+        labels: int64 [A], 1..K.
+        crowd: bool [A].
+        boxes: float64 [A, 4], left, top, right and bottom, as far as they lie in the image.
+    """
+
+    file: Path
+    folder: Path
+    content: dict[str, Any]
+    category_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    image_ids: np.ndarray
+    names: list[str]
+    sizes: np.ndarray
+    annotation_ids: np.ndarray
+    images: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    boxes: np.ndarray
+
+    def empty(self) -> np.ndarray:
+        """bool [A]: of which boxes less than `LEAST_SIDE` is left in the image."""
+        return ((self.boxes[:, 2:] - self.boxes[:, :2]) < LEAST_SIDE).any(1)
+
+
+def annotation_file(root: Path, split: str) -> Path:
+    """Where the annotations of a split lie."""
+    return root / "annotations" / f"instances_{split}2017.json"
+
+
+def read(root: Path, split: str) -> Split:
+    """The annotations of a split.
+
+    Raises:
+        UserError: there are none, or they are not sound, or name images that the folder does not have.
+    """
+    file, folder = annotation_file(root, split), root / f"{split}2017"
+    content = _parse(file)
+    images, annotations, categories = (
+        _Records(file, content, kind) for kind in ("images", "annotations", "categories")
+    )
+    category_ids = categories.ids()
+    class_names = categories.column("name", _is_text, "text")
+    by_id = np.argsort(category_ids)
+
+    image_ids = images.ids()
+    names = images.column("file_name", _is_text, "text")
+    sizes = np.stack([images.integers("width", 1), images.integers("height", 1)], 1)
+    if (large := sizes.astype(float).prod(1) > _MAX_PIXELS).any():
+        raise UserError(f"{file}: image {image_ids[large][0]} has more than {_MAX_PIXELS} pixels")
+    _check_files(file, folder, names)
+
+    annotation_ids = annotations.ids(1)  # pycocotools takes others for no annotation
+    of_image = _places(file, annotation_ids, "image", annotations.integers("image_id"), image_ids)
+    of_category = _places(file, annotation_ids, "category", annotations.integers("category_id"), category_ids[by_id])
+    crowd = annotations.integers("iscrowd", 0) > 0
+    annotations.column("area", _is_number, "a number")
+    corners = np.array(annotations.column("bbox", _is_box, "four numbers"), np.float64).reshape(-1, 2, 2)
+    corners[:, 1] += corners[:, 0]
+    return Split(
+        file,
+        folder,
+        content,
+        tuple(category_ids[by_id].tolist()),
+        tuple(class_names[k] for k in by_id),
+        image_ids,
+        names,
+        sizes,
+        annotation_ids,
+        of_image,
+        of_category + 1,
+        crowd,
+        np.clip(corners, 0, sizes[of_image][:, None]).reshape(-1, 4),
+    )
+
+
+class Masks:
+    """The masks of some annotations, undecoded.
+
+    Args:
+        split: the annotations.
+        chosen: which of them, int64 [M].
+
+    Raises:
+        UserError: one has no mask, or one that pycocotools cannot decode; pycocotools is absent.
+    """
+
+    def __init__(self, split: Split, chosen: np.ndarray) -> None:
+        tools()
+        check_masks(split, chosen.tolist())
+        annotations = split.content["annotations"]
+        # In one piece rather than as many objects, which reference counts would copy into every worker.
+        packed = [marshal.dumps(annotations[k]["segmentation"]) for k in chosen.tolist()]
+        self._packed = b"".join(packed)
+        self._ends = np.cumsum([0, *map(len, packed)])
+
+    def decode(self, index: int, height: int, width: int) -> np.ndarray:
+        """uint8 [height, width], 1 in the mask of the annotation chosen[index]."""
+        mask = tools().mask
+        found = marshal.loads(self._packed[self._ends[index] : self._ends[index + 1]])
+        if isinstance(found, list):
+            found = mask.merge(mask.frPyObjects(found, height, width))
+        elif isinstance(found["counts"], list):
+            found = mask.frPyObjects(found, height, width)
+        return mask.decode(found)
+
+
+def check_masks(split: Split, chosen: Iterable[int]) -> None:
+    """Refuses annotations without a mask, and masks that pycocotools crashes on.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for k in chosen:
+        width, height = split.sizes[split.images[k]].tolist()
+        segmentation = split.content["annotations"][k].get("segmentation")
+        if reason := _flaw(segmentation, width, height):
+            where = f"{split.file}: annotation {split.annotation_ids[k]}"
+            raise UserError(f"{where}: its segmentation {reason}: {shown(segmentation)}")
+
+
+def tools() -> ModuleType:
+    """The package pycocotools.
+
+    Raises:
+        UserError: it is absent.
+    """
+    try:
+        import pycocotools.coco
+        import pycocotools.mask
+    except ImportError:
+        raise UserError("detection needs pycocotools (pip install -r requirements-downstream.txt)") from None
+    return pycocotools
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no annotation file {str(file)!r}: the data folder is not in COCO's layout") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds {shown(content)}, not images, annotations and categories")
+    return content
+
+
+class _Records:
+    """One of the lists of a file, whose records have values of known kinds."""
+
+    def __init__(self, file: Path, content: dict[str, Any], kind: str) -> None:
+        self._file, self._kind, self._records = file, kind, content.get(kind)
+        if not isinstance(self._records, list):
+            raise UserError(f"{file} has no list {kind!r}")
+        if not self._records and kind != "annotations":
+            raise UserError(f"{file}: the list {kind!r} is empty")
+
+    def column(self, key: str, fits: Callable[[Any], bool], expected: str) -> list[Any]:
+        """A value of each record."""
+        try:
+            values = list(map(itemgetter(key), self._records))
+            wrong = next((number for number, value in enumerate(values) if not fits(value)), None)
+        except (KeyError, TypeError, IndexError):
+            wrong = next(
+                n for n, record in enumerate(self._records) if not isinstance(record, dict) or key not in record
+            )
+        if wrong is not None:
+            raise UserError(
+                f"{self._file}: {self._kind}[{wrong}] lacks {key!r} ({expected}): {shown(self._records[wrong])}"
+            )
+        return values
+
+    def integers(self, key: str, least: int = -(2**62)) -> np.ndarray:
+        """An integer of each record, int64."""
+        expected = "an integer" if least < 0 else f"an integer from {least} on"
+        return np.array(self.column(key, lambda v: type(v) is int and least <= v <= 2**62, expected), np.int64)
+
+    def ids(self, least: int = -(2**62)) -> np.ndarray:
+        """What the records are called; no two are called the same."""
+        found = self.integers("id", least)
+        values, counts = np.unique(found, return_counts=True)
+        if (twice := counts > 1).any():
+            raise UserError(f"{self._file}: {self._kind} has the id {values[twice][0]} more than once")
+        return found
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_integers(values: Any) -> bool:
+    return type(values) is list and set(map(type, values)) <= {int}
+
+
+def _is_box(value: Any) -> bool:
+    return (
+        type(value) is list
+        and len(value) == 4
+        and all(_is_number(v) and -_MAX_COORDINATE < v < _MAX_COORDINATE for v in value)
+    )
+
+
+def _places(file: Path, annotation_ids: np.ndarray, kind: str, wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Where in `known` each annotation's id of its image or category stands."""
+    order = np.argsort(known)
+    places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    if (foreign := known[places] != wanted).any():
+        raise UserError(
+            f"{file}: annotation {annotation_ids[foreign][0]} is of {kind} {wanted[foreign][0]}, "
+            f"which the file does not list ({foreign.sum()} such)"
+        )
+    return places
+
+
+def _check_files(file: Path, folder: Path, names: list[str]) -> None:
+    if not folder.is_dir():
+        raise UserError(f"no folder {str(folder)!r}, whose images {file.name} lists")
+    found = {entry.name for entry in os.scandir(folder)}  # sooner than asking for every file
+    lacking = [
+        name
+        for name in names
+        if name not in found and (Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_file())
+    ]
+    if lacking:
+        raise UserError(
+            f"{str(folder)!r} lacks {len(lacking)} of {len(names)} images that {file} lists: {shown(lacking[0])}"
+        )
+
+
+def _flaw(segmentation: Any, width: int, height: int) -> str:
+    """Why pycocotools would crash on a mask of an image, or nothing."""
+    match segmentation:
+        case None:
+            return "is missing"
+        case [[_, _, _, _, _, _, *_], *_]:
+            return next(filter(None, (_flaw_of_polygon(polygon, max(width, height)) for polygon in segmentation)), "")
+        case list():
+            return "has no polygon of three points or more"
+        case {"size": size, "counts": counts}:
+            if not _are_integers(size) or size != [height, width]:
+                return f"is not of the image's size, {[height, width]}"
+            lengths = _lengths(counts) if type(counts) is str else counts
+            if not _are_integers(lengths) or min(lengths, default=0) < 0 or sum(lengths) != width * height:
+                return "has run lengths that are not those of the image's pixels"
+            return ""
+    return "is neither polygons nor run lengths"
+
+
+def _flaw_of_polygon(polygon: Any, side: int) -> str:
+    if type(polygon) is not list or len(polygon) % 2 or not polygon or not set(map(type, polygon)) <= {int, float}:
+        return "has a polygon that is no list of x, y, x, y ..."
+    if not (-side <= min(polygon) and max(polygon) <= 2 * side) or math.isnan(sum(polygon)):
+        return "has a polygon far outside the image"  # whose outline would be followed pixel by pixel
+    return ""
+
+
+def _lengths(counts: str) -> list[int]:
+    """Of compressed run lengths: differences to the last but one, in base 32, least digit first, from "0" on.
+
+    Nothing where they are malformed: pycocotools would read on behind their end.
+    """
+    if not counts or not counts.isascii():
+        return []
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - ord("0")
+    more, sign, digit = 1 << _CODE_BITS, 1 << (_CODE_BITS - 1), (1 << _CODE_BITS) - 1
+    ends = np.flatnonzero(codes & more == 0)
+    if codes.min() < 0 or codes.max() > (more | digit) or codes[-1] & more:
+        return []
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    widths = ends - starts + 1
+    if widths.max() > _MAX_CODES:
+        return []
+    shifts = _CODE_BITS * (np.arange(len(codes)) - np.repeat(starts, widths))
+    lengths = np.add.reduceat((codes & digit) << shifts, starts)
+    lengths -= np.where(codes[ends] & sign, 1 << (_CODE_BITS * widths), 0)
+    for first in (1, 2):
+        lengths[first::2] = np.cumsum(lengths[first::2])
+    return lengths.tolist()
