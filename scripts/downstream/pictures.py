@@ -29,6 +29,7 @@ from repopt.models import parse_arch
 IMAGES = 6  # that are shown
 LEAST_SCORE = 0.5  # of a box that is shown
 ENLARGED = 320  # pixels that the longer side of an image has at least, so that labels can be read
+FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 PALETTE = [tuple(round(255 * part) for part in color) for color in matplotlib.colormaps["tab20"].colors]
 
 Rows = dict[str, list[Tensor]]  # uint8 (3, H, W) by what they show
@@ -103,7 +104,9 @@ def boxed(picture: Tensor, boxes: Tensor, classes: Sequence[int], info: of_boxes
     if not len(boxes):
         return picture
     names, colors = [info.class_names[index] for index in classes], [color_of(index) for index in classes]
-    return draw_bounding_boxes(picture, times * boxes, names, colors, width=3, label_colors="white", fill_labels=True)
+    return draw_bounding_boxes(
+        picture, times * boxes, names, colors, width=2, font=FONT, font_size=20, label_colors="white", fill_labels=True
+    )
 
 
 def masked(picture: Tensor, masks: Tensor, classes: Sequence[int]) -> Tensor:
