@@ -120,7 +120,7 @@ def network_names(sources: Sequence[trained.Trained]) -> list[str]:
     return names
 
 
-def network_of(source: trained.Trained) -> Network:
+def network_of(source: trained.Trained) -> nn.Module:
     """The trained network, in eval mode; UserError where it has not the kernels that this is about."""
     if source.arch.mode == zoo.MODE:
         raise UserError(f"{source.path!r} is of {source.name}, which has no declared blocks: give one of our networks")
@@ -174,9 +174,13 @@ def check(networks: Mapping[str, Kernels]) -> None:
                     raise UserError(f"{name}: the kernel of {path} ({form}) holds numbers that are not finite")
 
 
-def papers_layer(model: Network, layers: Sequence[str]) -> str:
-    """The layer that the paper shows, the 8th of the stage of 16; in a model without one, the middle layer."""
-    for stage in model.stage_names:
+def papers_layer(model: nn.Module, layers: Sequence[str]) -> str:
+    """The layer that the paper shows, the 8th of the stage of 16; in a model without one, the middle layer.
+
+    The model is one of ours, or has one as its backbone.
+    """
+    networks = [(name, module) for name, module in model.named_modules() if isinstance(module, Network)]
+    for stage in (f"{name}.{stage}".lstrip(".") for name, network in networks for stage in network.stage_names):
         within = [path for path in layers if path.startswith(f"{stage}.")]
         if len(within) == PAPERS_STAGE:
             return within[PAPERS_LAYER]
