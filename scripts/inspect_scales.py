@@ -2,8 +2,9 @@
 
     python scripts/inspect_scales.py FILE [--arch MODEL] [--out DIR]
 
-FILE is a scale file or the checkpoint of a hyper-search. The model whose blocks its scales fit is found by their names
-and shapes. Tables go to the terminal, a picture to DIR/<name of FILE>.png.
+FILE is a scale file or the checkpoint of a hyper-search; of a search within a detector or a segmentation network, the
+scales of the backbone are shown. The model whose blocks its scales fit is found by their names and shapes. Tables go to
+the terminal, a picture to DIR/<name of FILE>.png.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from plots import Range, plot_scales
 from torch import Tensor, nn
 
 import repopt
+from repopt import detection, segmentation
 from repopt.errors import UserError, run_command
 from repopt.models import list_archs
 from repopt.reparam import key_of
@@ -43,7 +45,7 @@ def inspect(file: Path, arch: str | None, out: Path) -> None:
     Raises:
         UserError: the file holds no scales, or they do not fit `arch`, or without one any model.
     """
-    scales = repopt.load_scales(file)
+    scales = of_backbone(repopt.load_scales(file))
     models = [arch] if arch else fitting_models(scales)
     if not models:
         raise UserError(f"the scales of {str(file)!r} fit no model; --arch MODEL tells where they differ from it")
@@ -67,6 +69,14 @@ def inspect(file: Path, arch: str | None, out: Path) -> None:
     picture = out / f"{file.stem}.png"
     plot_scales(model, scales, picture, mults=mults, title=title)
     print(f"\n{picture}")
+
+
+def of_backbone(scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The scales by the names of a classifier: those of its backbone alone where they are of a network that has one."""
+    for body in (segmentation.BODY, detection.BODY):
+        if own := {name.removeprefix(f"{body}."): s for name, s in scales.items() if name.startswith(f"{body}.")}:
+            return own
+    return scales
 
 
 def fitting_models(scales: Mapping[str, Tensor]) -> list[str]:

@@ -25,7 +25,7 @@ import _root  # noqa: F401
 import analyse_kernels
 import jinja2
 import plots
-from inspect_scales import search_model
+from inspect_scales import of_backbone, search_model
 from markupsafe import Markup
 from runs import METRICS, Log, Run, number, read_json, steps_of
 from torch import Tensor
@@ -462,7 +462,7 @@ def searched_scales(runs: Mapping[str, Run]) -> Iterator[Block]:
 
 def scales_by_depth(file: Path, name: str, arch: str) -> Chart:
     """Mean and spread of the scales of every block; UserError where they are not those of the model."""
-    scales, model = repopt.load_scales(file), search_model(parse_arch(arch).model)
+    scales, model = of_backbone(repopt.load_scales(file)), search_model(parse_arch(arch).model)
     lowest, highest = min(float(v.min()) for v in scales.values()), max(float(v.max()) for v in scales.values())
     return chart(
         f"{name}: searched scales by depth, mean and standard deviation over the channels",
