@@ -63,9 +63,9 @@ class Row:
 
 DATASETS: dict[str, Row] = {
     "coco": Row(data_folder, IMAGENET_MEAN, IMAGENET_STD, flip=True),
-    "scenes": Row(
+    "scenes": Row(  # a mirrored digit is another thing
         lambda root: scenes.find(root) / "coco", digits.MEAN, digits.STD, flip=False
-    ),  # "2" has no mirror image
+    ),
 }
 
 
@@ -76,15 +76,11 @@ class Info:
     Attributes:
         class_names: of the labels 1..K.
         category_ids: likewise, what the annotation files call them.
-        mean: per channel, of values in 0..1.
-        std: likewise.
         annotations: the annotation file of the split "val".
     """
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     annotations: Path
 
 
@@ -94,9 +90,18 @@ def describe(source: Source) -> Info:
     Raises:
         UserError: an unknown data set; a folder that is not in its layout; annotations that are not sound.
     """
+    split = coco.read(look_up(source, DATASETS).root(source.root), "val")
+    return Info(split.class_names, split.category_ids, split.file)
+
+
+def statistics(source: Source) -> dict[str, tuple[float, float, float]]:
+    """The "mean" and "std" by which images are normalised, per channel, of values in 0..1; no file is looked for.
+
+    Raises:
+        UserError: an unknown data set.
+    """
     row = look_up(source, DATASETS)
-    split = coco.read(row.root(source.root), "val")
-    return Info(split.class_names, split.category_ids, row.mean, row.std, split.file)
+    return {"mean": row.mean, "std": row.std}
 
 
 def ground_truth(source: Source, *, masks: bool = False) -> COCO:

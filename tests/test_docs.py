@@ -39,6 +39,7 @@ def run(name):
 def test_every_document_is_tested():
     tested = {
         "converting",
+        "downstream",
         "law",
         "adding_a_model",
         "adding_an_update_rule",
@@ -100,6 +101,20 @@ def test_quantization(tmp_path, monkeypatch):
     found, expected = documented["logits"], documented["int8"](documented["images"])
     torch.testing.assert_close(found, expected, rtol=0.05, atol=1e-3)
     assert documented["optimizer"].grad_mults
+
+
+def test_downstream_is_what_was_measured():
+    text = (DOCS / "downstream.md").read_text()
+    for rows in json.loads((DOCS.parent / "benchmarks" / "downstream.json").read_text())["tables"].values():
+        assert as_table(rows) in text
+
+
+def test_downstream():
+    documented = run("downstream")
+    names = documented["optimizer"].grad_mults.keys()
+    assert {name.split(".")[1] for name in names} == {"body", "fpn"}
+    assert all(name.endswith(".conv.weight") for name in names)
+    assert documented["found"][0].keys() == {"boxes", "labels", "scores", "masks"}
 
 
 def test_law(capsys):

@@ -31,7 +31,6 @@ class Detect(Task):
         fill_in(cfg, given, "MODEL.NUM_CLASSES", len(_described(source_of(cfg)).class_names))
 
     def network(self, arch: Arch, cfg: CfgNode) -> nn.Module:  # noqa: D102
-        info = _described(source_of(cfg))
         return detection.create_detector(
             arch.model,
             mode=arch.mode,
@@ -44,9 +43,8 @@ class Detect(Task):
             sizes=cfg.DETECT.SIZES,
             max_size=cfg.DETECT.MAX_SIZE,
             anchor_scale=cfg.DETECT.ANCHOR_SCALE,
-            mean=info.mean,
-            std=info.std,
             freeze_batch_norm=cfg.MODEL.FREEZE_BN,
+            **images_and_boxes.statistics(source_of(cfg)),
             **of_backbone(cfg),
         )
 

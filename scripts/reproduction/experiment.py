@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 
-from repopt.errors import UserError, unknown
+from repopt.errors import unknown
 from reproduction import paper
 
 FOLDER = Path(__file__).resolve().parent
@@ -122,13 +122,11 @@ def load(name: str, scale: Scale) -> Experiment:
     """The experiment of a table or figure ("table 4").
 
     Raises:
-        UserError: there is none of that name, or none at that scale; the message says why.
+        UserError: there is none of that name.
     """
     if name not in names():
         raise unknown("table or figure", name, names())
     content = _at(_read(name.replace(" ", "")), scale)
-    if "elsewhere" in content:
-        raise UserError(f"{name} ({content['title']}): {content['elsewhere']}")
     table = paper.read(content["paper"]) if "paper" in content else None
     trainings = _trainings(_at(_read("trainings"), scale) | content.get("trainings", {}), table)
     rows = [_row(row) for row in content.get("rows", ())]

@@ -174,13 +174,12 @@ def refusal(root, **changes):
 
 
 def test_labels_are_the_categories_in_the_order_of_their_ids(made, few_scenes):
-    expected = detection.Info(
-        ("bird", "cat", "dog"), (3, 7, 90), IMAGENET_MEAN, IMAGENET_STD, annotation_file(made, "val")
-    )
+    expected = detection.Info(("bird", "cat", "dog"), (3, 7, 90), annotation_file(made, "val"))
     assert detection.describe(source_at(made)) == expected
+    assert detection.statistics(source_at(made)) == {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     info = detection.describe(few_scenes)
     assert (info.class_names, info.category_ids) == (tuple("0123456789"), tuple(range(1, 11)))
-    assert (info.mean, info.std) == (digits.MEAN, digits.STD)
+    assert detection.statistics(Source("scenes", "nowhere")) == {"mean": digits.MEAN, "std": digits.STD}
     assert info.annotations.is_file()
 
 
