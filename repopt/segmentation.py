@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from repopt.engine import Precision
 from repopt.errors import UserError, one_line
 from repopt.models import zoo
 from repopt.models.timm_registry import timm_name
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 BODY = "encoder.model"  # where the backbone stands in the network
 IGNORED = 255  # label of pixels that count neither in training nor in evaluation
@@ -40,36 +44,36 @@ def create_segmenter(name: str, *, mode: str, num_classes: int, channels: int = 
         backbone: arguments of the backbone (strides, initial_scales, use_checkpoint ...).
 
     Raises:
-        UserError: the backbone's features are not 4, 8, 16 and 32 times smaller than the image.
+        UserError: a backbone that gives no features, or none that are 4, 8, 16 and 32 times smaller than the image.
     """
     try:
         from segmentation_models_pytorch import UPerNet
     except ImportError:
         raise UserError(NEEDS.format("segmentation_models_pytorch")) from None
     if mode == zoo.MODE:
-        encoder = name.removeprefix("timm/")
+        encoder = zoo.name_in_timm(name)
     else:
         encoder, backbone = timm_name(name), {"mode": mode, **backbone}
+    checkpointed = backbone.pop("use_checkpoint", False)
     try:
         model = UPerNet(
             f"tu-{encoder}", encoder_weights=None, decoder_channels=channels, classes=num_classes, **backbone
         )
-    except (
-        ValueError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-    ) as error:  # of networks that give no features
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name} cannot be the backbone of UPerNet: {one_line(error)}") from None
+        if checkpointed:
+            model.get_submodule(BODY).set_grad_checkpointing()
+    except UserError:
+        raise
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        # of timm's that give no features, or take no such arguments
+        raise UserError(f"{name} cannot be a backbone: {one_line(error)}") from None
     found = model.get_submodule(BODY).feature_info.reduction()[-4:]
     if found != REDUCTIONS:
         raise UserError(
             f"UPerNet takes features 4, 8, 16 and 32 times smaller than the image, and those of {name} are "
             f"{', '.join(map(str, found))} times smaller"
         )
+    if mode == zoo.MODE:
+        zoo.check_features(name, model.get_submodule(BODY))
     return model
 
 
@@ -123,18 +127,7 @@ def evaluate(
         class_names: of every class.
         window, stride: see `predict`.
     """
-    try:
-        from torchmetrics import MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
-    except ImportError:
-        raise UserError(NEEDS.format("torchmetrics")) from None
-    settings = {"num_classes": len(class_names), "ignore_index": IGNORED, "validate_args": False}
-    metrics = MetricCollection(
-        {
-            "iou": MulticlassJaccardIndex(average=None, zero_division=math.nan, **settings),
-            "accuracy": MulticlassAccuracy(average="micro", **settings),
-        }
-    ).to(precision.device)
+    metrics = measures(class_names).to(precision.device)
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=precision.device)  # images, and processes that have given up
     for images, labels in loader:
@@ -143,7 +136,8 @@ def evaluate(
             break
         with precision.autocast():
             logits = predict(model, images, window, stride)
-        metrics.update(logits.argmax(1), labels)
+        with _any_algorithm():
+            metrics.update(logits.argmax(1), labels)
         counts[0] += len(images)
     seen, given_up = sum_over_processes(counts).tolist()
     if given_up:
@@ -156,6 +150,35 @@ def evaluate(
         dict(zip(class_names, iou.tolist(), strict=True)),
         seen,
     )
+
+
+def measures(class_names: Sequence[str]) -> MetricCollection:
+    """Intersection over union by class ("iou"), and the pixel accuracy ("accuracy"), in 0..1.
+
+    Raises:
+        UserError: torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+    except ImportError:
+        raise UserError(NEEDS.format("torchmetrics")) from None
+    settings = {"num_classes": len(class_names), "ignore_index": IGNORED, "validate_args": False}
+    return MetricCollection(
+        {
+            "iou": MulticlassJaccardIndex(average=None, zero_division=math.nan, **settings),
+            "accuracy": MulticlassAccuracy(average="micro", **settings),
+        }
+    )
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Counting gives the same in any order; where torch is to be deterministic, it would take gigabytes."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def predict(

@@ -534,7 +534,6 @@ def test_perfect_detections(capsys):
     assert not model.training
     assert found.score == found.box_map == found.numbers()["box_map"]
     assert found.numbers() == found._asdict()
-    assert Detection.measure == "box mAP"
     numbers = "mAP 100.00 AP50 100.00 AP75 100.00 small 100.00 medium 100.00 large 100.00"
     assert str(found) == f"box {numbers} mask {numbers} on 4 images"
 
@@ -647,8 +646,8 @@ def test_a_detector_is_evaluated():
         ("timm/resnet81", {"mode": "plain"}, "unknown architecture 'timm/resnet81'; did you mean 'timm/resnet"),
         ("timm/repopt_vgg_nano", {"mode": "plain"}, "'timm/repopt_vgg_nano' needs a mode"),
         ("torchvision/resnet18", {"mode": "plain"}, "one of ours or timm/NAME, not torchvision/resnet18"),
-        ("timm/vit_tiny_patch16_224", {"mode": "plain"}, "cannot be a detector's backbone: Input height"),
-        ("timm/levit_128s", {"mode": "plain"}, "timm/levit_128s cannot be a detector's backbone: "),
+        ("timm/vit_tiny_patch16_224", {"mode": "plain"}, "cannot be a backbone: Input height"),
+        ("timm/levit_128s", {"mode": "plain"}, "timm/levit_128s cannot be a backbone: "),
         ("timm/mambaout_femto", {"mode": "plain"}, r"its features are not \(N, C, H, W\)"),
     ],
 )

@@ -175,7 +175,7 @@ def test_schedules(name):
         min_lr=0.2,
         decay_epochs=3,
         decay_rate=0.5,
-        milestones=(4, 7),
+        milestones=(7, 4),
         power=0.9,
     )
     rates = []

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import repopt
-from repopt import checkpoint, engine, segmentation
+from repopt import engine, segmentation
 from repopt.errors import UserError
 
 NANO = "RepOpt-VGG-nano"
@@ -152,7 +152,9 @@ def test_a_window_sees_no_more_than_itself():
             {"mode": "target", "strides": (1, 2, 2, 2, 2)},
             "those of RepOpt-VGG-nano are 2, 4, 8, 16 times smaller",
         ),
-        ("timm/vit_tiny_patch16_224", {"mode": "plain"}, "timm/vit_tiny_patch16_224 cannot be the backbone of UPerNet"),
+        ("timm/vit_tiny_patch16_224", {"mode": "plain"}, "timm/vit_tiny_patch16_224 cannot be a backbone"),
+        ("timm/coatnet_pico_rw_224", {"mode": "plain"}, "timm/coatnet_pico_rw_224 cannot be a backbone"),
+        ("torchvision/resnet18", {"mode": "plain"}, "one of ours or timm/NAME, not torchvision/resnet18"),
         (NANO, {"mode": "hsx"}, "unknown mode of RepOpt-VGG-nano 'hsx'"),
     ],
 )
@@ -161,9 +163,26 @@ def test_other_backbones_are_refused(name, arguments, message):
         segmentation.create_segmenter(name, num_classes=3, **arguments)
 
 
-def test_backbones_of_timm():
-    model = segmentation.create_segmenter("timm/resnet18", mode="plain", num_classes=3, channels=8).eval()
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_backbones_of_timm(checkpointed):
+    model = segmentation.create_segmenter(
+        "timm/resnet18", mode="plain", num_classes=3, channels=8, use_checkpoint=checkpointed
+    )
+    assert model.training
+    assert model.get_submodule(segmentation.BODY).grad_checkpointing == checkpointed
+    logits = model(torch.randn(2, 3, 64, 64))
+    assert logits.shape == (2, 3, 64, 64)
+    logits.sum().backward()
+
+
+def test_measures_take_no_other_algorithm_where_torch_is_to_be_deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        with segmentation._any_algorithm():
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_classifiers_weights_fit_the_backbone():
@@ -171,4 +190,3 @@ def test_a_classifiers_weights_fit_the_backbone():
     body = segmenter("target").get_submodule(segmentation.BODY)
     repopt.load_weights(body, {name: classifier[name] for name in body.state_dict()})
     assert set(classifier) - set(body.state_dict()) == {"linear.weight", "linear.bias"}
-    assert checkpoint.state_dict_of({"model": body.state_dict()}).keys() == body.state_dict().keys()

@@ -15,6 +15,7 @@ from data import segmentation as images_and_labels
 from entrance.tasks.base import Task, fill_in, loading, of_backbone, source_of
 from repopt import engine, segmentation
 from repopt.distributed import World
+from repopt.errors import UserError
 from repopt.models import Arch
 
 
@@ -24,6 +25,13 @@ class Segment(Task):
     body = segmentation.BODY
 
     def settle(self, cfg: CfgNode, given: set[str]) -> None:  # noqa: D102
+        crop, window, stride = cfg.SEGMENT.CROP, cfg.SEGMENT.WINDOW, cfg.SEGMENT.STRIDE
+        if any(side % segmentation.MULTIPLE for side in crop):
+            raise UserError(f"SEGMENT.CROP is of multiples of {segmentation.MULTIPLE}, not {crop}")
+        if stride is not None and (window is None or any(s > w for s, w in zip(stride, window, strict=True))):
+            raise UserError(f"SEGMENT.STRIDE is at most SEGMENT.WINDOW, or pixels are left out: {stride}, {window}")
+        if cfg.DATA.BATCH_SIZE == 1 and not cfg.EVAL_MODE and not cfg.TRAIN.SYNC_BN:
+            raise UserError("a batch norm of UPerNet sees one value per image: train on batches of 2, or TRAIN.SYNC_BN")
         fill_in(cfg, given, "MODEL.NUM_CLASSES", len(_class_names(cfg)))
 
     def network(self, arch: Arch, cfg: CfgNode) -> nn.Module:  # noqa: D102

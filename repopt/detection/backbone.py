@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -98,22 +97,12 @@ class PyramidBackbone(nn.Module):
 
 
 def _body_of_library(name: str, use_checkpoint: bool) -> nn.Module:
-    """The last four features of a network of timm's, tried on an image: some are made for images of one size."""
-    if name.startswith("torchvision/"):
-        raise UserError(f"a detector's backbone is one of ours or timm/NAME, not {name}, which gives no features")
+    """The last four features of a network of timm's."""
+    zoo.name_in_timm(name)
+    last = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
     try:
-        body = create_model(
-            name,
-            mode=zoo.MODE,
-            num_classes=0,
-            use_checkpoint=use_checkpoint,
-            features_only=True,
-            out_indices=(-4, -3, -2, -1),
-        )
-        with torch.no_grad():
-            features = body.eval()(torch.zeros(1, 3, 64, 64))
+        body = create_model(name, mode=zoo.MODE, num_classes=0, use_checkpoint=use_checkpoint, **last)
     except (AssertionError, IndexError, RuntimeError) as error:
-        raise UserError(f"{name} cannot be a detector's backbone: {one_line(error)}") from None
-    if [feature.shape[1] for feature in features] != body.feature_info.channels():
-        raise UserError(f"{name} cannot be a detector's backbone: its features are not (N, C, H, W)")
-    return body.train()
+        raise UserError(f"{name} cannot be a backbone: {one_line(error)}") from None
+    zoo.check_features(name, body)
+    return body

@@ -54,6 +54,6 @@ def build_schedule(
     if name == "step":
         return StepLRScheduler(optimizer, decay_t=decay_epochs * steps_per_epoch, decay_rate=decay_rate, **warmup)
     if name == "multistep":
-        steps = [epoch * steps_per_epoch + 1 for epoch in milestones]  # timm's come a step early
+        steps = [epoch * steps_per_epoch + 1 for epoch in sorted(milestones)]  # timm's come a step early
         return MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=decay_rate, **warmup)
     raise unknown("schedule", name, ("cosine", "linear", "poly", "step", "multistep"))

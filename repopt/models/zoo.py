@@ -84,6 +84,30 @@ def _build(
     return model
 
 
+def name_in_timm(name: str) -> str:
+    """The name in timm's registry of a library's network that is to be a backbone; UserError for torchvision's."""
+    library, _, model = name.rpartition("/")
+    if library == "torchvision":
+        raise UserError(f"a backbone is one of ours or timm/NAME, not {name}, which gives no features")
+    return model
+
+
+@torch.no_grad()
+def check_features(name: str, body: nn.Module, size: int = 64) -> None:
+    """Try a fresh backbone on an image: some are made for one size, others give features of another layout.
+
+    Raises:
+        UserError: it does not take (N, 3, size, size), or its features are not (N, C, H, W).
+    """
+    try:
+        features = body.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"{name} cannot be a backbone: {one_line(error)}") from None
+    if [feature.shape[1] for feature in features] != body.feature_info.channels():
+        raise UserError(f"{name} cannot be a backbone: its features are not (N, C, H, W)")
+    body.train()
+
+
 @torch.no_grad()
 def check_image_size(name: str, model: nn.Module, size: int) -> None:
     """Try a fresh network on an image: some are made for one size, others not for small ones.
