@@ -177,13 +177,13 @@ def eval_loader(
         num_workers: processes that decode images.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
         memory_format: of the images.
-        split: whose images.
+        split: whose images; of those to train on another takes the place of one that cannot be read, as in training.
         most: how many of them; None = all.
         seed: which ones, where not all.
 
     Raises:
-        UserError: as `train_loader`; and while iterating, an image that cannot be read, or images of different sizes
-            in one batch.
+        UserError: as `train_loader`; and while iterating, a test image that cannot be read, or images of different
+            sizes in one batch.
     """
     row = look_up(source, DATASETS)
     samples = Labelled(row, source, split, None, seed=0)  # nothing is random
@@ -191,7 +191,7 @@ def eval_loader(
         samples,
         EvalSampler(len(samples), batch_size, rank, world_size, most, seed),
         Normalize(row.mean, row.std, device, memory_format),
-        mend=refuse,
+        mend=refuse if split == "val" else mending(source.on_bad_image, replace),
         join=_join_whole,
         device=device,
         num_workers=num_workers,

@@ -1,7 +1,9 @@
 """Behind the entrance: from a configuration to a run. Here `config` objects end; what is below takes arguments.
 
 resolve         a configuration, completed by the data set and checked
-loaders, placement, build       what it describes: images, devices and formats, what trains a model
+tasks           what is trained: a classifier, or a network that segments or detects
+placement, build                what it describes: devices and formats, what trains a model
+backbone        the classifier that a network of another task begins with
 resume          the checkpoint and scales that a run goes on from
 run             train, evaluate, measure throughput
 trained         a network from its checkpoint

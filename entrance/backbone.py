@@ -29,26 +29,27 @@ def load(arch: Arch, cfg: CfgNode, model: nn.Module) -> None:
         )
     if (source.arch.model, source.arch.mode) != (arch.model, arch.mode):
         raise UserError(f"{path!r} is a checkpoint of {shown(source.name)}, whose layers are not those of {name}")
-    if (strides := source.setting("MODEL.STRIDES")) is not None and tuple(strides) != cfg.MODEL.STRIDES:
+    if (strides := source.settings("MODEL.STRIDES").MODEL.STRIDES) != cfg.MODEL.STRIDES:
         raise UserError(
-            f"{path!r} was trained with MODEL.STRIDES {shown(tuple(strides))}, and the backbone's are "
-            f"{cfg.MODEL.STRIDES}"
+            f"{path!r} was trained with MODEL.STRIDES {strides}, and the backbone's are {cfg.MODEL.STRIDES}"
         )
     weights = source.network().state_dict()
     body = model.get_submodule(tasks.of(cfg).body)
-    taken = {key: weights.pop(key) for key in body.state_dict() if key in weights}
+    if unnamed := [key for key in body.state_dict() if key not in weights]:
+        raise UserError(
+            f"the weights of {path!r} have no places in the backbone: timm's features of {name} go by other names than "
+            f"its classifier's, such as {unnamed[0]!r}"
+        )
+    taken = {key: weights.pop(key) for key in body.state_dict()}
     repopt.load_weights(body, taken)
     logger.info(
         f"backbone: {len(taken)} tensors of {path}; left out, since they are of the classifier: {', '.join(weights)}"
     )
 
 
-def scales_path(cfg: CfgNode) -> str | None:
-    """The file of searched scales: TRAIN.SCALES_PATH, or the classifier's checkpoint that keeps those it began with."""
-    path = cfg.MODEL.BACKBONE
-    if cfg.TRAIN.SCALES_PATH or not path or "scales" not in checkpoint.read(path):
-        return cfg.TRAIN.SCALES_PATH
-    return path
+def keeps_scales(path: str) -> bool:
+    """Whether a classifier's checkpoint keeps the scales of its RepOptimizer."""
+    return bool(path) and "scales" in checkpoint.read(path)
 
 
 def placed(scales: Mapping[str, Tensor], cfg: CfgNode) -> Mapping[str, Tensor]:

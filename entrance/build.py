@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -88,19 +89,21 @@ def distribute(task: Task, cfg: CfgNode, world: World, model: nn.Module) -> nn.M
     if cfg.TRAIN.SYNC_BN and world.device.type != "cuda":
         raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
     if cfg.TRAIN.SYNC_BN and world.size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # torch's would lose the activations in timm's batch norms
     model = compiled(cfg, world, model)
     if world.size == 1:
         return model
     parallel = engine.data_parallel(model, world.device)
     # After its first backward pass DDP orders its buckets anew, and with them the sums over processes: so that a step
     # rounds alike whether it is the first of a start or not, there is one pass before, which leaves nothing else.
-    before = [buffer.clone() for buffer in model.buffers()]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     images, targets = task.example(cfg, world.device)
     with torch.compiler.set_stance("force_eager"):  # compiling takes long, and this has a shape of its own
         task.criterion(cfg)(task.forward(parallel.train(), images, targets), targets).backward()
     model.zero_grad(set_to_none=True)
-    torch._foreach_copy_(list(model.buffers()), before)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
     return parallel
 
 

@@ -23,7 +23,7 @@ class Column(NamedTuple):
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
 
-# By TASK; the first decides which checkpoint is the best.
+# By TASK; the first is the score (`repopt.engine.Result.score`), by which the best checkpoint is found.
 COLUMNS = {
     "classify": (Column("top1", "top-1"), Column("top5", "top-5"), Column("loss", "loss", 4, "")),
     "segment": (Column("miou", "mIoU"), Column("pixel_accuracy", "pixel accuracy")),

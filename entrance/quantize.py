@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +99,15 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
     loader = task.eval_loader(cfg, world)
     images = decided_by_first(lambda: task.seen(cfg, next(iter(loader))[0])[:16].cpu())
-    evaluated = functools.partial(evaluate, task.evaluate(cfg), loader, world)
+    batches = OfOneSize(loader, task, cfg, images.shape[2:])
+    evaluated = functools.partial(evaluate, task.evaluate(cfg), batches, world)
     results = {"fp32": evaluated("fp32", model)}
     float_network = repopt.deploy(model)
     own = own_checkpoint(arch, cfg, folder) if qat else None
     scales = find_scales(arch, cfg, model, own or source.content) if qat else None
     del source  # its optimizer's state is as large as the network
     observed = quantize.prepare(model, images[:1].to(world.device), cfg.QUANT.METHOD, cfg.QUANT.PRESET)
-    calibrate(observed, task, cfg, world)
+    calibrate(observed, OfOneSize(task.calibration_loader(cfg, world), task, cfg, images.shape[2:]), world)
     if qat and not fit(arch, cfg, world, observed, scales, folder, own):
         return False
     int8 = quantize.convert(observed)
@@ -119,23 +120,47 @@ def run(arch: Arch, cfg: CfgNode, world: World, argv: Sequence[str]) -> bool:
     return True
 
 
-def evaluate(by: engine.Evaluate, loader: data.Loader, world: World, name: str, model: nn.Module) -> engine.Result:
+class OfOneSize:
+    """The batches of a loader; UserError at one of another size than the network is quantized for."""
+
+    def __init__(self, loader: data.Loader, task: tasks.Task, cfg: CfgNode, size: Sequence[int]) -> None:
+        self._loader, self._task, self._cfg, self._size = loader, task, cfg, tuple(size)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets in self._loader:
+            size = tuple(self.seen(images).shape[2:])
+            if size != self._size:
+                raise UserError(
+                    f"the network is quantized for images of {self._size[0]} x {self._size[1]}, and there are others, "
+                    f"which it would see as {size[0]} x {size[1]}"
+                )
+            yield images, targets
+
+    def seen(self, images: Tensor) -> Tensor:
+        """What the network sees at once of a batch."""
+        return self._task.seen(self._cfg, images)
+
+
+def evaluate(by: engine.Evaluate, batches: OfOneSize, world: World, name: str, model: nn.Module) -> engine.Result:
     """What an evaluation finds, logged."""
-    result = by(model, shown_while(name, loader, world), engine.Precision(world.device))
+    result = by(model, shown_while(name, batches, world), engine.Precision(world.device))
     assert result is not None, "nothing stops it"
     logger.info(f"{name}: {result}")
     return result
 
 
-def calibrate(observed: quantize.Observed, task: tasks.Task, cfg: CfgNode, world: World) -> None:
+def calibrate(observed: quantize.Observed, batches: OfOneSize, world: World) -> None:
     """Let the network see the images that choose its ranges."""
-    batches = shown_while("calibration", task.calibration_loader(cfg, world), world)
-    quantize.calibrate(observed, (task.seen(cfg, images) for images, _ in batches))
+    shown = shown_while("calibration", batches, world)
+    quantize.calibrate(observed, (batches.seen(images) for images, _ in shown))
 
 
-def shown_while(doing: str, loader: data.Loader, world: World) -> Iterable[tuple[Tensor, Tensor]]:
-    """The batches of a loader, with their progress on the first process's terminal."""
-    return tqdm(loader, desc=doing, unit="batch", leave=False, disable=None if world.is_main else True)
+def shown_while(doing: str, batches: OfOneSize, world: World) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches, with their progress on the first process's terminal."""
+    return tqdm(batches, desc=doing, unit="batch", leave=False, disable=None if world.is_main else True)
 
 
 def own_checkpoint(arch: Arch, cfg: CfgNode, folder: RunFolder) -> Mapping[str, Any] | None:

@@ -27,6 +27,13 @@ def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
     ):
         if not takes_it and config.lookup(cfg, key) != config.KEYS[key].default:
             raise UserError(f"{key} is of a RepOptimizer, and {cfg.MODEL.ARCH} is trained without: leave it out")
+    if cfg.MODEL.BACKBONE and cfg.MODEL.RESUME:
+        raise UserError("--backbone is where a training begins, and so is --resume (or what is evaluated): give one")
+    if cfg.TRAIN.WARMUP_STEPS is not None and "TRAIN.WARMUP_EPOCHS" in given:
+        raise UserError(
+            f"the warm-up has TRAIN.WARMUP_STEPS {cfg.TRAIN.WARMUP_STEPS}, which goes before TRAIN.WARMUP_EPOCHS: "
+            "set it to None"
+        )
     for key in sorted(given):
         if cfg.TASK not in (takes := config.KEYS[key].tasks):
             raise UserError(f"{key} is for TASK {' and '.join(takes)}, and this one is {cfg.TASK}: leave it out")

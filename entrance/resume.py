@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
-from entrance.backbone import placed, scales_path
+from entrance.backbone import keeps_scales, placed
 from repopt import checkpoint, config
 from repopt.errors import UserError, shown
 from repopt.logging import logger
@@ -63,15 +63,16 @@ def find_scales(
     """The scales of a run that needs them: those kept in the checkpoint that it resumes, or TRAIN.CONSTANTS."""
     if not needs_scales(arch):
         return None
-    kept, search = content is not None and "scales" in content, cfg.TRAIN.CONSTANTS in ("searched", "channel-mean")
-    path = scales_path(cfg) if search else cfg.TRAIN.SCALES_PATH
-    if not kept and not path and search:
-        raise UserError(
-            f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
-            f"hyper-search ({arch.model}-target-norepopt trains with the plain optimizer, TRAIN.CONSTANTS initial does "
-            "without a search)"
-        )
-    if not kept:
+    path = cfg.TRAIN.SCALES_PATH
+    if content is None or "scales" not in content:
+        if cfg.TRAIN.CONSTANTS in ("searched", "channel-mean"):
+            path = path or (cfg.MODEL.BACKBONE if keeps_scales(cfg.MODEL.BACKBONE) else None)
+            if not path:
+                raise UserError(
+                    f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
+                    f"hyper-search ({arch.model}-target-norepopt trains with the plain optimizer, TRAIN.CONSTANTS "
+                    "initial does without a search)"
+                )
         return constants(cfg, model, path)
     scales = repopt.fit_scales(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
     if path and Path(path).is_file():

@@ -22,10 +22,13 @@ from entrance.resolve import resolve
 from entrance.resume import check_same_run, find_checkpoint, find_scales, goes_on
 from repopt import checkpoint, config, engine
 from repopt.distributed import World, decided_by_first, world
-from repopt.errors import UserError
+from repopt.errors import UserError, shown
 from repopt.logging import logger, start_log
 from repopt.models import Arch, parse_arch
 from repopt.run_folder import RunFolder
+
+# Keys that make another function of the same weights.
+NOT_IN_WEIGHTS = ("MODEL.STRIDES", "DETECT.ANCHOR_SCALE")
 
 
 def start(settings: config.Settings, argv: Sequence[str], program: config.Program = config.MAIN) -> bool:
@@ -72,7 +75,8 @@ def begin(program: str, cfg: CfgNode, world: World, argv: Sequence[str]) -> RunF
     if cfg.DETERMINISTIC:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC  # the fastest of its algorithms: shapes stay the same
+    # The fastest of its algorithms, found by trying for every shape; a detector's batches have many.
+    torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC and cfg.TASK != config.DETECT
     start_log(folder.path, world.rank)
     logger.info(f"{program} {shlex.join(argv)}")
     logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
@@ -100,6 +104,10 @@ def report_throughput(cfg: CfgNode, world: World, model: nn.Module, folder: RunF
 def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
     """Print what an evaluation of a checkpoint finds, and of its moving average where it keeps one."""
     content, task = checkpoint.read(cfg.MODEL.RESUME), tasks.of(cfg)
+    for key in NOT_IN_WEIGHTS:
+        then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
+        if then not in (None, now):
+            raise UserError(f"{cfg.MODEL.RESUME!r} was trained with {key} {shown(then)}, and it is {now} now")
     loader, evaluate = task.eval_loader(cfg, world), task.evaluate(cfg)
     model = to_device(model, world)
     for key, label in (("model", "val"), ("ema", "ema")):
@@ -118,6 +126,8 @@ def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunF
         check_same_run(arch, cfg, content)
     scales = find_scales(arch, cfg, model, content)
     if content is None:
+        if cfg.MODEL.FREEZE_BN and not cfg.MODEL.BACKBONE:
+            raise UserError("MODEL.FREEZE_BN keeps the statistics of a --backbone, and none is given")
         if scales is not None and cfg.TRAIN.CHANGE_INITIALIZATION:
             repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
         if cfg.MODEL.BACKBONE:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,9 +64,10 @@ class Trained(NamedTuple):
         """
         if self.quantized:
             raise UserError(f"{self.path!r} holds a quantized network: give the checkpoint that it was made of")
-        weights = checkpoint.state_dict_of(self.content)
-        model = self._fresh(self._classes(weights) if num_classes is None else num_classes)
-        repopt.load_weights(model, weights)
+        with naming(self.path):
+            weights = checkpoint.state_dict_of(self.content)
+            model = self._fresh(self._classes(weights) if num_classes is None else num_classes)
+            repopt.load_weights(model, weights)
         return model.eval()
 
     def int8_network(self) -> quantize.Int8:
@@ -76,7 +78,7 @@ class Trained(NamedTuple):
         """
         from repopt import quantize  # an extra
 
-        cfg = self._settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET")
+        cfg = self.settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET")
         images = torch.zeros(1, 3, *self.image_size)
         observed = quantize.prepare(self._fresh(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
         quantize.load(observed, checkpoint.state_dict_of(self.content))
@@ -94,16 +96,26 @@ class Trained(NamedTuple):
             if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
                 raise UserError(f"{self.path!r} holds the image_size {shown(size)}, not a height and a width")
             return size[0], size[1]
-        cfg = self._settings("TASK", "DATA.IMG_SIZE", "DATA.TEST_SIZE", "SEGMENT.CROP", "SEGMENT.WINDOW")
+        cfg = self.settings("TASK", "DATA.IMG_SIZE", "DATA.TEST_SIZE", "SEGMENT.CROP", "SEGMENT.WINDOW")
         return tasks.of(cfg).image_size(cfg)
 
-    def _settings(self, *keys: str) -> CfgNode:
+    @property
+    def multiple(self) -> int:
+        """Of which height and width of an image have to be."""
+        return tasks.of(self.settings("TASK")).multiple
+
+    def settings(self, *keys: str) -> CfgNode:
         """The defaults, and these keys as the content says, checked."""
         kept = {key: self.setting(key) for key in keys}
         return config.build({key: value for key, value in kept.items() if value is not None}).cfg
 
     def _classes(self, weights: Mapping[str, Tensor]) -> int:
-        """Outputs of the classifier, which alone is of another shape in a network that has one output."""
+        """As the run was configured; of a classifier as its weights have them.
+
+        The classifier alone is of another shape in a network that has one output.
+        """
+        if self.setting("TASK") in config.DENSE:
+            return self.settings("MODEL.NUM_CLASSES").MODEL.NUM_CLASSES
         # Some of the libraries' networks cannot be made without values: they compute their widths with tensors.
         with torch.device("meta" if self.arch.model in list_models() else "cpu"):
             own = self._fresh(1).state_dict()
@@ -112,7 +124,7 @@ class Trained(NamedTuple):
         return sizes.pop() if len(sizes) == 1 else 1
 
     def _fresh(self, num_classes: int) -> nn.Module:
-        cfg = self._settings(*OF_NETWORK)
+        cfg = self.settings(*OF_NETWORK)
         cfg.MODEL.NUM_CLASSES = num_classes
         return tasks.of(cfg).network(self.arch, cfg)
 
@@ -129,6 +141,20 @@ def read(path: str | os.PathLike[str], name: str | None = None, *, fallback: str
         UserError: it is no checkpoint, or one of another architecture; or nothing says of which.
     """
     path, content = os.fspath(path), checkpoint.read(path)
+    with naming(path):
+        return _of(path, content, name, fallback)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """A mistake in what a file holds names the file."""
+    try:
+        yield
+    except UserError as error:
+        raise error if path in str(error) else UserError(f"{path!r}: {error}") from None
+
+
+def _of(path: str, content: Mapping[str, Any], name: str | None, fallback: str | None) -> Trained:
     own = config.lookup(content.get("config"), "MODEL.ARCH")
     if own is None:
         name = name or fallback

@@ -49,7 +49,9 @@ KEYS: dict[str, Key] = {
     "TASK": Key(CLASSIFY, "what the network is trained for", choices=TASKS, fixed=True),
     "DATA.BATCH_SIZE": Key(128, "images per process and step", flag="--batch-size", minimum=1),
     "DATA.DATA_PATH": Key("", "data set root", flag="--data-path"),
-    "DATA.DATASET": Key("imagenet", "a row of data/registry.py", fixed=True),
+    "DATA.DATASET": Key(
+        "imagenet", "of the task: a row of data/registry.py, segmentation.py or detection.py", fixed=True
+    ),
     "DATA.IMG_SIZE": Key(
         224, "side of a training image in pixels; small data sets bring their own", minimum=1, tasks=(CLASSIFY,)
     ),
@@ -75,13 +77,13 @@ KEYS: dict[str, Key] = {
     "DATA.NUM_WORKERS": Key(8, "worker processes that decode images, per process"),
     "DATA.ON_BAD_IMAGE": Key(
         "skip",
-        "an image that cannot be read: another takes its place in training, and it counts as wrong in evaluation; or "
-        "the run ends",
+        "an image that cannot be read: another takes its place in training, and in evaluation it counts as wrong "
+        "(classify only); or the run ends",
         choices=("skip", "raise"),
     ),
     "MODEL.ARCH": Key("RepOpt-VGG-B1", "model and mode, such as RepOpt-VGG-B1-target", flag="--arch", fixed=True),
     "MODEL.RESUME": Key("", "checkpoint to resume; with --eval the weights to evaluate", flag="--resume"),
-    "MODEL.NUM_CLASSES": Key(1000, "outputs of the classifier; if not given, the data set's", minimum=1, fixed=True),
+    "MODEL.NUM_CLASSES": Key(1000, "that are told apart; if not given, the data set's", minimum=1, fixed=True),
     "MODEL.STRIDES": Key(
         (2, 2, 2, 2, 2),
         "of the five downsampling layers; a search on small images may have others",

@@ -67,7 +67,11 @@ def export_all(arguments: argparse.Namespace) -> None:
     chosen = [writers[name] for name in arguments.formats]
     for path, _ in chosen:
         export.refuse_existing(path)
-    size = source.image_size if arguments.image_size is None else (arguments.image_size,) * 2
+    size = source.image_size
+    if arguments.image_size is not None and arguments.image_size % source.multiple:
+        raise UserError(f"--image-size {arguments.image_size}: the network takes multiples of {source.multiple}")
+    if arguments.image_size is not None:
+        size = (arguments.image_size,) * 2
     if source.quantized and size != source.image_size:
         raise UserError(
             f"--image-size {size[0]}: the network was quantized for {' x '.join(map(str, source.image_size))}"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,18 @@ import inspect_scales
 import pytest
 import quantize
 import report
+import timm
 import torch
 from downstream import detect, segment
 
 import main_repopt
 import repopt
 from data import scenes
-from repopt import checkpoint, config
+from data import segmentation as of_labels
+from entrance import build, tasks, trained
+from entrance.files import COLUMNS
+from repopt import checkpoint, config, detection, engine, segmentation
+from repopt.distributed import World
 from repopt.errors import MISTAKE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +120,8 @@ def same(one, other):
 
 @pytest.mark.parametrize("task", PROGRAMS)
 def test_a_training_that_is_killed_goes_on_to_the_same_weights(task, command, classifiers, tmp_path):
-    arguments = ["--backbone", classifiers[TARGET]]
+    classifier = shutil.copy(classifiers[TARGET], tmp_path / "classifier.pth")
+    arguments = ["--backbone", classifier]
     assert run(task, command(task, TARGET, *arguments, "--tag", "whole")) == 0
     whole, part = tmp_path / TARGET / "whole", tmp_path / TARGET / "part"
     argv = command(task, TARGET, *arguments, "--tag", "part", options=["SAVE_EVERY_STEPS", 1])
@@ -125,6 +132,7 @@ def test_a_training_that_is_killed_goes_on_to_the_same_weights(task, command, cl
     os.killpg(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, killed.stdout.read()
     assert 0 < checkpoint.read(part / "latest.pth")["epoch"] + 2 <= 2  # within the training
+    Path(classifier).unlink()  # what goes on needs no other file
     assert run(task, argv) == 0
     assert "goes on" in (part / "log_rank0.txt").read_text()
     assert same(weights(whole), weights(part))
@@ -188,22 +196,25 @@ def test_scales_are_searched_in_a_detector_and_train_its_plain_form(command, tmp
     assert content["scales"].keys() == names
 
 
-def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys):
+def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, in_one_line):
     assert run("segment", command("segment", PLAIN, epochs=1)) == 0
-    trained = tmp_path / PLAIN / "segment" / "latest.pth"
+    latest = tmp_path / PLAIN / "segment" / "latest.pth"
     argv = ["--cfg", str(ROOT / "configs" / "scenes" / "quantize.yaml"), "--arch", PLAIN, "--method", "ptq"]
-    argv += ["--resume", str(trained), "--data-path", str(few_scenes), "--output", str(tmp_path)]
+    argv += ["--resume", str(latest), "--data-path", str(few_scenes), "--output", str(tmp_path)]
     argv += ["--opts", *SMALL["segment"]]
     assert quantize.main(argv) == 0
     artifacts = tmp_path / PLAIN / "ptq-default" / "artifacts"
     results = json.loads((artifacts / "results.json").read_text())
-    assert results["fp32"]["miou"] == records(trained.parent)[-1]["val"]["miou"]
+    assert results["fp32"]["miou"] == records(latest.parent)[-1]["val"]["miou"]
     # integers round a rounding's way in the two
     assert results["INT8"]["pixel_accuracy"] == pytest.approx(results["INT8, onnxruntime"]["pixel_accuracy"], abs=1)
     assert "| network | mIoU (%) | pixel accuracy (%) | file (MB) |" in (artifacts / "results.md").read_text()
+    capsys.readouterr()
+    assert export.main(["--resume", str(latest), "--image-size", "100", "--out", str(tmp_path / "no")]) == MISTAKE
+    in_one_line("export.py", "--image-size 100: the network takes multiples of 32", {})
     assert export.main(["--resume", str(artifacts / "quantized.pth"), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "int8.onnx").read_bytes() == (artifacts / "int8.onnx").read_bytes()
-    assert report.main([str(trained.parent), str(artifacts.parent), "--out", str(tmp_path / "report.html")]) == 0
+    assert report.main([str(latest.parent), str(artifacts.parent), "--out", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "mIoU by epoch" in page
     assert "some test images" in page
@@ -247,8 +258,13 @@ def test_windows_and_whole_images(command, tmp_path):
         ("segment", PLAIN, [], ["MODEL.STRIDES", "(1, 2, 2, 2, 2)"], "UPerNet takes features 4, 8, 16 and 32 times"),
         ("segment", PLAIN, [], ["AUG.MIXUP", "0.5"], "AUG.MIXUP is for TASK classify, and this one is segment"),
         ("segment", PLAIN, [], ["SEGMENT.CROP", "(64, 80)"], r"SEGMENT.CROP is of multiples of 32, not \(64, 80\)"),
+        ("detect", PLAIN, [], ["MODEL.FREEZE_BN", "True"], "MODEL.FREEZE_BN keeps the statistics of a --backbone"),
+        ("segment", PLAIN, ["--backbone", "a.pth", "--resume", "b.pth"], [], "give one"),
+        ("segment", PLAIN, [], ["TRAIN.WARMUP_STEPS", "5"], "which goes before TRAIN.WARMUP_EPOCHS: set it to None"),
+        ("segment", PLAIN, ["--backbone", "{bare}"], [], "'{bare}': the weights are not those of this model: "),
+        ("segment", "timm/repvgg_a0", ["--backbone", "{repvgg}"], [], "'{repvgg}' have no places in the backbone"),
         ("segment", PLAIN, [], ["SEGMENT.STRIDE", "(8, 8)"], "SEGMENT.STRIDE is at most SEGMENT.WINDOW"),
-        ("segment", PLAIN, [], ["DATA.BATCH_SIZE", "1"], "train on batches of 2, or TRAIN.SYNC_BN"),
+        ("segment", PLAIN, [], ["DATA.BATCH_SIZE", "1"], "train on batches of 2 at least, or with TRAIN.SYNC_BN"),
         ("detect", PLAIN, [], ["TRAIN.COMPILE", "default"], "TRAIN.COMPILE is off, not default"),
         ("detect", PLAIN, [], ["TASK", "segment"], "TASK segment is not what detect.py does: its TASK is detect"),
         ("detect", PLAIN, [], ["DATA.DATASET", "scene"], "unknown data set 'scene'; did you mean 'scenes'"),
@@ -269,8 +285,11 @@ def test_windows_and_whole_images(command, tmp_path):
         ),
     ],
 )
-def test_mistakes_are_one_line(task, arch, arguments, options, message, command, classifiers, in_one_line):
-    places = {"hs": classifiers[HS], "target": classifiers[TARGET]}
+def test_mistakes_are_one_line(task, arch, arguments, options, message, command, classifiers, tmp_path, in_one_line):
+    places = {name: tmp_path / f"{name}.pth" for name in ("bare", "repvgg")}
+    torch.save({"model": {"stage0.conv.weight": torch.zeros(3)}}, places["bare"])
+    torch.save(timm.create_model("repvgg_a0", num_classes=4).state_dict(), places["repvgg"])
+    places |= {"hs": classifiers[HS], "target": classifiers[TARGET]}
     arguments = [argument.format(**places) for argument in arguments]
     assert run(task, command(task, arch, *arguments, options=options)) == MISTAKE
     in_one_line(f"{task}.py", message, places)
@@ -282,41 +301,62 @@ def test_what_is_not_for_a_program(command, classifiers, capsys, tmp_path, in_on
     assert main_repopt.main(["--cfg", str(recipe)]) == MISTAKE
     in_one_line("main_repopt.py", "TASK segment is not what main_repopt.py does: its TASK is classify", {})
     assert run("segment", command("segment", PLAIN, epochs=1)) == 0
-    trained = tmp_path / PLAIN / "segment" / "latest.pth"
+    latest = tmp_path / PLAIN / "segment" / "latest.pth"
     capsys.readouterr()
-    assert run("segment", command("segment", PLAIN, "--backbone", trained, "--tag", "other")) == MISTAKE
-    in_one_line("segment.py", "is a checkpoint of TASK 'segment', and|: a backbone begins", {})
-    assert (
-        quantize.main(
-            [
-                "--arch",
-                PLAIN,
-                "--method",
-                "ptq",
-                "--resume",
-                str(trained),
-                "--opts",
-                "DATA.DATASET",
-                "digits",
-                "DATA.INTERPOLATION",
-                "bilinear",
-                "OUTPUT",
-                str(tmp_path),
-            ]
-        )
-        == MISTAKE
-    )
+    assert run("segment", command("segment", PLAIN, "--backbone", latest, "--tag", "other")) == MISTAKE
+    in_one_line("segment.py", "is a checkpoint of TASK 'segment': a backbone begins with a classifier's weights", {})
+    digits = ["--opts", "DATA.DATASET", "digits", "OUTPUT", str(tmp_path)]
+    assert quantize.main(["--arch", PLAIN, "--method", "ptq", "--resume", str(latest), *digits]) == MISTAKE
     in_one_line("quantize.py", "is a checkpoint of TASK 'segment', and this recipe's is classify", {})
-    assert (
-        quantize.main(["--cfg", str(recipe), "--arch", PLAIN, "--method", "qat", "--resume", str(trained)]) == MISTAKE
-    )
+    assert quantize.main(["--cfg", str(recipe), "--arch", PLAIN, "--method", "qat", "--resume", str(latest)]) == MISTAKE
     in_one_line("quantize.py", "--method qat takes TASK classify only, not segment", {})
 
 
 def test_every_key_of_a_task_is_read_by_it():
-    """No option is dead: each key that is for some tasks alone stands in their files."""
-    files = {task: (ROOT / "entrance" / "tasks" / f"{task}.py").read_text() for task in config.TASKS}
-    for name, key in config.KEYS.items():
-        if name.startswith(("SEGMENT.", "DETECT.")):
-            (task,) = key.tasks
-            assert f"cfg.{name}" in files[task], name
+    """No option is dead: each key that is for one task alone stands in its file."""
+    files = {task: (ROOT / "entrance" / "tasks" / f"{task}.py").read_text() for task in config.DENSE}
+    keys = {name: key.tasks[0] for name, key in config.KEYS.items() if len(key.tasks) == 1}
+    for name, task in keys.items():
+        assert task == config.CLASSIFY or f"cfg.{name}" in files[task], name
+    for name in (name for name, key in config.KEYS.items() if key.tasks == config.DENSE and name != "MODEL.BACKBONE"):
+        assert all(f"cfg.{name}" in file for file in files.values()), name
+
+
+def test_the_first_number_of_a_task_is_its_score():
+    found = {
+        "classify": engine.Evaluation(3.0, 4.0, 0.5, 6),
+        "segment": segmentation.Segmentation(3.0, 4.0, {"a": 1.0}, 6),
+        "detect": detection.Detection(*(3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 6, 9.0)),
+    }
+    assert found.keys() == COLUMNS.keys() == set(config.TASKS)
+    for task, result in found.items():
+        numbers = result.numbers()
+        assert result.score == numbers[COLUMNS[task][0].name] == 3.0
+        assert all(column.name in numbers for column in COLUMNS[task])
+
+
+def test_ignored_pixels_are_those_of_the_data():
+    assert of_labels.IGNORED == segmentation.IGNORED
+
+
+@pytest.mark.parametrize("arch", ["timm/convnext_atto", "timm/mobilenetv3_small_050"])
+def test_several_processes_train_networks_of_timm(monkeypatch, arch):
+    """One has no buffers; the batch norms of the other hold its activations, which synchronised ones have to keep."""
+    monkeypatch.setattr(build.engine, "data_parallel", lambda model, device: model)
+    cfg = config.build({"TASK": "classify", "DATA.IMG_SIZE": 64, "MODEL.NUM_CLASSES": 3}).cfg
+    task, model = tasks.of(cfg), repopt.create_model(arch, mode="plain", num_classes=3)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trained = build.distribute(task, cfg, World(0, 2, torch.device("cpu")), model)
+    assert trained is model
+    assert same(before, dict(model.named_buffers()))
+    synchronised = build.convert_sync_batchnorm(repopt.create_model(arch, mode="plain", num_classes=3))
+    activations = [sum(isinstance(m, torch.nn.Hardswish) for m in n.modules()) for n in (model, synchronised)]
+    assert activations[0] == activations[1]
+
+
+def test_a_trained_detector_is_read_from_its_checkpoint(command, few_scenes, tmp_path, monkeypatch):
+    assert run("detect", command("detect", PLAIN, epochs=1)) == 0
+    monkeypatch.chdir(tmp_path)  # where no data set is
+    network = trained.read(tmp_path / PLAIN / "detect" / "latest.pth").network()
+    assert same(network.state_dict(), weights(tmp_path / PLAIN / "detect"))
+    assert not (tmp_path / "output").exists()

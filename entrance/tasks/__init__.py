@@ -13,10 +13,14 @@ import importlib
 from yacs.config import CfgNode
 
 from entrance.tasks.base import Task
+from repopt import config
 
 __all__ = ["Task", "of"]
+
+# Imported when they are needed: their packages are extras.
+MODULES = {task: f"entrance.tasks.{task}" for task in config.TASKS}
 
 
 def of(cfg: CfgNode) -> Task:
     """The task of a configuration."""
-    return importlib.import_module(f"entrance.tasks.{cfg.TASK.lower()}").TASK
+    return importlib.import_module(MODULES[cfg.TASK]).TASK

@@ -29,9 +29,11 @@ class Task(ABC):
 
     Attributes:
         body: the module that is the backbone; "" where the network is a classifier.
+        multiple: of which height and width of an image have to be.
     """
 
     body: ClassVar[str] = ""
+    multiple: ClassVar[int] = 1
 
     @abstractmethod
     def settle(self, cfg: CfgNode, given: set[str]) -> None:

@@ -23,6 +23,7 @@ class Segment(Task):
     """UPerNet on the backbone."""
 
     body = segmentation.BODY
+    multiple = segmentation.MULTIPLE
 
     def settle(self, cfg: CfgNode, given: set[str]) -> None:  # noqa: D102
         crop, window, stride = cfg.SEGMENT.CROP, cfg.SEGMENT.WINDOW, cfg.SEGMENT.STRIDE
@@ -30,8 +31,10 @@ class Segment(Task):
             raise UserError(f"SEGMENT.CROP is of multiples of {segmentation.MULTIPLE}, not {crop}")
         if stride is not None and (window is None or any(s > w for s, w in zip(stride, window, strict=True))):
             raise UserError(f"SEGMENT.STRIDE is at most SEGMENT.WINDOW, or pixels are left out: {stride}, {window}")
-        if cfg.DATA.BATCH_SIZE == 1 and not cfg.EVAL_MODE and not cfg.TRAIN.SYNC_BN:
-            raise UserError("a batch norm of UPerNet sees one value per image: train on batches of 2, or TRAIN.SYNC_BN")
+        if cfg.DETERMINISTIC and torch.cuda.is_available():
+            raise UserError(
+                "DETERMINISTIC is not to be had on GPUs: UPerNet's pooling and resizing have no such algorithm"
+            )
         fill_in(cfg, given, "MODEL.NUM_CLASSES", len(_class_names(cfg)))
 
     def network(self, arch: Arch, cfg: CfgNode) -> nn.Module:  # noqa: D102
@@ -44,6 +47,11 @@ class Segment(Task):
         )
 
     def train_loader(self, cfg: CfgNode, world: World) -> data.Loader:  # noqa: D102
+        if cfg.DATA.BATCH_SIZE * (world.size if cfg.TRAIN.SYNC_BN else 1) == 1:
+            raise UserError(
+                "a batch norm of UPerNet sees a value per image: train on batches of 2 at least, or with TRAIN.SYNC_BN "
+                "in several processes"
+            )
         return images_and_labels.train_loader(
             source_of(cfg),
             crop=cfg.SEGMENT.CROP,
@@ -66,16 +74,19 @@ class Segment(Task):
         return nn.CrossEntropyLoss(ignore_index=segmentation.IGNORED)
 
     def image_size(self, cfg: CfgNode) -> tuple[int, int]:  # noqa: D102
-        return cfg.SEGMENT.WINDOW or cfg.SEGMENT.CROP
+        height, width = cfg.SEGMENT.WINDOW or cfg.SEGMENT.CROP
+        return height + -height % self.multiple, width + -width % self.multiple
 
     def seen(self, cfg: CfgNode, images: Tensor) -> Tensor:  # noqa: D102
         height, width = cfg.SEGMENT.WINDOW or images.shape[2:]
         return segmentation.padded(images[:, :, :height, :width])
 
     def evaluate(self, cfg: CfgNode) -> engine.Evaluate:  # noqa: D102
+        class_names = _class_names(cfg)
+        segmentation.measures(class_names)  # what is not installed is missed before a training
         return functools.partial(
             segmentation.evaluate,
-            class_names=_class_names(cfg),
+            class_names=class_names,
             window=cfg.SEGMENT.WINDOW,
             stride=cfg.SEGMENT.STRIDE,
         )

@@ -57,8 +57,8 @@ def _last_checkpoint(run: Run) -> str:
     return f"ckpt_epoch_{run.cfg.TRAIN.EPOCHS - 1}.pth"
 
 
-def _trained(script: str, program: config.Program) -> Kind:
-    return Kind(script, _last_checkpoint, program, ("--backbone",), trains=True)
+def _trained(script: str, program: config.Program, of: tuple[str, ...] = ("--backbone",)) -> Kind:
+    return Kind(script, _last_checkpoint, program, of, trains=True)
 
 
 def _quantized(method: str) -> Kind:
@@ -67,7 +67,7 @@ def _quantized(method: str) -> Kind:
 
 
 KINDS = {
-    "train": _trained("main_repopt.py", config.MAIN),
+    "train": _trained("main_repopt.py", config.MAIN, of=()),
     "segment": _trained("scripts/downstream/segment.py", segment.PROGRAM),
     "detect": _trained("scripts/downstream/detect.py", detect.PROGRAM),
     "ptq": _quantized("ptq"),
