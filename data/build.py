@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from data import registry, transforms
@@ -13,7 +13,7 @@ from data.loader import Loader
 from data.on_device import Erase, Mix, Normalize
 from data.resident import RandomCropFlip, ResidentLoader
 from data.samplers import EvalSampler, TrainSampler
-from data.types import Augmentation, Info, Source
+from data.types import Augmentation, Info, Loading, Source
 from repopt.errors import UserError
 
 
@@ -36,13 +36,8 @@ def train_loader(
     batch_size: int,
     num_classes: int,
     label_smoothing: float,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 8,
-    pin_memory: bool = True,
     seed: int = 0,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    **loading: Any,
 ) -> Loader:
     """Augmented training batches of one rank, all of `batch_size` images, in an order that (seed, epoch) gives.
 
@@ -55,21 +50,17 @@ def train_loader(
         batch_size: images per step on this rank.
         num_classes: of the model; width of the targets under mixup and cutmix.
         label_smoothing: applied here only under mixup and cutmix, whose targets are distributions.
-        device: where the batches are to be.
-        rank: of this process.
-        world_size: number of processes.
-        num_workers: processes that decode images, where they have to be decoded.
-        pin_memory: page-locked batches, for asynchronous copies to a GPU.
         seed: of the order and of every augmentation.
-        memory_format: of the images.
+        loading: see `Loading`.
 
     Raises:
         UserError: as `describe`; a name (preset, interpolation, policy, mode) that does not exist; an image size that
             does not fit the data set; more classes than `num_classes`; fewer images than one step takes.
     """
+    how = Loading(**loading)
     row = _find(source, image_size, interpolation)
     transforms.check_preset(augmentation.preset)
-    normalize = Normalize(row.mean, row.std, device, memory_format)
+    normalize = Normalize(row.mean, row.std, how.device, how.memory_format)
     mix = (
         Mix(augmentation, batch_size=batch_size, num_classes=num_classes, label_smoothing=label_smoothing, seed=seed)
         if augmentation.mixes
@@ -79,25 +70,23 @@ def train_loader(
     if isinstance(row, registry.Resident):
         images, labels = row.load(source, "train", image_size, num_classes)
         _check_labels(labels, num_classes, source)
-        sampler = TrainSampler(len(labels), batch_size, rank, world_size, seed)
-        images, labels = images.to(device), labels.to(device)
+        sampler = TrainSampler(len(labels), batch_size, how.rank, how.world_size, seed)
+        images, labels = images.to(how.device), labels.to(how.device)
         crop = RandomCropFlip(images, padding=row.padding, flip=row.flip, seed=seed)
         return ResidentLoader(images, labels, sampler, normalize, crop=crop, mix=mix)
 
     transform = transforms.train_transform(augmentation, image_size, interpolation)
     erasing = augmentation.preset is None and augmentation.reprob > 0
-    files = row.open(source, "train", num_classes, rank, world_size)
+    files = row.open(source, "train", num_classes, how.rank, how.world_size)
     _check_labels(files.labels, num_classes, source)
     sharded = source.zip_mode and source.cache_mode == "part"
     return DecodedLoader(
         Decoded(files, transform, seed),
-        TrainSampler(len(files.labels), batch_size, rank, world_size, seed, sharded),
+        TrainSampler(len(files.labels), batch_size, how.rank, how.world_size, seed, sharded),
         normalize,
         mend=mending(source.on_bad_image, replace),
-        device=device,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        erase=Erase(augmentation, seed, device) if erasing else None,
+        how=how,
+        erase=Erase(augmentation, seed, how.device) if erasing else None,
         mix=mix,
     )
 
@@ -110,15 +99,10 @@ def eval_loader(
     crop: bool,
     batch_size: int,
     num_classes: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 8,
-    pin_memory: bool = True,
-    memory_format: torch.memory_format = torch.contiguous_format,
     split: str = "val",
     most: int | None = None,
     seed: int = 0,
+    **loading: Any,
 ) -> Loader:
     """Evaluation batches of one rank; over all ranks every image comes exactly once, and the last batch may be smaller.
 
@@ -129,42 +113,36 @@ def eval_loader(
         crop: resize the short side to 256/224 of `image_size` before the centre crop, instead of to `image_size`.
         batch_size: most images per step on this rank.
         num_classes: of the model.
-        device: where the batches are to be.
-        rank: of this process.
-        world_size: number of processes.
-        num_workers: processes that decode images, where they have to be decoded.
-        pin_memory: page-locked batches, for asynchronous copies to a GPU.
-        memory_format: of the images.
         split: whose images; "train" gives training images transformed as in evaluation, where another takes the place
             of one that cannot be read.
         most: how many of them; None = all.
         seed: which ones, where not all.
+        loading: see `Loading`.
 
     Raises:
         UserError: as `describe`; an interpolation that does not exist; an image size that does not fit the data set;
             more classes than `num_classes`.
     """
+    how = Loading(**loading)
     row = _find(source, image_size, interpolation)
-    normalize = Normalize(row.mean, row.std, device, memory_format)
+    normalize = Normalize(row.mean, row.std, how.device, how.memory_format)
 
     def sampler(num_images: int) -> EvalSampler:
-        return EvalSampler(num_images, batch_size, rank, world_size, most, seed)
+        return EvalSampler(num_images, batch_size, how.rank, how.world_size, most, seed)
 
     if isinstance(row, registry.Resident):
         images, labels = row.load(source, split, image_size, num_classes)
         _check_labels(labels, num_classes, source)
-        return ResidentLoader(images.to(device), labels.to(device), sampler(len(labels)), normalize)
+        return ResidentLoader(images.to(how.device), labels.to(how.device), sampler(len(labels)), normalize)
 
-    files = row.open(source, split, num_classes, rank, world_size)
+    files = row.open(source, split, num_classes, how.rank, how.world_size)
     _check_labels(files.labels, num_classes, source)
     return DecodedLoader(
         Decoded(files, transforms.eval_transform(image_size, interpolation, crop=crop), seed=0),  # nothing is random
         sampler(len(files.labels)),
         normalize,
         mend=mending(source.on_bad_image, Blank(image_size) if split == "val" else replace),
-        device=device,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+        how=how,
     )
 
 

@@ -20,6 +20,7 @@ from data.loader import Loader
 from data.on_device import Erase, Mix
 from data.samplers import Sampler
 from data.transforms import Transform
+from data.types import Loading
 from repopt import seeding
 from repopt.errors import UserError
 from repopt.logging import logger
@@ -234,24 +235,22 @@ class DecodedLoader(Loader):
         normalize: Callable[[Any], Any],
         *,
         mend: Mend,
-        device: torch.device,
-        num_workers: int,
-        pin_memory: bool,
+        how: Loading,
         join: Join = default_collate,
         erase: Erase | None = None,
         mix: Mix | None = None,
     ) -> None:
         super().__init__(samples.contents, sampler, normalize, erase=erase, mix=mix)
-        self._device = device
+        self._device = how.device
         self._items = _Batches()
         self._workers = DataLoader(
             samples,
             batch_sampler=self._items,
             collate_fn=Collate(mend, join),
-            num_workers=num_workers,
+            num_workers=how.num_workers,
             worker_init_fn=_heed_only_the_loader,
-            persistent_workers=num_workers > 0,
-            pin_memory=pin_memory and device.type == "cuda",
+            persistent_workers=how.num_workers > 0,
+            pin_memory=how.pin_memory and how.device.type == "cuda",
             generator=torch.Generator(),  # or each iteration would draw from the global one
         )
 

@@ -18,7 +18,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from data.loader import Loader
 from data.on_device import Normalize
 from data.registry import IMAGENET_MEAN, IMAGENET_STD, look_up
 from data.samplers import EvalSampler, TrainSampler
-from data.types import Source
+from data.types import Loading, Source
 from repopt.errors import UserError
 from repopt.logging import logger
 
@@ -126,13 +126,8 @@ def train_loader(
     *,
     masks: bool,
     batch_size: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 8,
-    pin_memory: bool = True,
     seed: int = 0,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    **loading: Any,
 ) -> Loader:
     """Training batches of one rank, all of `batch_size` images, in an order that (seed, epoch) gives.
 
@@ -144,19 +139,15 @@ def train_loader(
             their image: leave them out, or refuse the annotation file.
         masks: whether targets have masks.
         batch_size: images per step on this rank.
-        device: where the batches are to be.
-        rank: of this process.
-        world_size: number of processes.
-        num_workers: processes that decode images.
-        pin_memory: page-locked batches, for asynchronous copies to a GPU.
         seed: of the order and of every variation.
-        memory_format: of the images.
+        loading: see `Loading`.
 
     Raises:
         UserError: as `describe`, of either split; splits with different categories; an empty box, or with `masks` an
             annotation without one that is sound; fewer images than one step takes; and while iterating, an image whose
             size is not the one that the annotation file gives.
     """
+    how = Loading(**loading)
     row, info = look_up(source, DATASETS), describe(source)
     split = coco.read(row.root(source.root), "train")
     if (split.category_ids, split.class_names) != (info.category_ids, info.class_names):
@@ -164,13 +155,11 @@ def train_loader(
     samples = Annotated(split, _usable(split, source.on_bad_image), masks=masks, flip=row.flip, seed=seed)
     return _Loader(
         samples,
-        TrainSampler(len(samples), batch_size, rank, world_size, seed),
-        _Unit(device, memory_format),
+        TrainSampler(len(samples), batch_size, how.rank, how.world_size, seed),
+        _Unit(how.device, how.memory_format),
         mend=mending(source.on_bad_image, replace),
         join=_join,
-        device=device,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+        how=how,
     )
 
 
@@ -178,46 +167,35 @@ def eval_loader(
     source: Source,
     *,
     batch_size: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 8,
-    pin_memory: bool = True,
-    memory_format: torch.memory_format = torch.contiguous_format,
     split: str = "val",
     most: int | None = None,
     seed: int = 0,
+    **loading: Any,
 ) -> Loader:
     """All images of a split, whose targets are their ids; over all ranks every image comes exactly once.
 
     Args:
         source: where the images come from.
         batch_size: most images per step on this rank.
-        device: where the batches are to be.
-        rank: of this process.
-        world_size: number of processes.
-        num_workers: processes that decode images.
-        pin_memory: page-locked batches, for asynchronous copies to a GPU.
-        memory_format: of the images.
         split: whose images.
         most: how many of them; None = all.
         seed: which ones, where not all.
+        loading: see `Loading`.
 
     Raises:
         UserError: as `describe`; and while iterating, an image that cannot be read, or whose size is not the one that
             the annotation file gives.
     """
+    how = Loading(**loading)
     found = coco.read(look_up(source, DATASETS).root(source.root), split)
     samples = Images(found, np.arange(len(found.names)), seed=0)  # nothing is random
     return _Loader(
         samples,
-        EvalSampler(len(samples), batch_size, rank, world_size, most, seed),
-        _Unit(device, memory_format),
+        EvalSampler(len(samples), batch_size, how.rank, how.world_size, most, seed),
+        _Unit(how.device, how.memory_format),
         mend=refuse,
         join=_join,
-        device=device,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+        how=how,
     )
 
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from data.loader import Loader
 from data.on_device import Normalize
 from data.registry import IMAGENET_MEAN, IMAGENET_STD, look_up
 from data.samplers import EvalSampler, TrainSampler
-from data.types import Source
+from data.types import Loading, Source
 from repopt.errors import UserError, shown
 
 IGNORED = cityscapes.IGNORED  # in batches too
@@ -108,13 +109,8 @@ def train_loader(
     crop: tuple[int, int],
     scales: tuple[float, float],
     batch_size: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 8,
-    pin_memory: bool = True,
     seed: int = 0,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    **loading: Any,
 ) -> Loader:
     """Varied training batches of one rank, all of `batch_size` images, in an order that (seed, epoch) gives.
 
@@ -123,19 +119,15 @@ def train_loader(
         crop: height and width of what is cut out of an image, anywhere; a smaller image is padded by the mean colour.
         scales: least and greatest factor by which an image is resized before.
         batch_size: images per step on this rank.
-        device: where the batches are to be.
-        rank: of this process.
-        world_size: number of processes.
-        num_workers: processes that decode images.
-        pin_memory: page-locked batches, for asynchronous copies to a GPU.
         seed: of the order and of every variation.
-        memory_format: of the images.
+        loading: see `Loading`.
 
     Raises:
         UserError: an unknown data set; folders that are not in its layout; an image without its label image; fewer
             images than one step takes; and while iterating, a label image of another size than its image's or with
             other values than the set's.
     """
+    how = Loading(**loading)
     row = look_up(source, DATASETS)
     if not 0 < scales[0] <= scales[1]:
         raise UserError(f"images are resized by factors from one above 0 to one no smaller, not {shown(scales)}")
@@ -143,12 +135,10 @@ def train_loader(
     samples = Labelled(row, source, "train", varied, seed)
     return _Loader(
         samples,
-        TrainSampler(len(samples), batch_size, rank, world_size, seed),
-        Normalize(row.mean, row.std, device, memory_format),
+        TrainSampler(len(samples), batch_size, how.rank, how.world_size, seed),
+        Normalize(row.mean, row.std, how.device, how.memory_format),
         mend=mending(source.on_bad_image, replace),
-        device=device,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+        how=how,
     )
 
 
@@ -156,46 +146,35 @@ def eval_loader(
     source: Source,
     *,
     batch_size: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 8,
-    pin_memory: bool = True,
-    memory_format: torch.memory_format = torch.contiguous_format,
     split: str = "val",
     most: int | None = None,
     seed: int = 0,
+    **loading: Any,
 ) -> Loader:
     """Whole images of one rank; over all ranks every image comes exactly once, and the last batch may be smaller.
 
     Args:
         source: where the images come from.
         batch_size: most images per step on this rank; images of different sizes go one by one.
-        device: where the batches are to be.
-        rank: of this process.
-        world_size: number of processes.
-        num_workers: processes that decode images.
-        pin_memory: page-locked batches, for asynchronous copies to a GPU.
-        memory_format: of the images.
         split: whose images; of those to train on another takes the place of one that cannot be read, as in training.
         most: how many of them; None = all.
         seed: which ones, where not all.
+        loading: see `Loading`.
 
     Raises:
         UserError: as `train_loader`; and while iterating, a test image that cannot be read, or images of different
             sizes in one batch.
     """
+    how = Loading(**loading)
     row = look_up(source, DATASETS)
     samples = Labelled(row, source, split, None, seed=0)  # nothing is random
     return _Loader(
         samples,
-        EvalSampler(len(samples), batch_size, rank, world_size, most, seed),
-        Normalize(row.mean, row.std, device, memory_format),
+        EvalSampler(len(samples), batch_size, how.rank, how.world_size, most, seed),
+        Normalize(row.mean, row.std, how.device, how.memory_format),
         mend=refuse if split == "val" else mending(source.on_bad_image, replace),
         join=_join_whole,
-        device=device,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+        how=how,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 ON_BAD_IMAGE = ("skip", "raise")
 
 
@@ -27,6 +29,27 @@ class Source:
     zip_mode: bool = False
     cache_mode: str = "part"
     on_bad_image: str = "skip"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches come to one rank; these are arguments of every loader.
+
+    Attributes:
+        device: where the batches are to be.
+        rank: of this process.
+        world_size: number of processes.
+        num_workers: processes that decode images, where they have to be decoded.
+        pin_memory: page-locked batches, for asynchronous copies to a GPU.
+        memory_format: of the images.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 8
+    pin_memory: bool = True
+    memory_format: torch.memory_format = torch.contiguous_format
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,15 @@ def test_a_backbone_begins_with_the_classifiers_weights(task, command, classifie
     assert same(kept, {f"{body}.{name}": value for name, value in searched.items()})
 
 
+def test_a_backbone_begins_with_weights_that_come_without_more(command, classifiers, tmp_path):
+    """As a released checkpoint has them."""
+    released = tmp_path / "released.pth"
+    torch.save({"model": weights(classifiers[TARGET].parent)}, released)
+    assert run("segment", command("segment", PLAIN, "--backbone", released, epochs=1)) == 0
+    log = (tmp_path / PLAIN / "segment" / "log_rank0.txt").read_text()
+    assert f"backbone: 168 tensors of {released}; left out" in log
+
+
 def test_scales_are_searched_in_a_detector_and_train_its_plain_form(command, tmp_path, capsys):
     declared = ["DETECT.NECK", "declared"]
     assert run("detect", command("detect", HS, "--tag", "search", epochs=1, options=declared)) == 0
