@@ -5,8 +5,8 @@
 
 `demo` is the same experiment with small networks on images that come with scikit-learn, minutes on a CPU; `full` is the
 paper's own setting, on GPUs, with the data sets in the folders that the environment variables IMAGENET, CIFAR, CALTECH,
-COCO and CITYSCAPES name. Runs go to <output>/<scale>/<arch>/<name>-seed<seed>/; tables share them. What is done is skipped, what
-was stopped goes on. `--dry-run` prints what would be run, as a script for a shell, with GPUs and hours.
+COCO and CITYSCAPES name. Runs go to <output>/<scale>/<arch>/<name>-seed<seed>/; tables share them. What is done is
+skipped, what was stopped goes on. `--dry-run` prints what would be run, as a script for a shell, with GPUs and hours.
 
 The result is printed and written beside the runs: table4.md, table4.json (`scripts/report.py` makes a page of it), and
 the pictures of figures.
