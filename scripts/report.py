@@ -25,6 +25,7 @@ import _root  # noqa: F401
 import analyse_kernels
 import jinja2
 import plots
+import svg
 from inspect_scales import of_backbone, search_model
 from markupsafe import Markup
 from runs import METRICS, Log, Run, number, read_json, steps_of
@@ -192,7 +193,7 @@ def rendered(sections: Sequence[Section]) -> str:
     )
     numbers = itertools.count()
     environment.filters["inline"] = lambda chart: Markup(
-        plots.inline_svg(chart.svg, f"p{next(numbers)}-", chart.description)
+        svg.inline_svg(chart.svg, f"p{next(numbers)}-", chart.description)
     )
     return printable(environment.get_template("report.html.jinja").render(sections=sections).lstrip())
 
@@ -585,8 +586,8 @@ def worst(layers: Sequence[str], networks: Mapping[str, Sequence[float | None]])
 
 def chart(title: str, description: str, plot: Callable[..., None], *data: Any, **options: Any) -> Chart:
     """What a function of plots.py draws of some data."""
-    svg = plots.svg_of(lambda path: plot(*data, path, **options))
-    return Chart(title, svg, description, narrow=options.get("size") == NARROW)
+    drawn = svg.svg_of(lambda path: plot(*data, path, **options))
+    return Chart(title, drawn, description, narrow=options.get("size") == NARROW)
 
 
 def picture(title: str, file: Path) -> Chart | Picture:
@@ -599,9 +600,9 @@ def picture(title: str, file: Path) -> Chart | Picture:
         raise UserError(f"there is no picture {shown(str(file))}")
     content = file.read_bytes()
     if file.suffix == ".svg":
-        svg = plots.read_svg(file)
+        drawn = svg.read_svg(file)
         if b"currentColor" in content:
-            return Chart(title, svg, title)
+            return Chart(title, drawn, title)
         kind = "svg+xml"
     elif content.startswith(b"\x89PNG\r\n\x1a\n"):
         kind = "png"

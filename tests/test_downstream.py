@@ -363,9 +363,16 @@ def test_several_processes_train_networks_of_timm(monkeypatch, arch):
     assert activations[0] == activations[1]
 
 
-def test_a_trained_detector_is_read_from_its_checkpoint(command, few_scenes, tmp_path, monkeypatch):
+def test_a_trained_detector_is_read_from_its_checkpoint(
+    command, few_scenes, tmp_path, monkeypatch, capsys, in_one_line
+):
     assert run("detect", command("detect", PLAIN, epochs=1)) == 0
+    latest = tmp_path / PLAIN / "detect" / "latest.pth"
+    capsys.readouterr()
+    other = command("detect", PLAIN, "--eval", "--resume", latest, options=["DETECT.ANCHOR_SCALE", 8])
+    assert run("detect", other) == MISTAKE  # the weights would not tell
+    in_one_line("detect.py", "'{latest}' was trained with DETECT.ANCHOR_SCALE 4, and it is 8 now", {"latest": latest})
     monkeypatch.chdir(tmp_path)  # where no data set is
-    network = trained.read(tmp_path / PLAIN / "detect" / "latest.pth").network()
-    assert same(network.state_dict(), weights(tmp_path / PLAIN / "detect"))
+    network = trained.read(latest).network()
+    assert same(network.state_dict(), weights(latest.parent))
     assert not (tmp_path / "output").exists()
