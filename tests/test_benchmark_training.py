@@ -8,6 +8,7 @@ import pytest
 import torch
 from measure import hyper_search, training
 from measure.training_step import TrainingStep
+from reproduction import paper
 
 import repopt
 
@@ -65,7 +66,7 @@ def test_the_papers_ratios():
 
 def test_the_papers_numbers_are_the_published_ones(shared):
     published = json.loads((shared / "contract" / "paper_tables.json").read_text())
-    assert json.loads(training.PAPER.read_text()) == published
+    assert json.loads(paper.FILE.read_text()) == published
 
 
 def test_memory_grows_with_the_batch():

@@ -7,13 +7,12 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from reproduction import paper
 
 from measure.arguments import positive
 from measure.compiling import MODES, mode_on
@@ -23,7 +22,6 @@ from measure.turns import peak_extra, take_turns, timed
 from repopt.errors import UserError
 
 ARCHS = ("RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2")
-PAPER = Path(__file__).resolve().parents[1] / "paper_tables.json"
 REPOPT, REPVGG = "RepOpt", "RepVGG"
 MODE_OF = {REPOPT: "target", REPVGG: "repvgg"}
 
@@ -176,11 +174,7 @@ def memory_of(device: torch.device) -> float:
 
 def beside_the_paper(arch: str, own: Mapping[str, Row], most: Mapping[str, int]) -> Row:
     """RepOpt over RepVGG in speed and largest batch, there and here."""
-    table = json.loads(PAPER.read_text())["table2_imagenet_2080ti"]
-    there, baseline = (
-        dict(zip(table["columns"], table.get(name, ()), strict=False))
-        for name in (arch, arch.replace(REPOPT + "-VGG", REPVGG))
-    )
+    there, baseline = (paper.in_training(arch, mode) for mode in MODE_OF.values())
 
     def ratio(column: str) -> float | None:
         return there[column] / baseline[column] if there and baseline else None

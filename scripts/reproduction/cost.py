@@ -30,13 +30,9 @@ def gpu_hours(run: Run) -> float | None:
 def images_per_second(arch: str, size: int) -> float | None:
     """Of a training on one of the paper's GPUs, in batches of 32."""
     model, mode, _ = parse_arch(arch)
-    name = model.replace("RepOpt-VGG", "RepVGG") if mode == "repvgg" else model
-    table = paper.read("table2_imagenet_2080ti")
-    if name in (row[0] for row in table.rows):
-        reference, name_of_reference = arch, name
-    elif not any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in network(arch).modules()):
-        reference, name_of_reference = f"{REFERENCE}-target", REFERENCE
-    else:
-        return None
-    speed = table.row([name_of_reference])["train samples/s/GPU @BS=32"]
-    return speed * multiply_adds(reference) / multiply_adds(arch, size)
+    reference, row = arch, paper.in_training(model, mode)
+    if not row:
+        if any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in network(arch).modules()):
+            return None
+        reference, row = f"{REFERENCE}-target", paper.in_training(REFERENCE, "target")
+    return row["train samples/s/GPU @BS=32"] * multiply_adds(reference) / multiply_adds(arch, size)

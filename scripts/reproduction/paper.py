@@ -40,6 +40,16 @@ def read(name: str) -> PaperTable:
     return PaperTable([LABEL, *content["columns"]], rows)
 
 
+def in_training(model: str, mode: str) -> dict[str, Any]:
+    """The cells of table 2 by column, of a model that a RepOptimizer trains or, in the mode "repvgg", of its baseline.
+
+    Empty where the paper has none.
+    """
+    table = read("table2_imagenet_2080ti")
+    name = model.replace("RepOpt-VGG", "RepVGG") if mode == "repvgg" else model
+    return table.row([name]) if name in (row[0] for row in table.rows) else {}
+
+
 def number(cell: Any) -> float | None:
     """The number that a cell begins with ("a±b" is a), or None."""
     if isinstance(cell, int | float) and not isinstance(cell, bool):
