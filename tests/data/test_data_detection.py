@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import error_of, global_generators_at_rest
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -157,15 +158,6 @@ def assert_equal(actual, expected):
         assert all(torch.equal(target[key], expected_target[key]) for key in target)
 
 
-def error_of(loader):
-    """The message alone: a traceback would keep the loader, and with it its workers."""
-    try:
-        list(loader)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def refusal(root, **changes):
     with pytest.raises(UserError) as error:
         train(root, **changes)
@@ -300,11 +292,8 @@ def test_batches_follow_from_seed_epoch_and_images_alone(made):
 
 
 def test_the_global_generators_are_neither_used_nor_moved(made):
-    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    first = batches(train(made))
-    assert random.getstate() == before[0]
-    assert (np.random.get_state()[1] == before[1]).all()
-    assert torch.equal(torch.get_rng_state(), before[2])
+    with global_generators_at_rest():
+        first = batches(train(made))
     random.seed(2), np.random.seed(2), torch.manual_seed(2)
     assert_equal(batches(train(made)), first)
 

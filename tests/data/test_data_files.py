@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import global_generators_at_rest
 from PIL import Image
 from torchvision import transforms as T
 
@@ -123,11 +124,8 @@ def test_equal_images_are_augmented_differently(image_folder, tmp_path):
 def test_the_global_generators_are_neither_used_nor_moved(image_folder):
     augmentation = Augmentation(reprob=0.9, mixup=0.5)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    first = torch.cat([images for images, _ in make_train(image_folder, augmentation)])
-    assert random.getstate() == before[0]
-    assert (np.random.get_state()[1] == before[1]).all()
-    assert torch.equal(torch.get_rng_state(), before[2])
+    with global_generators_at_rest():
+        first = torch.cat([images for images, _ in make_train(image_folder, augmentation)])
     random.seed(2), np.random.seed(2), torch.manual_seed(2)
     assert torch.equal(torch.cat([images for images, _ in make_train(image_folder, augmentation)]), first)
 

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers import global_generators_at_rest
 from torchvision.transforms import functional as TF
 
 from data import Augmentation, Source, cifar, describe, digits, eval_loader, fake, train_loader
@@ -274,13 +275,10 @@ def test_steps_and_ranks_mix_in_their_own_ratios():
 
 @pytest.mark.parametrize("mode", ("batch", "pair", "elem"))
 def test_every_mixup_mode_works_and_leaves_the_global_generators_alone(mode):
-    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    images, targets = epoch_of(make_train(augmentation=Augmentation(mixup=0.8, cutmix=1.0, mixup_mode=mode)))
-    assert images.isfinite().all()
-    torch.testing.assert_close(targets.sum(1), torch.ones(300))
-    assert random.getstate() == before[0]
-    assert (np.random.get_state()[1] == before[1]).all()
-    assert torch.equal(torch.get_rng_state(), before[2])
+    with global_generators_at_rest():
+        images, targets = epoch_of(make_train(augmentation=Augmentation(mixup=0.8, cutmix=1.0, mixup_mode=mode)))
+        assert images.isfinite().all()
+        torch.testing.assert_close(targets.sum(1), torch.ones(300))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import zlib
 
 import pytest
 import torch
+from helpers import error_of
 
 from data import Augmentation, Source, describe, eval_loader, train_loader
 from repopt.errors import UserError
@@ -93,15 +94,6 @@ def warnings(caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.WARNING, logger.name)
     return lambda: [record.getMessage() for record in caplog.records if record.name == logger.name]
-
-
-def error_of(loader):
-    """The message alone: a traceback would keep the loader, and garbage collection takes 5 s to end a worker."""
-    try:
-        list(loader)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def by_index(loader):
