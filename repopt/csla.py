@@ -270,7 +270,10 @@ class Block:
         tensors = [kernels[branch.kernel] for branch in self.branches]
         tensors += [None if branch.scale is None else scales[branch.scale] for branch in self.branches]
         if torch.compiler.is_compiling():  # a compiler makes one loop of the sum
-            return functools.reduce(torch.add, (b.embed(_scaled(k, s), self.target) for b, k, s in _of(self, tensors)))
+            scaled = ((branch, _scaled(kernel, scale)) for branch, kernel, scale in _of(self, tensors))
+            return functools.reduce(
+                torch.add, (k if _fills(b, k, self.target) else b.embed(k, self.target) for b, k in scaled)
+            )
         return _Merge.apply(self, *tensors)
 
     def grad_mult(self, scales: Mapping[str, Tensor], degree: int) -> GradMult:

@@ -37,7 +37,7 @@ LARGEST_DIFFERENCE, LARGEST_DIFFERENCE_INT8 = 1e-3, 0.1
 
 @torch.no_grad()
 def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
-    """Write a network as ONNX, for batches of any size, and check what onnxruntime makes of it.
+    """Write a network as ONNX, for batches of up to `quantize.MAX_BATCH` images, and check what onnxruntime makes of it.
 
     Args:
         model: a deployed network, or `Int8`, whose integers are QuantizeLinear and DequantizeLinear pairs.
@@ -119,7 +119,9 @@ def write_safetensors(model: nn.Module, path: Path) -> None:
 
 
 def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Write a network as a torch.export program (``.pt2``), for batches of any size; `torch.export.load` reads it.
+    """Write a network as a torch.export program (``.pt2``), which `torch.export.load` reads.
+
+    It takes batches of up to `quantize.MAX_BATCH` images.
 
     Raises:
         UserError: the file exists; an operation cannot be exported.

@@ -46,6 +46,7 @@ _NORMS = (torch.ops.aten.batch_norm.default,)
 _OF_TRAINING = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}  # where they are told
 _UNDOING = (torch.ops.aten.div.Tensor,)  # for QAT torchao scales a kernel as its batch norm will, and divides again
 _AVERAGED_BATCHES = 100  # that count in the range of an activation, while training for INT8
+MAX_BATCH = 65_535  # images in a batch of an exported network: with more, a GPU computes batch norms in another way
 _SMALLEST_STEP = 1e-6  # of a weight: the bias of a channel without weights is an integer of 32 bits of such steps
 _ACTIVATIONS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
@@ -107,7 +108,8 @@ class Observed(Around):
         if fake:
             assert all(own[name] is param for name, param in around.named_parameters()), "torchao copied parameters"
         self.network, self.fake = graph, fake
-        self.register_buffer("example", torch.zeros_like(example), persistent=False)
+        example = torch.zeros_like(example, memory_format=torch.contiguous_format)
+        self.register_buffer("example", example, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.network(x)
@@ -329,19 +331,19 @@ def _path(node: fx.Node) -> str:
 
 
 def exported(model: nn.Module, images: Tensor) -> fx.GraphModule:
-    """The graph of a model's operations, for batches of any size; Raises: as `export_program`."""
+    """The graph of a model's operations, for batches of up to `MAX_BATCH` images; Raises: as `export_program`."""
     return export_program(model, images).module()
 
 
 def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """A model's operations, for batches of any size.
+    """A model's operations, for batches of up to `MAX_BATCH` images.
 
     Raises:
         UserError: there is an operation that cannot be exported.
     """
     pair = torch.cat([images[:1], images[:1]])  # a batch of one would be taken for a constant
     try:
-        return torch.export.export(model, (pair,), dynamic_shapes=({0: Dim("batch")},))
+        return torch.export.export(model, (pair,), dynamic_shapes=({0: Dim("batch", max=MAX_BATCH)},))
     except Exception as error:  # of many kinds, with the tracer's own words
         raise UserError(f"{type(model).__name__} cannot be exported: {one_line(error)}") from error
 

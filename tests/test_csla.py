@@ -103,6 +103,21 @@ def test_branches_of_other_kinds_are_merged_as_they_are_embedded(monkeypatch, co
     )
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_merged_kernel_and_its_gradients_lie_in_memory_as_the_largest_branch(monkeypatch, compiling):
+    """Otherwise every gradient of a channels_last network is copied once more."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    block = BLOCKS["3x3 + 1x1 + identity"].block
+    kernels = {b.kernel: torch.randn(b.kernel_shape(block.target)) for b in block.branches}
+    largest = block.branches[0].kernel
+    kernels[largest] = kernels[largest].contiguous(memory_format=torch.channels_last).requires_grad_()
+    scales = {b.scale: torch.randn(block.target.shape[0]) for b in block.branches if b.scale}
+    merged = block.merge(kernels, scales)
+    upstream = torch.randn(block.target.shape).contiguous(memory_format=torch.channels_last)
+    (gradient,) = torch.autograd.grad(merged, kernels[largest], upstream)
+    assert merged.stride() == gradient.stride() == kernels[largest].stride()
+
+
 def test_merging_leaves_kernels_and_gradients_alone():
     block = Block(Target("w", (4, 4, 1, 1)), (IdentityBranch("i"), ConvBranch("a", "s", size=1)))
     kernels = {b.kernel: torch.randn(b.kernel_shape(block.target), requires_grad=True) for b in block.branches}

@@ -456,6 +456,20 @@ def test_a_loss_that_is_not_finite_counts_though_its_gradients_are():
     assert safeguard.skipped() == (1, 0)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_buffers_of_any_layout_stay_what_the_last_good_step_left(layout):
+    """As they are now, not as they were when the training began."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("seen", torch.randn(2, 3, 4, 5).contiguous(memory_format=layout))
+    safeguard = engine.Safeguard(model, torch.optim.SGD(model.parameters(), fused=True), CPU)
+    for norm in (1.0, math.inf, 1.0):
+        before = model.seen.clone()
+        model.seen += 1
+        safeguard.step(torch.tensor(norm))
+        assert torch.equal(model.seen, before + 1 if norm == 1.0 else before)
+        assert model.seen.is_contiguous(memory_format=layout)
+
+
 def test_skipped_steps_are_counted_through_restarts(tmp_path):
     state = make_state(network())
     fit(state, tmp_path / "run", 1, loader=Spoiled({1, 2}, missing=False))

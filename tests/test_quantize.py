@@ -213,6 +213,10 @@ class TestPreparing:
         with pytest.raises(UserError, match="no images to calibrate with"):
             quantize.calibrate(quantize.prepare(model, x, "ptq", "default"), [])
 
+    def test_batches_are_bounded_as_batch_norms_on_gpus_need_it(self):
+        program = quantize.export_program(network(), images())
+        assert [bounds.upper for bounds in program.range_constraints.values()] == [quantize.MAX_BATCH]
+
     def test_an_operator_that_cannot_be_exported_is_one_line(self):
         class Decides(nn.Module):
             def forward(self, x):
@@ -237,6 +241,20 @@ class TestTraining:
         optimizer = repopt.build_optimizer("sgd", observed, scales, lr=0.1)
         trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
         assert trained == {id(param) for param in observed.parameters()}
+
+    def test_images_as_gpus_have_them(self):
+        """A step is done, or left out, with images that are channels_last."""
+        x = images().contiguous(memory_format=torch.channels_last)
+        observed = calibrated(network().to(memory_format=torch.channels_last), "qat", x=x).train()
+        safeguard = engine.Safeguard(observed, optimizer := repopt.build_optimizer("sgd", observed, lr=0.1), CPU)
+        before = copy.deepcopy(observed.state_dict())
+        for loss_of, skipped in ((lambda y: y.mean() + math.inf, 1), (torch.mean, 0)):
+            safeguard.poison(loss_of(observed(x))).backward()
+            safeguard.step(None)
+            optimizer.zero_grad()
+            assert safeguard.skipped() == (1, skipped)
+            changed = any(not torch.equal(value, before[name]) for name, value in observed.state_dict().items())
+            assert changed is not bool(skipped)
 
     @pytest.mark.parametrize("name", ["RepOpt-VGG-nano", "ghost"])
     @pytest.mark.parametrize("with_scales", [True, False])

@@ -83,14 +83,15 @@ class _Kept:
 
     def __init__(self, buffers: list[Tensor]) -> None:
         self._buffers = buffers
-        self._flat = [buffer.view(-1) for buffer in buffers]
-        self._kept = torch.cat(self._flat)
-        self._parts = [
-            part.view_as(buffer)
-            for part, buffer in zip(self._kept.split([len(flat) for flat in self._flat]), buffers, strict=True)
-        ]
+        self._kept = self._flat()
+        parts = self._kept.split([buffer.numel() for buffer in buffers])
+        self._parts = [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)]
+
+    def _flat(self) -> Tensor:
+        """What the buffers are now, one after the other: a copy, for not all of them can be viewed flat."""
+        return torch.cat([buffer.flatten() for buffer in self._buffers])
 
     def settle(self, bad: Tensor) -> None:
         """Keep what the buffers are, or give them back what they were."""
-        torch.where(bad, self._kept, torch.cat(self._flat), out=self._kept)
+        torch.where(bad, self._kept, self._flat(), out=self._kept)
         torch._foreach_copy_(self._buffers, self._parts)
