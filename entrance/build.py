@@ -14,12 +14,14 @@ from yacs.config import CfgNode
 import repopt
 from entrance.placement import precision_of
 from entrance.tasks import Task
-from repopt import engine
+from repopt import config, engine
 from repopt.distributed import World
 from repopt.errors import UserError
 from repopt.logging import logger
 from repopt.models import Arch
 from repopt.reparam import unwrapped
+
+MAX_GRAPH_PIXELS = 2**19  # of a batch that is small: 128 images of 64 x 64
 
 
 def training_state(
@@ -110,6 +112,8 @@ def distribute(task: Task, cfg: CfgNode, world: World, model: nn.Module) -> nn.M
 def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
     """The model under torch.compile, where that is asked for, or not said and worth while."""
     mode = compile_mode(cfg, world)
+    if cfg.TRAIN.COMPILE == "auto":
+        logger.info(f"TRAIN.COMPILE auto: {mode}")
     if mode == "off":
         return model
     if mode != "default" and cfg.TRAIN.ACCUMULATION_STEPS > 1:
@@ -127,8 +131,16 @@ def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
 
 
 def compile_mode(cfg: CfgNode, world: World) -> str:
-    """Of torch.compile, or "off"."""
+    """The mode of torch.compile for a training, or "off": the one asked for, or what suits its device and its batches.
+
+    A GPU has done a small batch before the host has launched the kernels of the next: "reduce-overhead" launches them
+    as one CUDA graph. It needs one process, and gradients that do not have to outlive a batch. Checkpointed activations
+    are not compiled, for their second run puts batch norms to rest.
+    """
     if cfg.TRAIN.COMPILE != "auto":
         return cfg.TRAIN.COMPILE
-    # Checkpointed activations are not compiled: their second run puts batch norms to rest.
-    return "default" if world.device.type == "cuda" and not cfg.TRAIN.USE_CHECKPOINT else "off"
+    if world.device.type != "cuda" or cfg.TRAIN.USE_CHECKPOINT:
+        return "off"
+    pixels = cfg.DATA.BATCH_SIZE * cfg.DATA.IMG_SIZE**2
+    small = cfg.TASK == config.CLASSIFY and pixels <= MAX_GRAPH_PIXELS
+    return "reduce-overhead" if small and world.size == 1 and cfg.TRAIN.ACCUMULATION_STEPS <= 1 else "default"

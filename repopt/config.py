@@ -163,7 +163,8 @@ KEYS: dict[str, Key] = {
     ),
     "TRAIN.COMPILE": Key(
         "auto",
-        "of the training step: off, or a mode of torch.compile; auto: default on GPUs, off on CPUs",
+        "of the training step: off, or a mode of torch.compile; auto: off on CPUs, and on GPUs reduce-overhead for "
+        "batches of small images, else default",
         choices=("auto", "off", "default", "reduce-overhead", "max-autotune"),
     ),
     "TRAIN.SYNC_BN": Key(

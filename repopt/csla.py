@@ -54,20 +54,31 @@ class GradMult:
     def __call__(self, gradient: Tensor) -> Tensor:
         """``M * gradient`` as a new tensor of the gradient's shape (O, I, *k); M itself is never made."""
         product = gradient * self.filter
-        if self.diagonal is not None:
-            rows, columns = self.diagonal_at()
-            there = (rows, columns, *(size // 2 for size in self.shape[2:]))
-            product[there] += self.diagonal * gradient[there]
+        for constants, place, entries in self.on_diagonal(product, gradient):
+            place.addcmul_(constants, entries)
         return product
 
     def dense(self) -> Tensor:
         """M in full, (O, I, *k)."""
         return self(self.filter.new_ones(self.shape))
 
-    def diagonal_at(self) -> tuple[Tensor, Tensor]:
-        """Filters and input channels, (O,) each, whose centres an identity branch meets."""
-        rows = torch.arange(self.shape[0], device=self.filter.device)
-        return rows, (rows + self.first) % self.shape[1]
+    def on_diagonal(self, *kernels: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Where an identity branch meets kernels (O, I, *k): parts of `diagonal`, each with views of them, all alike.
+
+        There is one part in a whole kernel, and none without an identity branch; a kernel that is cut within its groups
+        (`rows`) has up to three.
+        """
+        count, inputs = self.shape[:2]
+        centre = (..., *(size // 2 for size in self.shape[2:]))
+        start = count if self.diagonal is None else 0
+        while start < count:
+            column = (self.first + start) % inputs
+            width = min(inputs - column, count - start)
+            groups = (count - start) // width if width == inputs else 1
+            rows, shape = slice(start, start + groups * width), (groups, width)
+            views = (kernel[centre][rows, column:].unflatten(0, shape).diagonal(dim1=1, dim2=2) for kernel in kernels)
+            yield self.diagonal[rows].view(shape), *views
+            start = rows.stop
 
     def rows(self, start: int, stop: int) -> GradMult:
         """The multiplier of the filters from `start` up to `stop`: views, nothing is copied."""

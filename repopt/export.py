@@ -37,7 +37,7 @@ LARGEST_DIFFERENCE, LARGEST_DIFFERENCE_INT8 = 1e-3, 0.1
 
 @torch.no_grad()
 def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
-    """Write a network as ONNX, for batches of up to `quantize.MAX_BATCH` images, and check what onnxruntime makes of it.
+    """Write a network as ONNX, and check what onnxruntime makes of it; batches have up to `quantize.MAX_BATCH` images.
 
     Args:
         model: a deployed network, or `Int8`, whose integers are QuantizeLinear and DequantizeLinear pairs.

@@ -36,6 +36,29 @@ def test_where_a_training_is_compiled(monkeypatch, choice, device, checkpointed,
     assert (trained is model) == (mode is None)
 
 
+@pytest.mark.parametrize(
+    ("device", "processes", "changed", "mode"),
+    [
+        (GPU, 1, {}, "reduce-overhead"),
+        (CPU, 1, {}, "off"),
+        (GPU, 2, {}, "default"),
+        (GPU, 1, {"DATA.IMG_SIZE": 224}, "default"),
+        (GPU, 1, {"DATA.IMG_SIZE": 224, "DATA.BATCH_SIZE": 8}, "reduce-overhead"),
+        (GPU, 1, {"TRAIN.ACCUMULATION_STEPS": 2}, "default"),
+        (GPU, 1, {"TRAIN.USE_CHECKPOINT": True}, "off"),
+        (GPU, 1, {"TASK": "detect"}, "default"),
+        (GPU, 1, {"TRAIN.COMPILE": "off"}, None),
+    ],
+)
+def test_the_mode_suits_the_work_and_the_log_says_it(monkeypatch, caplog, device, processes, changed, mode):
+    monkeypatch.setattr(engine, "compiled", lambda model, *_: model)
+    monkeypatch.setattr(logger, "propagate", True)
+    cfg = config.build({"DATA.IMG_SIZE": 32} | changed).cfg
+    with caplog.at_level(logging.INFO, logger.name):
+        build.compiled(cfg, World(0, processes, device), nn.Linear(2, 2))
+    assert [record.message for record in caplog.records] == ([f"TRAIN.COMPILE auto: {mode}"] if mode else [])
+
+
 def test_where_compiling_does_not_work(monkeypatch, caplog):
     def broken(*arguments):
         raise UserError("torch.compile does not work here: no compiler found")

@@ -30,6 +30,13 @@ class _Known(NamedTuple):
     place: Place
 
 
+class _Counted(NamedTuple):
+    """A group's step numbers as they were last counted, by identity and version, and for each the first equal one."""
+
+    now: list[tuple[int, int]]
+    leaders: list[Tensor]
+
+
 class RepOptimizer(torch.optim.Optimizer):
     """An elementwise update rule whose gradients are re-parameterized by constants (Rule of Iteration).
 
@@ -170,19 +177,22 @@ class RepOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         said = {name: value for name in FROM_SCALER if (value := getattr(self, name, None)) is not None}
-        known = "found_inf" in said and _on_host(said["found_inf"])
-        if known and said.pop("found_inf"):
-            return loss
+        if "found_inf" in said:
+            said["found_inf"] = said["found_inf"] > 0
+            if _on_host(said["found_inf"]) and said.pop("found_inf"):
+                return loss
         first, tasks = [], []
         for group in self.param_groups:
             constants = {name: group[name] for name in self._constants}
             names = self.state_names(group)
-            for param in group["params"]:
-                if param.grad is not None:
-                    is_first, place = self._place(param, names)
-                    task = Task(place, local_gradient(param), constants, self._scalars(param, group, said))
-                    if place.param.numel():  # a process may have nothing of a small parameter
-                        (first if is_first else tasks).append(task)
+            params = [param for param in group["params"] if param.grad is not None]
+            places = [self._place(param, names) for param in params]
+            for param, (is_first, place), scalars in zip(
+                params, places, self._scalars(params, group, said), strict=True
+            ):
+                if place.param.numel():  # a process may have nothing of a small parameter
+                    task = Task(place, local_gradient(param), constants, scalars)
+                    (first if is_first else tasks).append(task)
         eager_update(self._rule, [task._replace(constants={**task.constants, **self.at_first}) for task in first])
         tasks = self._bundles.gather(tasks)
         if tasks and self._compiles():
@@ -210,19 +220,52 @@ class RepOptimizer(torch.optim.Optimizer):
         self._places[param] = _Known(_memory(here, names, state), place)
         return bool(missing), place
 
-    def _scalars(self, param: Tensor, group: dict[str, Any], said: dict[str, Tensor]) -> dict[str, Any]:
-        """What changes from step to step; counts the step."""
-        if not self.counts_steps:
-            return {"lr": group["lr"], **said}
-        capturable = group.get("capturable", False) or "found_inf" in said  # only the device knows whether it counts
-        state = self.state[param]
+    def _scalars(self, params: list[Tensor], group: dict[str, Any], said: dict[str, Tensor]) -> list[Hyper]:
+        """What changes from step to step, for each parameter; counts their steps.
+
+        Parameters that have taken equally many steps share one object.
+        """
+        common = {"lr": group["lr"], **said}
+        if not self.counts_steps or not params:
+            return [common] * len(params)
+        skips = said.get("found_inf")
+        on_device = group.get("capturable", False) or skips is not None  # only the device knows whether a step counts
+        steps = [self._step_number(param, on_device) for param in params]
+        if on_device:
+            leaders = self._leaders(id(group), steps)
+            # A list, for with a single tensor the host would wait for its value.
+            torch._foreach_add_(steps, 1 if skips is None else [(~skips).float()] * len(steps))
+            keys = [id(leader) for leader in leaders]
+            numbers = {key: leader.double() for key, leader in dict(zip(keys, leaders, strict=True)).items()}
+        else:
+            torch._foreach_add_(steps, 1)
+            keys = [step.item() for step in steps]
+            numbers = dict(zip(keys, keys, strict=True))
+        shared = {key: {**common, **self.corrections(number, group)} for key, number in numbers.items()}
+        return [shared[key] for key in keys]
+
+    def _step_number(self, param: Tensor, on_device: bool) -> Tensor:
+        """How many steps a parameter has taken, as torch.optim keeps it: float32, on its device or the CPU."""
+        state, device = self.state[param], param.device if on_device else torch.device("cpu")
         step = state.get("step")
-        device = param.device if capturable else torch.device("cpu")
         if not isinstance(step, Tensor) or step.device != device:
-            step = torch.as_tensor(step or 0.0, dtype=torch.float32, device=device)  # as torch.optim keeps it
-            state["step"] = step
-        step += 1 - said["found_inf"] if "found_inf" in said else 1
-        return {"lr": group["lr"], **said, **self.corrections(step.double() if capturable else step.item(), group)}
+            step = state["step"] = torch.as_tensor(step or 0.0, dtype=torch.float32, device=device)
+        return step
+
+    def _leaders(self, group: int, steps: list[Tensor]) -> list[Tensor]:
+        """For each step number on a device the first that equals it.
+
+        The host waits for their values once, and again where parameters or numbers are others than in the group's last
+        step: what is equal and counted together stays equal.
+        """
+        now = [(id(step), step._version) for step in steps]
+        known = self._counted.get(group)
+        if known is None or known.now != now:
+            first: dict[float, Tensor] = {}
+            known = _Counted(now, [first.setdefault(step.item(), step) for step in steps])
+        # The count that follows makes another version of each.
+        self._counted[group] = known._replace(now=[(key, version + 1) for key, version in now])
+        return known.leaders
 
     def _compiles(self) -> bool:
         if self.implementation == "auto":
@@ -249,6 +292,7 @@ class RepOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop what is derived and made again when it is needed."""
         self._places: dict[Tensor, _Known] = {}
+        self._counted: dict[int, _Counted] = {}
         self._bundles = Bundles()
         self._compiled_update = CompiledUpdate(self._rule)
         self._warned = False

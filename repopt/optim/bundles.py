@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repopt.optim.update import FROM_SCALER, Place, Task
+from repopt.optim.update import Place, Task
 
 SMALL = 2**16  # entries
 MOST = 32  # bundles that are kept
@@ -24,15 +24,14 @@ class Bundles:
         self._gathered: list[_Bundle] = []
 
     def gather(self, tasks: list[Task]) -> list[Task]:
-        """The tasks, where those of small plain parameters with equal hyper-parameters have become one."""
+        """The tasks, where those of small plain parameters that share constants and scalars have become one."""
         alike: dict[object, list[Task]] = {}
         gathered = []
         for task in tasks:
             param = task.place.param
-            numbers = tuple(value for name, value in task.scalars.items() if name not in FROM_SCALER)
-            if task.place.mult is None and param.numel() <= SMALL and not any(isinstance(n, Tensor) for n in numbers):
+            if task.place.mult is None and param.numel() <= SMALL:
                 dtypes = (param.dtype, task.gradient.dtype, *(value.dtype for value in task.place.state.values()))
-                alike.setdefault((id(task.constants), numbers, param.device, dtypes), []).append(task)
+                alike.setdefault((id(task.constants), id(task.scalars), param.device, dtypes), []).append(task)
             else:
                 gathered.append(task)
         self._gathered = []

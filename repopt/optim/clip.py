@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from repopt.csla import GradMult
 from repopt.errors import UserError
 from repopt.optim.base import refuse_unclaimed
-from repopt.optim.shards import local, local_gradient, local_mult, sum_over_shards
+from repopt.optim.shards import local, local_gradient, local_mult, shard_groups
 
 
 @torch.no_grad()
@@ -44,16 +46,44 @@ def clip_grad_norm_(
     trained = [(name, param) for name, param in named_parameters if param.grad is not None]
     if not trained:
         return torch.zeros(())
-    squares = []
+    alike: dict[Any, list[tuple[Tensor, GradMult | None]]] = {}
     for name, param in trained:
-        gradient = local_gradient(param)
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # squares of halves overflow
-        mult, weighted = grad_mults.get(name), gradient
+        gradient, mult = local_gradient(param), grad_mults.get(name)
         if mult is not None:
-            weighted = local_mult(name, param, mult).beside(gradient)(gradient)
-        squares.append(sum_over_shards(torch.sum(weighted * gradient), param))
+            mult = local_mult(name, param, mult).beside(gradient)
+        alike.setdefault((gradient.device, gradient.dtype, shard_groups(param)), []).append((gradient, mult))
+    squares = []
+    for (*_, groups), members in alike.items():
+        square = _squared_norm(members)
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        squares.append(square)
     norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    on_device: dict[torch.device, list[Tensor]] = {}
     for _, param in trained:
-        local(param.grad).mul_(factor.to(param.device))
+        gradient = local(param.grad)
+        on_device.setdefault(gradient.device, []).append(gradient)
+    for device, gradients in on_device.items():
+        torch._foreach_mul_(gradients, factor.to(device))
     return norm
+
+
+def _squared_norm(members: Sequence[tuple[Tensor, GradMult | None]]) -> Tensor:
+    """``sum(M * g^2)`` over gradients of one device and dtype; a GPU is asked little more than once per gradient.
+
+    M is the same for all input channels of a filter, but for the diagonal: so their squares are added up first.
+    """
+    dtype = torch.promote_types(members[0][0].dtype, torch.float32)  # squares of halves overflow
+    plain = [gradient for gradient, mult in members if mult is None]
+    pairs = [
+        (mult.filter, torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=dtype))
+        for gradient, mult in members
+        if mult is not None
+    ]
+    pairs += [pair for gradient, mult in members if mult is not None for pair in mult.on_diagonal(gradient)]
+    if plain:
+        norms = torch.stack(torch._foreach_norm(plain, 2, dtype))
+        pairs.append((torch.ones_like(norms), norms))
+    constants, norms = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*pairs, strict=True))
+    return (constants * norms.square()).sum()

@@ -89,7 +89,7 @@ def tiles_of(mult: GradMult, *, channels_last: bool) -> Tiles:
         patterns = [(kind_of == kind).to(filters.dtype).repeat(lanes) for kind in others]
     diagonal = position = None
     if mult.diagonal is not None:
-        _, column = mult.diagonal_at()
+        column = (torch.arange(out_channels, device=filters.device) + mult.first) % in_channels
         position = (centre * in_channels + column if channels_last else column * area + centre).view(-1, 1, 1)
         diagonal = mult.diagonal.view(-1, 1, 1)
     return Tiles(shape, coefficients, patterns, diagonal, position)
@@ -217,24 +217,33 @@ class _Scalars:
         self.batches: dict[Any, Tensor] = {}
         places: dict[Any, Iterator[Tensor]] = {}
         for device, dtype in set(homes):
-            shape = (homes.count((device, dtype)), len(tasks[0].scalars))
+            shape = (len(tasks[0].scalars), homes.count((device, dtype)))
             self.batches[device, dtype] = batch = torch.empty(shape, dtype=dtype, device=device)
-            places[device, dtype] = iter(batch.unbind())
+            places[device, dtype] = iter(batch.unbind(1))
         self.of_task = [dict(zip(tasks[0].scalars, next(places[home]).unbind(), strict=True)) for home in homes]
 
     def set(self, tasks: list[Task]) -> None:
-        """Copy the scalars of a step; numbers travel together."""
-        numbers: dict[Any, list[list[float]]] = {home: [] for home in self.batches}
-        tensors = []
-        for task, home, room in zip(tasks, self.homes, self.of_task, strict=True):
-            of_tensors = {name: value for name, value in task.scalars.items() if isinstance(value, Tensor)}
-            tensors += [(room[name], value) for name, value in of_tensors.items()]
-            numbers[home].append([0.0 if name in of_tensors else value for name, value in task.scalars.items()])
-        if len(tensors) < len(tasks) * len(tasks[0].scalars):
-            for home, values in numbers.items():
-                self.batches[home].copy_(torch.tensor(values, dtype=torch.float64), non_blocking=True)
-        for room, value in tensors:
-            room.copy_(value.reshape(()))
+        """Write the scalars of a step.
+
+        Neighbours that have the same are written together; numbers by the device itself, so that a CUDA graph can be
+        captured, in which they are constants.
+        """
+        of_home: dict[Any, list[Hyper]] = {home: [] for home in self.batches}
+        for task, home in zip(tasks, self.homes, strict=True):
+            of_home[home].append(task.scalars)
+        for home, batch in self.batches.items():
+            for name, row in zip(of_home[home][0], batch, strict=True):
+                start = 0
+                for _, run in itertools.groupby((scalars[name] for scalars in of_home[home]), key=_same):
+                    value, *others = run
+                    part = row[start : start + 1 + len(others)]
+                    part.copy_(value.reshape(())) if isinstance(value, Tensor) else part.fill_(value)
+                    start += len(part)
+
+
+def _same(scalar: float | Tensor) -> float:
+    """What two scalars have in common exactly if they are the same number, or the same tensor."""
+    return id(scalar) if isinstance(scalar, Tensor) else scalar
 
 
 def in_layout_of(param: Tensor, value: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from repopt.csla import GradMult
@@ -45,13 +45,12 @@ def local_mult(name: str, param: Tensor, mult: GradMult) -> GradMult:
     return mult.rows(start, start + count)
 
 
-def sum_over_shards(value: Tensor, param: Tensor) -> Tensor:
-    """The sum of what every process has of a parameter."""
-    if _is_sharded(param):
-        for place, placement in enumerate(param.placements):
-            if not placement.is_replicate():
-                torch.distributed.all_reduce(value, group=param.device_mesh.get_group(place))
-    return value
+def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of processes over which a parameter is spread; none of an ordinary one."""
+    if not _is_sharded(param):
+        return ()
+    placements = enumerate(param.placements)
+    return tuple(param.device_mesh.get_group(place) for place, placement in placements if not placement.is_replicate())
 
 
 def _is_sharded(tensor: Tensor) -> bool:

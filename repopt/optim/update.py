@@ -22,7 +22,7 @@ from repopt.errors import UserError
 State = dict[str, Tensor]
 Hyper = Mapping[str, Any]
 
-FROM_SCALER = ("found_inf", "grad_scale")  # above 0: leave the step out; and what gradients are multiples of
+FROM_SCALER = ("found_inf", "grad_scale")  # not 0: leave the step out; and what gradients are multiples of
 
 
 class Rule(NamedTuple):
@@ -61,7 +61,7 @@ class Task(NamedTuple):
         gradient: of its shape.
         constants: hyper-parameters of the parameter's group, ``weight_decay`` among them.
         scalars: what changes from step to step, ``lr`` among them: numbers, or tensors of no dimension. Those of
-            `FROM_SCALER` are there where a GradScaler gives them.
+            `FROM_SCALER` are there where a GradScaler gives them. Parameters that have all alike share one object.
     """
 
     place: Place
@@ -93,17 +93,17 @@ def apply(
         param.sub_(lr * update)
     if skips is not None:
         for tensor, old in zip((param, *state.values()), before, strict=True):
-            tensor.copy_(torch.where(skips > 0, old, tensor))
+            torch.where(skips.bool(), old, tensor, out=tensor)
 
 
-PIECE = 2**18  # entries: the temporaries of a piece stay in the cache, and peak memory stays low
+PIECE = 2**18  # entries: the temporaries of a piece stay in a CPU's cache, and peak memory stays low
 
 
 def eager_update(rule: Rule, tasks: list[Task]) -> None:
-    """One task after the other, large parameters in pieces of some filters."""
+    """One task after the other, on CPUs large parameters in pieces of some filters."""
     for place, gradient, constants, scalars in tasks:
         param, mult, state, hyper = place.param, place.mult, place.state, {**constants, **scalars}
-        if param.numel() <= PIECE:
+        if param.numel() <= PIECE or param.device.type != "cpu":
             apply(rule, param, gradient, mult, state, hyper)
             continue
         count = max(1, PIECE // param[0].numel())
