@@ -252,3 +252,18 @@ def test_names_of_their_own(branches):
 def test_branches_without_a_place_are_refused(target, branch):
     with pytest.raises(UserError, match="no place"):
         Block(target, (branch,))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_a_part_of_a_multiplier_is_that_part_of_it(groups):
+    """Wherever it is cut, within a group of the identity's diagonal too."""
+    target = Target("w", (12, 12 // groups, 3, 3), groups)
+    block = Block(target, (ConvBranch("a", "s", size=3), IdentityBranch("i")))
+    mult = block.grad_mult({"s": torch.randn(12, dtype=torch.float64)}, 1)
+    whole = mult.dense()
+    identity = torch.zeros(target.shape, dtype=torch.float64)
+    identity[torch.arange(12), torch.arange(12) % (12 // groups), 1, 1] = 1
+    assert torch.equal(whole, mult.filter + identity)
+    for start in range(12):
+        for stop in range(start + 1, 13):
+            assert torch.equal(mult.rows(start, stop).dense(), whole[start:stop]), (start, stop)

@@ -167,6 +167,48 @@ def test_steps_that_are_left_out(monkeypatch, rule, implementation, on_host):
             torch.testing.assert_close(value, other[name], rtol=1e-12, atol=1e-14, check_dtype=False)
 
 
+@pytest.mark.parametrize("change", ["gradients come and go", "another state is loaded", "numbers are written"])
+def test_parameters_that_have_taken_different_steps_are_corrected_each_by_its_own(monkeypatch, change):
+    """As on a GPU, where only the device knows the numbers: those that are equal are counted together."""
+    monkeypatch.setattr("repopt.optim.base._on_host", lambda answer: False)
+    a, b = net(), net()
+    settings = {"lr": 0.01, "weight_decay": 0.01, "implementation": "eager"}
+    plain, told = (repopt.build_optimizer("adamw", model, scales(), **settings) for model in (a, b))
+    told.found_inf, told.grad_scale = torch.zeros(()), None
+    for step, x in enumerate(batches(8)):
+        for model, optimizer in ((a, plain), (b, told)):
+            optimizer.zero_grad()
+            loss_of(model, x).backward()
+            if change == "gradients come and go" and step in (1, 2, 5):
+                model.head.bias.grad = model.first.conv.weight.grad = None
+            if change == "another state is loaded" and step == 4:
+                state = copy.deepcopy(optimizer.state_dict())
+                state["state"][1]["step"] += 5
+                optimizer.load_state_dict(state)
+            if change == "numbers are written" and step == 4:
+                optimizer.state[model.head.weight]["step"].fill_(1)
+            optimizer.step()
+    assert_same(a, b)
+    numbers = [[state["step"].item() for state in optimizer.state.values()] for optimizer in (plain, told)]
+    assert numbers[0] == numbers[1]
+    assert len(set(numbers[0])) == 2
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01, dtype=torch.float64)], ids=["number", "tensor"])
+def test_small_parameters_are_updated_as_one_however_their_rate_is_given(monkeypatch, rule, rate):
+    monkeypatch.setattr("repopt.optim.base._on_host", lambda answer: False)
+    model = net()
+    optimizer = repopt.build_optimizer(rule, model, scales(), lr=rate, weight_decay=0.01)
+    gather, sizes = optimizer._bundles.gather, []
+    optimizer._bundles.gather = lambda tasks: sizes.append((len(tasks), len(gathered := gather(tasks)))) or gathered
+    for x in batches(3):
+        optimizer.found_inf = torch.zeros(())
+        train(model, optimizer, [x])
+    # A weight that is decayed, and the bias and both parameters of the norm; the first steps are taken one by one.
+    assert sizes[-1] == (6, 4)
+
+
 @pytest.mark.parametrize("rule", [RepAdamW, RepRMSprop])
 @pytest.mark.parametrize("implementation", ["eager", "compiled"])
 def test_capturable_steps_and_rates_are_tensors(rule, implementation):

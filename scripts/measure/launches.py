@@ -1,0 +1,165 @@
+"""What a training asks of a GPU: how many kernels, copies and fills of memory each part of a step is, and a step of the
+optimizer alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import repopt
+from data import cifar
+from measure.arguments import positive
+from measure.data import resident_loader
+from measure.hyper_search import RECIPE, criterion
+from measure.placement import memory_format_on, precision_on
+from measure.report import Row, Table
+from repopt import engine, seeding
+from repopt.errors import UserError
+
+SETTINGS = {
+    "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.05},
+}
+WARM_UP = 3  # steps, in which state is made and the optimizer's step compiled
+
+
+class Training(NamedTuple):
+    """A network that is trained by an update rule, whose step is computed in one way."""
+
+    mode: str
+    rule: str
+    implementation: repopt.optim.Implementation
+
+
+TRAININGS = {
+    "search, torch SGD": Training("hs", "sgd", "auto"),
+    "target, RepSGD eager": Training("target", "sgd", "eager"),
+    "target, RepSGD compiled": Training("target", "sgd", "compiled"),
+    "target, RepAdamW eager": Training("target", "adamw", "eager"),
+    "target, RepAdamW compiled": Training("target", "adamw", "compiled"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this subject."""
+    parser.add_argument("--arch", default="RepOpt-VGG-B1", help="model (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=RECIPE.DATA.BATCH_SIZE, help="default: %(default)s")
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
+    """Steps of training by their parts, and steps of the optimizer in a CUDA graph.
+
+    Raises:
+        UserError: the device is no GPU.
+    """
+    if device.type != "cuda":
+        raise UserError(f"launches are counted on a GPU (--device cuda), not on {device.type}")
+    arch, batch_size = arguments.arch, arguments.batch_size
+    of_trainings = {name: parts_of_a_step(arch, training, batch_size, device) for name, training in TRAININGS.items()}
+    parts = next(iter(of_trainings.values()))
+    rows: list[Row] = [{"part": part, **{name: own[part] for name, own in of_trainings.items()}} for part in parts]
+    rows.append({"part": "all", **{name: sum(own.values()) for name, own in of_trainings.items()}})
+    size = cifar.SIZE
+    yield f"Device operations of a step of {arch}, {batch_size} images of {size} x {size}, the model eager", rows
+    yield f"Device operations of the optimizer's compiled step of {arch} in a CUDA graph", list(graphs(arch, device))
+
+
+class Parts:
+    """Counts device operations by the name of a part: kernels, copies and fills of memory."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count those of what is done within; a part that comes again replaces what was found before."""
+        if stand_in := sys.modules.get("nullgpu"):  # for a GPU, which counts by itself and has no profiler
+            stand_in.reset()
+            yield
+            self.found[name] = sum(stand_in.stats()[kind] for kind in ("launches", "memsets", "d2d", "h2d", "d2h"))
+            return
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            yield
+            torch.cuda.synchronize()
+        events = (event for event in seen.events() if event.device_type is DeviceType.CUDA)
+        self.found[name] = sum(not event.is_user_annotation for event in events)
+
+
+def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torch.device) -> dict[str, int]:
+    """Device operations by the parts of a step of `repopt.engine.train_one_epoch`, behind some others."""
+    model, optimizer, clip = network(arch, training, device)
+    precision, loss_of, part = precision_on(device), criterion(), Parts()
+    safeguard, optimizer_step = engine.Safeguard(model, optimizer, device), optimizer.step
+    pixels = np.zeros(((WARM_UP + 1) * batch_size, cifar.SIZE, cifar.SIZE, 3), np.uint8)
+    batches = iter(resident_loader("cf100", pixels, device, batch_size=batch_size))
+    for step in range(WARM_UP + 1):
+        with part("seeds"):
+            seeding.reseed(0, 0, seeding.MODEL, step, device=device)
+        with part("augmentation"):
+            images, targets = next(batches)
+        with part("forward pass"), precision.autocast():
+            logits = model(images)
+        with part("loss"), precision.autocast():
+            loss = safeguard.poison(loss_of(logits, targets))
+        with part("backward pass"):
+            loss.backward()
+        with part("clipping"):
+            norm = clip()
+        optimizer.found_inf = torch.zeros((), device=device)
+        with part("optimizer"):
+            optimizer.step()
+        optimizer.step = lambda: None
+        with part("rest of the safeguard"):
+            safeguard.step(norm)
+        optimizer.step = optimizer_step
+        optimizer.zero_grad(set_to_none=True)
+    return part.found
+
+
+def network(
+    arch: str, training: Training, device: torch.device
+) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor]]:
+    """A network, its optimizer, and what clips its gradients."""
+    model = repopt.create_model(arch, mode=training.mode, num_classes=cifar.NUM_CLASSES)
+    scales = repopt.constant_scales(model, "initial") if training.mode == "target" else None
+    model.to(device, memory_format=memory_format_on(device))
+    settings = SETTINGS[training.rule]
+    optimizer = repopt.build_optimizer(training.rule, model, scales, implementation=training.implementation, **settings)
+    if scales is None:
+        clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), RECIPE.TRAIN.CLIP_GRAD)
+    else:
+        mults = repopt.grad_mults(model, scales, degree=1)
+        clip = functools.partial(repopt.clip_grad_norm_, list(model.named_parameters()), RECIPE.TRAIN.CLIP_GRAD, mults)
+    return model.train(), optimizer, clip
+
+
+def graphs(arch: str, device: torch.device) -> Iterator[Row]:
+    """Capture a step of the optimizer with learning rates of either kind, and count what the graph holds."""
+    for rule, settings in SETTINGS.items():
+        for kind, rate in {"a number": settings["lr"], "a tensor": torch.tensor(settings["lr"], device=device)}.items():
+            model, optimizer, _ = network(arch, Training("target", rule, "compiled"), device)
+            for group in optimizer.param_groups:
+                group |= {"lr": rate, "capturable": True}
+            for param in model.parameters():
+                param.grad = torch.zeros_like(param)
+            stream, graph, part = torch.cuda.Stream(device), torch.cuda.CUDAGraph(), Parts()
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    optimizer.step()
+                with part("operations"):
+                    optimizer.step()
+            with torch.cuda.graph(graph, stream=stream):
+                optimizer.step()
+            graph.replay()
+            yield {"optimizer": type(optimizer).__name__, "learning rate": kind, **part.found}
