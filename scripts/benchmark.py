@@ -2,10 +2,12 @@
 
     python scripts/benchmark.py SUBJECT [--device cuda] [--help]
 
-Subjects: optimizer, data, hyper-search, train, infer, scaling, start-up; `SUBJECT --help` says what each measures.
+Subjects: device, optimizer, data, hyper-search, train, infer, scaling, start-up; `SUBJECT --help` says what each
+measures.
 
 What is compared takes turns, round after round, so that what else the machine does meets all alike; times are medians.
-The result is printed as tables, and written as JSON with the machine, the versions and the command.
+Every table is printed when it is there, and again where it grows; all of them are written as JSON with the machine, the
+versions and the command, after each of them: a run that is cut keeps what it found.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from pathlib import Path
 import _root
 import torch
 import torch._dynamo
-from measure import data, hyper_search, infer, optimizer, scaling, start_up, training
-from measure.report import environment, keep, present
+from measure import data, device, hyper_search, infer, optimizer, scaling, start_up, training
+from measure.report import Tables, as_table, environment, keep
 
 from repopt.errors import UserError, one_line
 
 SUBJECTS = {
+    "device": device,
     "optimizer": optimizer,
     "data": data,
     "hyper-search": hyper_search,
@@ -45,18 +48,23 @@ def main() -> int:
         subject.add_arguments(own)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    tables: Tables = {}
     try:
-        device = device_of(arguments.device)
+        where = device_of(arguments.device)
+        file = arguments.json or _root.ROOT / "benchmarks" / f"{arguments.subject}-{where.type}.json"
+        header = environment(where)
         torch.backends.cudnn.benchmark = True  # as in a training
         # Instead of going on eagerly, without a word.
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-            tables = SUBJECTS[arguments.subject].run(arguments, device)
+            for title, rows in SUBJECTS[arguments.subject].run(arguments, where):
+                if not tables:
+                    print("\n".join(f"{key}: {value}" for key, value in header.items()))
+                tables = {**tables, title: rows}
+                keep(file, header, tables)
+                print(f"\n{title}\n\n{as_table(rows)}", flush=True)
     except UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
-    header = environment(device)
-    keep(arguments.json or _root.ROOT / "benchmarks" / f"{arguments.subject}-{device.type}.json", header, tables)
-    print(present(header, tables))
     return 0
 
 

@@ -29,7 +29,7 @@ def main(device: str, needed: list[str]) -> None:
     """
     packages = dict(pair.split("=") for pair in needed)
     if missing := [package for module, package in packages.items() if importlib.util.find_spec(module) is None]:
-        raise UserError(f"{sys.executable} lacks {' '.join(missing)}: put their wheels into .whl (gpu_common.sh says how)")
+        raise UserError(f"{' '.join(missing)} missing here: put the wheels into .whl (scripts/gpu_common.sh says how)")
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

@@ -14,12 +14,16 @@ from PIL import Image
 CPU = torch.device("cpu")
 
 
-def test_every_pipeline_is_a_row():
-    threads = torch.get_num_threads()
+def run(*arguments):
+    """The tables of a run."""
     parser = argparse.ArgumentParser()
     subject.add_arguments(parser)
-    tables = subject.run(parser.parse_args(["--images", "64", "--small-images", "256", "--rounds", "1"]), CPU)
-    presets, reading, workers, small = tables.values()
+    return dict(subject.run(parser.parse_args(arguments), CPU))
+
+
+def test_every_pipeline_is_a_row():
+    threads = torch.get_num_threads()
+    presets, reading, workers, small = run("--images", "64", "--small-images", "256", "--rounds", "1").values()
     names = ["weak: textbook", "weak: our decoder, torchvision v2", "weak: uint8", "weak: normalised"]
     names += ["raug15: textbook", "raug15: uint8", "raug15: normalised"]
     assert [row["pipeline"] for row in presets] == names
@@ -36,6 +40,11 @@ def test_every_pipeline_is_a_row():
         (images, pipeline) for images in ("cf100", "digits") for pipeline in ("textbook", "resident")
     ]
     assert torch.get_num_threads() == threads
+
+
+def test_small_images_alone():
+    (rows,) = run("--only", "small-images", "--small-images", "256", "--rounds", "1").values()
+    assert [row["images"] for row in rows] == ["cf100", "cf100", "digits", "digits"]
 
 
 def test_photographs_differ_and_have_imagenets_size():

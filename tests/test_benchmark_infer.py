@@ -21,7 +21,7 @@ def measured(*arguments):
     parser = argparse.ArgumentParser()
     infer.add_arguments(parser)
     parsed = parser.parse_args([*arguments, "--batch-size", "2", "--image-size", "32", "--rounds", "2"])
-    return infer.run(parsed, CPU)["Inference, batches of 2 images of 32 x 32"]
+    return dict(infer.run(parsed, CPU))["Inference, batches of 2 images of 32 x 32"]
 
 
 @pytest.fixture

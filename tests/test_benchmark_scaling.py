@@ -28,7 +28,8 @@ def parsed(*arguments):
 def tables():
     """A whole run, two processes among it."""
     small = ["--batch-size", "2", "--image-size", "32", "--image-sizes", "32", "64", "--rounds", "1", "--steps", "1"]
-    return scaling.run(parsed("--arch", NANO, "--models", NANO, "--step-ms", "100", "--latency", "1", *small), CPU)
+    arguments = parsed("--arch", NANO, "--models", NANO, "--step-ms", "100", "--latency", "1", *small)
+    return dict(scaling.run(arguments, CPU))
 
 
 def table(tables, beginning):
@@ -177,7 +178,7 @@ def test_mistakes_are_one_line(arguments, message, monkeypatch, capsys):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="--processes 2, but there are 1 GPUs"):
-        scaling.run(parsed("--processes", "2"), torch.device("cuda"))
+        dict(scaling.run(parsed("--processes", "2"), torch.device("cuda")))
 
 
 @pytest.mark.parametrize("argument", ["--bandwidth", "--latency", "--step-ms"])

@@ -19,7 +19,7 @@ NANO = "RepOpt-VGG-nano"
 def run(subject, *arguments):
     parser = argparse.ArgumentParser()
     subject.add_arguments(parser)
-    return subject.run(parser.parse_args(arguments), CPU)
+    return dict(subject.run(parser.parse_args(arguments), CPU))
 
 
 def test_hyper_search(monkeypatch):

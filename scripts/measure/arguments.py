@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+
+from measure.turns import Rounds
 
 
 def positive(text: str) -> int:
@@ -21,3 +24,16 @@ def above_zero(text: str) -> float:
     if not number > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
+    """How often contenders take turns; `rounds_of` reads it."""
+    rounds = "in which all take turns; medians are reported (default: %(default)s)"
+    parser.add_argument("--rounds", type=positive, default=default, help=rounds)
+    seconds = "of a comparison, after which no round begins; medians are of the rounds until then, of one at least"
+    parser.add_argument("--seconds", type=above_zero, default=math.inf, help=f"{seconds} (default: no limit)")
+
+
+def rounds_of(arguments: argparse.Namespace) -> Rounds:
+    """As the command line asks."""
+    return Rounds(arguments.rounds, arguments.seconds)

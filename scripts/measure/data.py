@@ -32,15 +32,16 @@ from data.samplers import TrainSampler
 from data.transforms import train_transform
 from data.zipped import CACHE_MODES
 from measure import textbook
-from measure.arguments import positive
+from measure.arguments import add_rounds, positive, rounds_of
 from measure.photographs import photographs
 from measure.placement import memory_format_on
-from measure.report import Row, Tables
-from measure.turns import Step, take_turns
+from measure.report import Row, Table
+from measure.turns import Rounds, Step, take_turns
 
 BATCH = 32
 IMAGE_SIZE = 224
 SMALL_BATCH = 128  # of images of 32 x 32
+SMALL_IMAGES = "small-images"
 
 
 class InMemory:
@@ -62,30 +63,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this subject."""
     parser.add_argument("--images", type=positive, default=256, help="photographs to make (default: %(default)s)")
     parser.add_argument("--small-images", type=positive, default=10_000, help="of 32 x 32 (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=40, help="in which all take turns; medians are reported")
+    add_rounds(parser, 40)
+    parser.add_argument("--only", choices=[SMALL_IMAGES], help="leave out all else, which needs no device")
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """One thread for everything but the worker processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        encoded, rounds = photographs(max(arguments.images, BATCH)), arguments.rounds
-        kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
-        batch = f"{BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}"
-        title = f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {batch}, one core"
-        tables = {title: presets(encoded, rounds)}
-        with image_files(encoded) as root:
-            tables["The same images from files: reading them"] = reading(root, rounds)
-            tables["The same images from files: worker processes, raug15, uint8"] = workers(root, rounds)
+        rounds = rounds_of(arguments)
+        if arguments.only != SMALL_IMAGES:
+            yield from large_images(photographs(max(arguments.images, BATCH)), rounds)
         title = "Images of 32 x 32 -> normalised batches on the device, one core"
-        tables[title] = small_images(arguments.small_images, device, max(3, rounds // 10))
-        return tables
+        yield title, small_images(arguments.small_images, device, rounds.some(10))
     finally:
         torch.set_num_threads(threads)
 
 
-def presets(encoded: list[bytes], rounds: int) -> list[Row]:
+def large_images(encoded: list[bytes], rounds: Rounds) -> Iterator[Table]:
+    """From their bytes, from files, and by worker processes."""
+    kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
+    batch = f"{BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}"
+    yield f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {batch}, one core", presets(encoded, rounds)
+    with image_files(encoded) as root:
+        yield "The same images from files: reading them", reading(root, rounds)
+        yield "The same images from files: worker processes, raug15, uint8", workers(root, rounds)
+
+
+def presets(encoded: list[bytes], rounds: Rounds) -> list[Row]:
     """A batch by the textbook, by torchvision's v2 transforms on tensors, and by ours.
 
     The textbook's is normalised, by the same core; ours is where the training is, so that it is measured with and
@@ -175,7 +181,7 @@ def image_files(encoded: list[bytes]) -> Iterator[Path]:
         yield root
 
 
-def reading(root: Path, rounds: int) -> list[Row]:
+def reading(root: Path, rounds: Rounds) -> list[Row]:
     """Bytes of one image from class folders and from a zip in every cache mode; the operating system has cached all."""
     opened = {"class folders": opened_at(root)}
     for mode in CACHE_MODES:
@@ -197,7 +203,7 @@ def opened_at(root: Path, **how: Any) -> EncodedImages:
     return data.registry.find(source).open(source, "train", 4, 0, 2)
 
 
-def workers(root: Path, rounds: int) -> list[Row]:
+def workers(root: Path, rounds: Rounds) -> list[Row]:
     """uint8 batches of raug15 from one and two worker processes; nothing is done with them."""
     images = opened_at(root)
     loaders = {}
@@ -213,7 +219,7 @@ def workers(root: Path, rounds: int) -> list[Row]:
     seconds = take_turns(
         {name: functools.partial(list, loader) for name, loader in loaders.items()},
         torch.device("cpu"),
-        rounds=max(3, rounds // 4),
+        rounds=rounds.some(4),
         warm_up=1,
     )
     return [
@@ -226,7 +232,7 @@ def workers(root: Path, rounds: int) -> list[Row]:
     ]
 
 
-def small_images(count: int, device: torch.device, rounds: int) -> list[Row]:
+def small_images(count: int, device: torch.device, rounds: Rounds) -> list[Row]:
     """An epoch by the textbook, image by image on the CPU, and by ours, in batches where the training is."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     rows = []

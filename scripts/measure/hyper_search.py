@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import types
+from collections.abc import Iterator
 
 import _root
 import numpy as np
@@ -20,19 +21,20 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 import repopt
 from data import cifar
 from measure import textbook
-from measure.arguments import positive
+from measure.arguments import add_rounds, positive, rounds_of
 from measure.compiling import MODES, mode_on, under
 from measure.data import resident_loader
 from measure.placement import memory_format_on, precision_on
-from measure.report import Row, Tables
+from measure.report import Row, Table
 from measure.training_step import SGD, TrainingStep
-from measure.turns import Step, peak_extra, take_turns
+from measure.turns import Rounds, Step, peak_extra, take_turns
 from repopt import config, engine
 from repopt.layers import RepConv2d
 
 SIZES = {32: 128, 224: 8}  # pixels: images in a batch
 RECIPE = config.parse(["--cfg", str(_root.ROOT / "configs/hyper_search/b1.yaml")]).cfg
 BATCH = RECIPE.DATA.BATCH_SIZE
+PARTS = STEP, SEARCH = "steps", "search"
 STEPS = 50_000 // BATCH * RECIPE.TRAIN.EPOCHS
 
 
@@ -40,23 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this subject."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="model (default: %(default)s)")
     parser.add_argument("--compile", nargs="+", choices=MODES, help="default: default on GPUs, off on CPUs")
-    parser.add_argument("--rounds", type=positive, default=5, help="in which all take turns; medians are reported")
+    add_rounds(parser, 5)
     parser.add_argument("--steps", type=positive, help="of the search in a turn (default: 200 on GPUs, 4 on CPUs)")
+    sizes = "pixels of the images of single steps (default: all)"
+    parser.add_argument("--image-size", nargs="+", type=positive, choices=SIZES, default=list(SIZES), help=sizes)
+    parser.add_argument("--only", choices=PARTS, help="single steps, or the whole search (default: both)")
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """Both."""
-    arch, rounds, modes = arguments.arch, arguments.rounds, arguments.compile or [mode_on(device)]
-    tables: dict[str, list[Row]] = {}
-    for size, batch_size in SIZES.items():
-        title = f"A step of {arch}, batches of {batch_size} images of {size} x {size}"
-        tables[title] = []
-        for mode in modes:
-            tables[title] += steps(arch, device, mode, batch_size=batch_size, image_size=size, rounds=rounds)
-    per_turn = arguments.steps or (200 if device.type == "cuda" else 4)
-    title = f"The hyper-search of {arch} on CIFAR-100: {per_turn} steps of {BATCH} images in a turn, {rounds} turns"
-    tables[title] = searches(arch, device, modes, per_turn=per_turn, rounds=rounds)
-    return tables
+    arch, rounds, modes = arguments.arch, rounds_of(arguments), arguments.compile or [mode_on(device)]
+    if arguments.only != SEARCH:
+        for size in arguments.image_size:
+            rows: list[Row] = []
+            for mode in modes:
+                rows += steps(arch, device, mode, batch_size=SIZES[size], image_size=size, rounds=rounds)
+                yield f"A step of {arch}, batches of {SIZES[size]} images of {size} x {size}", rows
+    if arguments.only != STEP:
+        per_turn = arguments.steps or (200 if device.type == "cuda" else 4)
+        title = f"The hyper-search of {arch} on CIFAR-100: {per_turn} steps of {BATCH} images in a turn, {rounds}"
+        yield title, searches(arch, device, modes, per_turn=per_turn, rounds=rounds)
 
 
 def one_by_one(model: nn.Module) -> nn.Module:
@@ -67,7 +72,7 @@ def one_by_one(model: nn.Module) -> nn.Module:
     return model
 
 
-def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_size: int, rounds: int) -> list[Row]:
+def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_size: int, rounds: Rounds) -> list[Row]:
     """The plain network's step, and that of the hyper-search in both ways, under a mode of torch.compile."""
     torch.compiler.reset()  # it keeps eight programs of one function
     shape = {"batch_size": batch_size, "image_size": image_size, "num_classes": cifar.NUM_CLASSES, "compile_mode": mode}
@@ -93,7 +98,7 @@ def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_
     ]
 
 
-def searches(arch: str, device: torch.device, modes: list[str], *, per_turn: int, rounds: int) -> list[Row]:
+def searches(arch: str, device: torch.device, modes: list[str], *, per_turn: int, rounds: Rounds) -> list[Row]:
     """Some steps of the search by the textbook and by ours, and what all of its steps would take."""
     torch.compiler.reset()
     pixels = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import repopt
-from measure.arguments import positive
+from measure.arguments import add_rounds, positive, rounds_of
 from measure.placement import memory_format_on, precision_on
-from measure.report import Row, Tables
-from measure.turns import peak_extra, take_turns
+from measure.report import Row, Table
+from measure.turns import Rounds, peak_extra, take_turns
 from repopt.errors import UserError, one_line, unknown
 from repopt.layers import MODES
 from repopt.models import list_archs
@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="models (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, help="default: 128 on GPUs, 8 on CPUs")
     parser.add_argument("--image-size", type=positive, default=224, help="default: %(default)s")
-    parser.add_argument("--rounds", type=positive, default=10, help="in which all take turns; medians are reported")
+    add_rounds(parser, 10)
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """One architecture after the other; the forms of each take turns on the same random images."""
     baselines = {arch: baseline_mode(arch) for arch in arguments.arch}
     batch_size = arguments.batch_size or (128 if device.type == "cuda" else 8)
@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
         images = torch.randn(batch_size, 3, size, size, device=device).contiguous(
             memory_format=memory_format_on(device)
         )
-        rows += _rows(arch, baseline, images, arguments.rounds)
-    return {f"Inference, batches of {batch_size} images of {size} x {size}": rows}
+        rows += _rows(arch, baseline, images, rounds_of(arguments))
+        yield f"Inference, batches of {batch_size} images of {size} x {size}", rows
 
 
 def baseline_mode(model: str) -> str:
@@ -68,7 +68,7 @@ def baseline_mode(model: str) -> str:
     return next(a.mode for name, a in list_archs().items() if name == f"{model}-{a.mode}" and a.mode not in MODES)
 
 
-def _rows(arch: str, baseline: str, images: Tensor, rounds: int) -> list[Row]:
+def _rows(arch: str, baseline: str, images: Tensor, rounds: Rounds) -> list[Row]:
     contenders = _contenders(arch, baseline, images)
     outputs = {form: contender.forward().float() for form, contender in contenders.items()}
     seconds = take_turns({form: c.forward for form, c in contenders.items()}, images.device, rounds=rounds)
@@ -96,19 +96,20 @@ def _peak_extra_mb(form: str, contender: Contender, images: Tensor) -> float | N
 def _contenders(arch: str, baseline: str, images: Tensor) -> dict[str, Contender]:
     """By name, in the order of the table."""
     precision = precision_on(images.device)
+    converted = images.to(precision.dtype or images.dtype)  # autocast would convert the weights in every pass
 
-    def forward_of(model: nn.Module) -> Callable[[], Tensor]:
+    def forward_of(model: nn.Module, inputs: Tensor = converted) -> Callable[[], Tensor]:
         def forward() -> Tensor:
             with torch.inference_mode(), precision.autocast():
-                return model(images)
+                return model(inputs)
 
         return forward
 
     found: dict[str, Contender] = {}
     for mode in ("target", baseline):
         model = as_if_trained(repopt.create_model(arch, mode=mode), images)
-        deployed = repopt.deploy(model)
-        found[f"{mode}, trained"] = Contender(forward_of(model), None)
+        deployed = repopt.deploy(model).to(converted.dtype)
+        found[f"{mode}, trained"] = Contender(forward_of(model, images), None)
         found[f"{mode}, deployed"] = Contender(forward_of(deployed), f"{mode}, trained")
         if mode == "target":
             forward = forward_of(compiled(deployed))

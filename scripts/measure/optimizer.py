@@ -5,16 +5,16 @@ dense tensor, on the parameters of one network, with random gradients.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import repopt
-from measure.arguments import positive
+from measure.arguments import add_rounds, rounds_of
 from measure.placement import memory_format_on
-from measure.report import Tables
+from measure.report import Table
 from measure.turns import peak_extra, take_turns
 from repopt.optim import RULES
 
@@ -39,10 +39,10 @@ class Contender(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this subject."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="whose parameters are stepped")
-    parser.add_argument("--rounds", type=positive, default=30, help="in which all take turns; medians are reported")
+    add_rounds(parser, 30)
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """The comparison on a network's parameters, with random gradients and scales."""
     search = repopt.create_model(arguments.arch, mode="hs")
     scales = {name: 0.5 + torch.rand_like(scale) for name, scale in repopt.extract_scales(search).items()}
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
         param.grad = torch.randn_like(param)
     size = sum(param.nbytes for param in model.parameters())
     contenders = [contender for rule in SETTINGS for contender in _contenders(rule, model, scales)]
-    seconds = take_turns({c.label: c.step for c in contenders}, device, rounds=arguments.rounds)
+    seconds = take_turns({c.label: c.step for c in contenders}, device, rounds=rounds_of(arguments))
     rows = []
     for contender in contenders:
         state = sum(v.nbytes for s in contender.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
                 "peak extra / parameters": peak_extra(contender.step, device) / size,
             }
         )
-    return {f"A step on the parameters of {arguments.arch}": rows}
+    yield f"A step on the parameters of {arguments.arch}", rows
 
 
 def _contenders(rule: str, model: nn.Module, scales: dict[str, Tensor]) -> list[Contender]:

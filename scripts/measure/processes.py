@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from measure.compiling import mode_on
 from measure.training_step import TrainingStep, unchanged
-from measure.turns import peak_extra, times_in_turns
+from measure.turns import Rounds, peak_extra, times_in_turns
 from repopt.engine import data_parallel
 
 ALONE = "one process, the others idle"
@@ -50,7 +50,7 @@ class Load:
     batch_size: int
     image_size: int
     steps: int
-    rounds: int
+    rounds: Rounds
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def _work(rank: int, size: int, kind: str, load: Load, folder: str) -> None:
         device,
         rounds=load.rounds,
         before=partial(dist.barrier, hosts),
+        agreed=partial(_all_say, hosts),
         bar=rank == 0,
     )
     slowest = torch.tensor([times[name] for name in contenders], dtype=torch.float64)  # (settings, rounds)
@@ -142,6 +143,12 @@ def _work(rank: int, size: int, kind: str, load: Load, folder: str) -> None:
         (Path(folder) / "measured").write_text(json.dumps({name: asdict(own) for name, own in found.items()}))
     dist.barrier(hosts)  # nobody leaves while another may still speak to it
     dist.destroy_process_group()
+
+
+def _all_say(hosts: dist.ProcessGroup, own: bool) -> bool:
+    said = torch.tensor(own)
+    dist.all_reduce(said, dist.ReduceOp.MIN, group=hosts)
+    return bool(said)
 
 
 def _repeat(step: Callable[[], Any], times: int) -> None:

@@ -15,8 +15,10 @@ import torch
 import torchvision
 
 Row = Mapping[str, Any]
+Table = tuple[str, Sequence[Row]]
+"""A title and rows, which have the same columns."""
 Tables = Mapping[str, Sequence[Row]]
-"""Rows by the title of their table; the rows of one table have the same columns."""
+"""Rows by the title of their table."""
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -30,11 +32,19 @@ def environment(device: torch.device) -> dict[str, str]:
         name = models[0] if models else platform.processor() or platform.machine()
         machine = f"{name}, {torch.get_num_threads()} threads"
     return {
-        "command": f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
+        "command": f"python scripts/{Path(sys.argv[0]).name} {shlex.join(_without_file(sys.argv[1:]))}",
         "machine": machine,
         "python": platform.python_version(),
         **{package.__name__: package.__version__ for package in (torch, torchvision, timm)},
     }
+
+
+def _without_file(arguments: list[str]) -> list[str]:
+    """The arguments but `--json`: where a result is kept changes nothing in it."""
+    if "--json" not in arguments:
+        return arguments
+    at = arguments.index("--json")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -51,12 +61,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, str | int):
         return str(value)
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" if value else "0"
-
-
-def present(environment: Mapping[str, str], tables: Tables) -> str:
-    """All of a result as text."""
-    header = "\n".join(f"{key}: {value}" for key, value in environment.items())
-    return "\n\n".join([header, *(f"{title}\n\n{as_table(rows)}" for title, rows in tables.items())])
 
 
 def keep(file: Path, environment: Mapping[str, str], tables: Tables) -> None:

@@ -5,18 +5,18 @@ a model on paper, in many processes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 import repopt
-from measure.arguments import above_zero, positive
+from measure.arguments import above_zero, add_rounds, positive, rounds_of
 from measure.compiling import mode_on
 from measure.processes import AFTERWARDS, ALONE, APART, BARE, DDP, Load, Measured, gradient_bytes, measure
-from measure.report import Row, Tables
+from measure.report import Row, Table, Tables
 from measure.training_step import TrainingStep
-from measure.turns import peak_extra, take_turns
+from measure.turns import Rounds, peak_extra, take_turns
 from repopt.errors import UserError
 
 MODELS = ("RepOpt-VGG-nano", "RepOpt-VGG-A0", "RepOpt-VGG-B0", "RepOpt-VGG-B1")
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=8, help="per process (default: %(default)s)")
     parser.add_argument("--image-size", type=positive, default=64, help="default: %(default)s")
     parser.add_argument("--steps", type=positive, default=3, help="of the processes per turn (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=20, help="in which all take turns; medians are reported")
+    add_rounds(parser, 20)
     models = "one process trains all of these, and the last is the one on paper (default: %(default)s)"
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=models)
     sizes = "in which one process trains the model of --arch (default: %(default)s)"
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-ms", type=above_zero, help="of a process on paper (default: as measured)")
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """All of it, one after the other."""
     if arguments.batch_size < 2:
         raise UserError("--batch-size 1: batch norm needs at least 2 images to train on")
@@ -57,9 +57,9 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
             name: gradient_bytes(repopt.create_model(name, mode="target"))
             for name in (arguments.arch, *arguments.models)
         }
-    load = Load(arguments.arch, arguments.batch_size, arguments.image_size, arguments.steps, arguments.rounds)
+    load = Load(arguments.arch, arguments.batch_size, arguments.image_size, arguments.steps, rounds_of(arguments))
     found = measure(processes, device.type, load)
-    tables = processes_tables(found, processes, load, bytes_of[load.arch])
+    yield from processes_tables(found, processes, load, bytes_of[load.arch]).items()
 
     images = f"{load.image_size} x {load.image_size}"
     by_model = [(model, load.image_size) for model in arguments.models]
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
     grown = growth(by_model + by_size, device, batch_size=load.batch_size, rounds=load.rounds)
     where = "a GPU" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     title = f"A step of one process on {where}, batches of {load.batch_size} images"
-    tables[f"{title}, by model: images of {images}"] = [grown[key] for key in by_model]
-    tables[f"{title}, by image size: {load.arch}"] = [grown[key] for key in by_size]
+    yield f"{title}, by model: images of {images}", [grown[key] for key in by_model]
+    yield f"{title}, by image size: {load.arch}", [grown[key] for key in by_size]
 
     model = arguments.models[-1]
     if arguments.step_ms:
@@ -81,16 +81,16 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
         f"{arguments.latency:g} µs, the backward pass is 2/3 of a step. A step of {step_ms:.4g} ms is {source}; "
         f"{bytes_of[model] / 1e6:.1f} MB of fp32 gradients are counted"
     )
-    tables[title] = on_paper(
+    rows = on_paper(
         step_ms / 1e3,
         bytes_of[model],
         bandwidth_bytes_per_s=arguments.bandwidth * 1e9,
         latency_s=arguments.latency / 1e6,
     )
-    return tables
+    yield title, rows
 
 
-def processes_tables(found: dict[str, Measured], processes: int, load: Load, size: int) -> dict[str, Sequence[Row]]:
+def processes_tables(found: dict[str, Measured], processes: int, load: Load, size: int) -> Tables:
     """Of what `measure` found: the settings, the bare all-reduce, and what `predict` makes of the two.
 
     Args:
@@ -145,7 +145,7 @@ def processes_tables(found: dict[str, Measured], processes: int, load: Load, siz
 
 
 def growth(
-    pairs: Sequence[tuple[str, int]], device: torch.device, *, batch_size: int, rounds: int
+    pairs: Sequence[tuple[str, int]], device: torch.device, *, batch_size: int, rounds: Rounds
 ) -> dict[tuple[str, int], Row]:
     """A step of one process beside what it computes, by model and image size.
 

@@ -7,13 +7,13 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import _root
 import torch
-from tqdm import tqdm
 
-from measure.arguments import positive
-from measure.report import Tables
+from measure.arguments import add_rounds, rounds_of
+from measure.report import Table
 
 COMMANDS = {
     "import torch": ["-c", "import torch"],
@@ -28,13 +28,13 @@ COMMANDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this subject."""
-    parser.add_argument("--rounds", type=positive, default=5, help="in which all take turns; medians are reported")
+    add_rounds(parser, 5)
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """All commands take turns."""
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for _ in tqdm(range(arguments.rounds), unit="round", disable=None, leave=False):
+    for _ in rounds_of(arguments).in_time():
         for name, command in COMMANDS.items():
             times[name].append(cpu_seconds(command))
     seconds = {name: statistics.median(own) for name, own in times.items()}
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
         {"command": name, "CPU s": own, "CPU s more than import torch": own - seconds["import torch"]}
         for name, own in seconds.items()
     ]
-    return {"A new process": rows}
+    yield "A new process", rows
 
 
 def cpu_seconds(command: list[str]) -> float:

@@ -8,17 +8,17 @@ import argparse
 import functools
 import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from reproduction import paper
 
-from measure.arguments import positive
+from measure.arguments import add_rounds, positive, rounds_of
 from measure.compiling import MODES, mode_on
-from measure.report import Row, Tables
+from measure.report import Row, Table
 from measure.training_step import TrainingStep
-from measure.turns import peak_extra, take_turns, timed
+from measure.turns import Rounds, peak_extra, take_turns, timed
 from repopt.errors import UserError
 
 ARCHS = ("RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2")
@@ -46,27 +46,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, help="default: 32 on GPUs, as in the paper; 8 on CPUs")
     parser.add_argument("--image-size", type=positive, default=224, help="default: %(default)s")
     parser.add_argument("--compile", choices=MODES, help="default: default on GPUs, off on CPUs")
-    parser.add_argument("--rounds", type=positive, default=5, help="in which all take turns; medians are reported")
+    add_rounds(parser, 5)
+    parser.add_argument("--no-largest", action="store_true", help="leave out the memory and the largest batches")
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
+def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """One architecture after the other: its network, its baseline, and the textbook's loop take turns."""
     gpu = device.type == "cuda"
     batch_size = arguments.batch_size or (32 if gpu else 8)
     if batch_size < 4:
         raise UserError(f"--batch-size {batch_size}: at least 4, for half of it is measured too")
-    mode = arguments.compile or mode_on(device)
-    peak, available = matrix_rate(device), memory_of(device)
-    rows, largest, beside = [], [], []
+    mode, rounds, size = arguments.compile or mode_on(device), rounds_of(arguments), arguments.image_size
+    peak = matrix_rate(device)
+    of = f"images of {size} x {size}, compile"
+    title = f"Batches of {batch_size} {of} {mode}; the device's measured peak is {peak / 1e12:.2f} TFLOP/s"
+    rows: list[Row] = []
+    largest: list[Row] = []
+    beside: list[Row] = []
     for arch in arguments.arch:
-        makes = {kind: maker(arch, kind, device, arguments.image_size, mode) for kind in MODE_OF}
-        plain = maker(arch, REPOPT, device, arguments.image_size, mode, textbook=True)
+        makes = {kind: maker(arch, kind, device, size, mode) for kind in MODE_OF}
+        plain = maker(arch, REPOPT, device, size, mode, textbook=True)
+        own = speeds(makes | {"textbook": plain}, batch_size, rounds, peak)
+        if arguments.no_largest:
+            rows += [{"model": arch, "training": kind, **row} for kind, row in own.items()]
+            yield title, rows
+            continue
+        if gpu:  # where sizes are tried, and each would be compiled anew
+            makes = {kind: maker(arch, kind, device, size, "off") for kind in MODE_OF}
         memories = {kind: memory(make, batch_size) for kind, make in makes.items()}
-        own = speeds(makes | {"textbook": plain}, batch_size, arguments.rounds, peak)
+        available = memory_of(device)
         most = {kind: found.largest_batch(available) for kind, found in memories.items()}
         of_largest = {}
         if gpu:
-            of_largest = {k: at_most(make, most[k], arguments.rounds, peak) for k, make in makes.items()}
+            of_largest = {k: at_most(make, most[k], rounds, peak) for k, make in makes.items()}
             most = {kind: row["batch"] for kind, row in of_largest.items()}
             for kind, row in of_largest.items():
                 ratio = row["images/s"] / of_largest[REPVGG]["images/s"]
@@ -83,15 +95,12 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Tables:
             for kind, row in own.items()
         ]
         beside.append(beside_the_paper(arch, own, most))
-    of = f"images of {arguments.image_size} x {arguments.image_size}, compile {mode}"
-    tables = {f"Batches of {batch_size} {of}; the device's measured peak is {peak / 1e12:.2f} TFLOP/s": rows}
-    if gpu:
-        tables[f"The largest batches that fit, {of}"] = largest
-    how = "tried" if gpu else f"computed from the memory per image for {available / 2**30:.0f} GiB"
-    tables[f"Table 2 of the paper (GPUs of type 2080Ti, batches of 32) and here; largest batches here are {how}"] = (
-        beside
-    )
-    return tables
+        yield title, rows
+        if gpu:
+            yield f"The largest batches that fit, {of} off", largest
+        how = "tried" if gpu else f"computed from the memory per image for {available / 2**30:.0f} GiB"
+        paper_and_here = "Table 2 of the paper (GPUs of type 2080Ti, batches of 32) and here"
+        yield f"{paper_and_here}; largest batches here are {how}", beside
 
 
 def maker(arch: str, kind: str, device: torch.device, size: int, mode: str, *, textbook: bool = False) -> Make:
@@ -132,7 +141,7 @@ def memory(make: Make, batch_size: int) -> Memory:
     return Memory(peaks[0] - batch_size * per_image, per_image)
 
 
-def speeds(makes: Mapping[str, Make], batch_size: int, rounds: int, peak: float) -> dict[str, Row]:
+def speeds(makes: Mapping[str, Make], batch_size: int, rounds: Rounds, peak: float) -> dict[str, Row]:
     """Images per second by kind; all kinds take turns."""
     flops = {kind: make(2).flops() / 2 for kind, make in makes.items()}  # of an image: few need little memory
     steps = {kind: make(batch_size) for kind, make in makes.items()}
@@ -148,7 +157,7 @@ def speeds(makes: Mapping[str, Make], batch_size: int, rounds: int, peak: float)
     }
 
 
-def at_most(make: Make, batch_size: int, rounds: int, peak: float) -> Row:
+def at_most(make: Make, batch_size: int, rounds: Rounds, peak: float) -> Row:
     """That of the largest batch that really fits, from a computed one on downwards."""
     while batch_size >= 4:
         try:
@@ -166,9 +175,10 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes of the device."""
+    """Bytes that a training may take: of a GPU all that is free, but 3 % for what lies between tensors."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        _forget(device)
+        return 0.97 * torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

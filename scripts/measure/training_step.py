@@ -55,14 +55,15 @@ class TrainingStep:
         exchange: Callable[[nn.Module], object] = unchanged,
     ) -> None:
         torch.manual_seed(0)
-        layout, source = memory_format_on(device), generator(seed)
+        layout = memory_format_on(device)
+        source = torch.Generator(device).manual_seed(generator(seed).initial_seed())
         self.device, self._precision, self._reads_loss = device, precision_on(device), textbook
         if textbook:
             layout, self._precision = torch.contiguous_format, Precision(device)
         self.model = repopt.create_model(arch, mode=mode, num_classes=num_classes).to(device, memory_format=layout)
-        images = torch.randn(batch_size, 3, image_size, image_size, generator=source)
-        self._images = images.to(device).contiguous(memory_format=layout)
-        self._labels = torch.randint(num_classes, (batch_size,), generator=source).to(device)
+        images = torch.randn(batch_size, 3, image_size, image_size, generator=source, device=device)
+        self._images = images.contiguous(memory_format=layout)
+        self._labels = torch.randint(num_classes, (batch_size,), generator=source, device=device)
         self._called, self._exchange = wrap(under(compile_mode, self.model, device)), exchange
         if textbook:
             self._optimizer = torch.optim.SGD(self.model.parameters(), **SGD)

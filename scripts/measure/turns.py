@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -16,8 +17,40 @@ from tqdm import tqdm
 Step = Callable[[], Any]
 
 
+class Rounds(NamedTuple):
+    """How often contenders take turns.
+
+    Attributes:
+        most: rounds at most.
+        seconds: after which none begins, but the first.
+    """
+
+    most: int
+    seconds: float = math.inf
+
+    def __str__(self) -> str:
+        return f"{self.most} turns" if math.isinf(self.seconds) else f"{self.most} turns or {self.seconds:g} s"
+
+    def some(self, divisor: int) -> Rounds:
+        """Fewer, for what takes longer: at least 3."""
+        return self._replace(most=max(3, self.most // divisor))
+
+    def in_time(self, agreed: Callable[[bool], bool] = bool, *, hidden: bool | None = None) -> Iterator[int]:
+        """The numbers of the rounds, as long as there is time.
+
+        Args:
+            agreed: makes of what this process says about going on what all of them do.
+            hidden: whether no progress is shown; None: not where there is no terminal.
+        """
+        started = time.monotonic()
+        for number in tqdm(range(self.most), desc="measuring", unit="round", disable=hidden, leave=False):
+            if number and not agreed(time.monotonic() - started < self.seconds):
+                return
+            yield number
+
+
 def take_turns(
-    contenders: Mapping[str, Step], device: torch.device, *, rounds: int, warm_up: int = 3, settle: bool = False
+    contenders: Mapping[str, Step], device: torch.device, *, rounds: Rounds, warm_up: int = 3, settle: bool = False
 ) -> dict[str, float]:
     """Median seconds of each contender's step, by name. Arguments: as of `times_in_turns`."""
     times = times_in_turns(contenders, device, rounds=rounds, warm_up=warm_up, settle=settle)
@@ -28,10 +61,11 @@ def times_in_turns(
     contenders: Mapping[str, Step],
     device: torch.device,
     *,
-    rounds: int,
+    rounds: Rounds,
     warm_up: int = 3,
     settle: bool = False,
     before: Step = lambda: None,
+    agreed: Callable[[bool], bool] = bool,
     bar: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each contender's step in every round, by name.
@@ -46,6 +80,7 @@ def times_in_turns(
         warm_up: rounds before.
         settle: whether each does a step before the one that is measured, so that it finds caches as in a row of steps.
         before: is called before every step, outside its time (a barrier).
+        agreed: as of `Rounds.in_time`.
         bar: whether a terminal shows progress.
     """
     hidden = None if bar else True  # None: where there is no terminal
@@ -54,7 +89,7 @@ def times_in_turns(
             step()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = random.Random(0)
-    for _ in tqdm(range(rounds), desc="measuring", unit="round", disable=hidden, leave=False):
+    for _ in rounds.in_time(agreed, hidden=hidden):
         for name in order.sample(list(contenders), len(contenders)):
             if settle:
                 contenders[name]()
