@@ -1,5 +1,5 @@
-"""The device's own ceilings, and what no other subject measures: a hyper-search between its epochs, the kernels in which the
-time of its steps goes, and the demo's trainings with their accuracy.
+"""The device's own ceilings, and what no other subject measures: a hyper-search between its epochs, the kernels that
+take the time of its steps, and the demo's trainings with their accuracy.
 """
 
 from __future__ import annotations

@@ -1,0 +1,183 @@
+"""Keeps what gpu_check.sh and gpu_pipeline.sh found on a machine with a GPU.
+
+    python scripts/gpu_rows.py RESULTS...          # folders that have their results.jsonl
+    python scripts/gpu_rows.py --show RESULTS...   # prints what would stand in docs/performance.md, and keeps nothing
+
+Rows go to benchmarks/gpu.jsonl, those that stand there already not again; tables of benchmark.py to
+benchmarks/PART-cuda.json, where a part that came to its end takes the place of one that was cut, and a later one that of an
+earlier one. All of it is shown in docs/performance.md, between the two marks there, and the aims beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import _root
+from measure.report import Row, as_table
+
+from repopt.errors import UserError, run_command, shown
+
+FOLDER, DOCUMENT = _root.ROOT / "benchmarks", _root.ROOT / "docs" / "performance.md"
+ROWS, SUFFIX = "gpu.jsonl", "-cuda.json"
+MARKS = "<!-- from here: scripts/gpu_rows.py -->\n", "<!-- to here: scripts/gpu_rows.py -->\n"
+HEADER = ("part", "exit", "setting", "seconds", "machine", "torch", "run")  # of every row; gpu_common.sh
+NOT_MEASURED = "not yet measured"
+
+
+class Found(NamedTuple):
+    """What is known of GPUs.
+
+    Attributes:
+        rows: of parts, in the order in which they were added.
+        results: of benchmark.py, by part.
+    """
+
+    rows: list[dict[str, Any]]
+    results: dict[str, dict[str, Any]]
+
+    @classmethod
+    def kept(cls) -> Found:
+        """What stands in benchmarks/."""
+        rows = read_rows(FOLDER / ROWS) if (FOLDER / ROWS).exists() else []
+        files = sorted(FOLDER.glob(f"*{SUFFIX}"))
+        return cls(rows, {file.name.removesuffix(SUFFIX): json.loads(file.read_text()) for file in files})
+
+    def add(self, row: dict[str, Any]) -> None:
+        """A part's row, with its result."""
+        row, result = dict(row), row.get("result", {})
+        best = max((quality(other) for other in self.rows if other["part"] == row["part"]), default=(False, ""))
+        if "tables" in result:
+            del row["result"]
+            if quality(row) >= best:
+                self.results[row["part"]] = result
+        if row not in self.rows:
+            self.rows.append(row)
+
+    def keep(self) -> None:
+        """Write all of it."""
+        (FOLDER / ROWS).write_text("".join(f"{json.dumps(row)}\n" for row in self.rows))
+        for part, result in self.results.items():
+            (FOLDER / f"{part}{SUFFIX}").write_text(f"{json.dumps(result, indent=1)}\n")
+        text = DOCUMENT.read_text()
+        before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
+        DOCUMENT.write_text(f"{before}{MARKS[0]}{self.text()}{MARKS[1]}{after}")
+
+    def text(self) -> str:
+        """Aims, tables and rows, as the document has them."""
+        return "\n\n".join(["", as_table(list(aims(self.results))), *self._tables(), *self._rows(), ""])
+
+    def _tables(self) -> Iterator[str]:
+        for part, result in sorted(self.results.items()):
+            file = f"benchmarks/{part}{SUFFIX}"
+            yield f"`{result['command']}`, {result['machine']}, torch {result['torch']} ([{file}](../{file})):"
+            for title, rows in result["tables"].items():
+                yield f"{title}:"
+                yield as_table(rows)
+
+    def _rows(self) -> Iterator[str]:
+        """The last results that are no tables, those of the same columns together."""
+        last = {row["part"]: row for row in sorted(self.rows, key=quality) if "result" in row}
+        tables: dict[tuple[str, ...], list[Row]] = {}
+        for part, row in last.items():
+            whole = {"part": part, **row["result"], "machine": row["machine"], "torch": row["torch"]}
+            tables.setdefault(tuple(whole), []).append(whole)
+        yield from map(as_table, tables.values())
+
+
+def quality(row: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether its part came to its end, and when it began: what is larger is shown."""
+    return row["exit"] == 0, row["run"]
+
+
+def aims(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    """What is aimed at on an H100 or H200, and what was measured."""
+
+    def rows(part: str, title: str = "") -> Sequence[Row]:
+        """Of a part's first table whose title begins so; none where that is not there."""
+        tables = results.get(part, {"tables": {}})["tables"]
+        return next((tables[name] for name in tables if name.startswith(title)), [])
+
+    def one(rows: Sequence[Row], key: str, name: str, column: str) -> float | None:
+        return next((row[column] for row in rows if row[key] == name), None)
+
+    def ratio(above: float | None, below: float | None) -> float | None:
+        return above / below if above is not None and below is not None else None
+
+    searches = rows("hyper-search")[1:]  # the first is the textbook's
+    evaluations = rows("between-epochs")
+    minutes = [value for row in searches for column, value in row.items() if column.startswith("extrapolated minutes")]
+    whole = min(minutes) + evaluations[0]["minutes of a search"] if minutes and evaluations else None
+    large, small, beside = rows("train-256"), rows("train-32"), rows("largest", "Table 2 of the paper")
+    textbook, repopt = (one(large, "training", name, "images/s") for name in ("textbook", "RepOpt"))
+    measured = {
+        "the hyper-search of B1, steps and evaluations of 240 epochs: at most 6 minutes": whole,
+        "its steps: at least 5 times as fast as the textbook's": max(
+            (row["speed / textbook"] for row in searches), default=None
+        ),
+        "B1, 224 px, batches of 256: at least 60 % of the measured rate of matrix products": one(
+            large, "training", "RepOpt", "MFU %"
+        ),
+        "the same: at least 4 times as fast as the textbook's fp32": ratio(repopt, textbook),
+        "RepSGD's step: at most 1.05 times as long as torch's fused SGD": one(
+            rows("optimizer"), "optimizer", "RepSGD, compiled", "time / fused"
+        ),
+        "RepOpt over RepVGG in speed, batches of 32: at least 1.5": one(small, "training", "RepOpt", "speed / RepVGG"),
+        "the same, batches of 256: at least 1.5": one(large, "training", "RepOpt", "speed / RepVGG"),
+        "RepOpt over RepVGG in largest batch: at least 1.3": beside[0]["largest batch / RepVGG: here"]
+        if beside
+        else None,
+    }
+    for aim, value in measured.items():
+        yield {"aim on an H100 or H200": aim, "measured": NOT_MEASURED if value is None else value}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder.
+
+    Raises:
+        UserError: it is none of results.
+    """
+    file = folder / "results.jsonl"
+    if not file.is_file():
+        raise UserError(f"{str(folder)!r} is no folder of results: it has no results.jsonl")
+    return read_rows(file)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """UserError where a line is no row."""
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not row.keys() >= set(HEADER):
+            raise UserError(f"{str(file)!r}, line {number} is no row of gpu_check.sh or gpu_pipeline.sh: {shown(line)}")
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Keep or show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="folders")
+    parser.add_argument("--show", action="store_true", help="print, and keep nothing")
+    arguments = parser.parse_args()
+    found, rows = Found.kept(), [row for folder in arguments.results for row in read(folder)]
+    for row in rows:
+        if not arguments.show and (not row["setting"].startswith("cuda, ") or row["setting"].endswith(", tiny")):
+            raise UserError(f"results of a trial ({row['setting']}) are not kept")
+        found.add(row)
+    if arguments.show:
+        print(found.text())
+    else:
+        found.keep()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("gpu_rows.py", main))
