@@ -21,6 +21,26 @@ settings.register_profile("soak", max_examples=5000, **_FUZZING)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+GPU = torch.cuda.is_available()
+DEVICE = torch.device(os.environ.get("REPOPT_TEST_DEVICE", "cuda"))  # of CUDA tests, where those run on a CPU as well
+
+
+@pytest.fixture(autouse=True)
+def _where_it_runs(request, monkeypatch):
+    """A CUDA test on a GPU, or not at all; every other test, and the processes that it starts, as if there were none."""
+    if request.node.get_closest_marker("cuda") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    elif not GPU and not (DEVICE.type == "cpu" and "device" in request.fixturenames):
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def device():
+    """Where a CUDA test runs that is true on a CPU as well: a GPU, or what REPOPT_TEST_DEVICE names."""
+    return DEVICE
+
+
 @pytest.fixture(autouse=True)
 def _same_randomness():
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ def batches(count, seed=3):
 
 
 def loss_of(model, x):
-    return torch.nn.functional.cross_entropy(model(x), torch.arange(8) % 4)
+    return torch.nn.functional.cross_entropy(model(x), torch.arange(8, device=x.device) % 4)
 
 
 def train(model, optimizer, xs, after=lambda: None):
@@ -227,7 +227,7 @@ def test_capturable_steps_and_rates_are_tensors(rule, implementation):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 def test_cuda_graph(rule):
     a, b = net().cuda(), net().cuda()
@@ -299,7 +299,7 @@ def test_a_kernel_in_two_blocks():
         repopt.grad_mults(model, scales(), degree=1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_parameters_moved_after_construction():
     a, b = net(), net()
     optimizer = repopt.build_optimizer("sgd", b, scales(), **SGD)
