@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py SUBJECT [--device cuda] [--help]
 
-Subjects: device, optimizer, data, hyper-search, train, infer, scaling, start-up; `SUBJECT --help` says what each
-measures.
+Subjects: device, optimizer, launches, data, hyper-search, train, infer, scaling, start-up; `SUBJECT --help` says what
+each measures.
 
 What is compared takes turns, round after round, so that what else the machine does meets all alike; times are medians.
 Every table is printed when it is there, and again where it grows; all of them are written as JSON with the machine, the
@@ -19,7 +19,7 @@ from pathlib import Path
 import _root
 import torch
 import torch._dynamo
-from measure import data, device, hyper_search, infer, optimizer, scaling, start_up, training
+from measure import data, device, hyper_search, infer, launches, optimizer, scaling, start_up, training
 from measure.report import Tables, as_table, environment, keep
 
 from repopt.errors import UserError, one_line
@@ -27,6 +27,7 @@ from repopt.errors import UserError, one_line
 SUBJECTS = {
     "device": device,
     "optimizer": optimizer,
+    "launches": launches,
     "data": data,
     "hyper-search": hyper_search,
     "train": training,

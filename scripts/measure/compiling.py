@@ -18,6 +18,10 @@ def under(mode: str, model: nn.Module, device: torch.device) -> nn.Module:
     return model if mode == "off" else compiled(model, device, mode)
 
 
-def mode_on(device: torch.device) -> str:
-    """Of a training that asks for none."""
-    return compile_mode(config.build({}).cfg, World(0, 1, device))
+AS_IN_TRAINING = "as TRAIN.COMPILE auto chooses"
+
+
+def mode_on(device: torch.device, batch_size: int, image_size: int, processes: int = 1) -> str:
+    """What a training that asks for none chooses."""
+    cfg = config.build({"DATA.BATCH_SIZE": batch_size, "DATA.IMG_SIZE": image_size}).cfg
+    return compile_mode(cfg, World(0, processes, device))

@@ -21,7 +21,7 @@ import main_repopt
 import repopt
 from data import cifar
 from measure.arguments import add_rounds, positive, rounds_of
-from measure.compiling import MODES, mode_on
+from measure.compiling import AS_IN_TRAINING, MODES, mode_on
 from measure.hyper_search import BATCH, RECIPE, our_search
 from measure.placement import memory_format_on, precision_on
 from measure.report import Row, Table
@@ -40,9 +40,7 @@ KERNELS = 15  # that are shown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this subject."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="model that is searched (default: %(default)s)")
-    parser.add_argument(
-        "--compile", choices=MODES, help="of the profiled steps (default: default on GPUs, off on CPUs)"
-    )
+    parser.add_argument("--compile", choices=MODES, help=f"of the profiled steps (default: {AS_IN_TRAINING})")
     parser.add_argument(
         "--epochs", type=positive, default=EPOCHS, help="of the demo's trainings (default: %(default)s)"
     )
@@ -119,7 +117,7 @@ def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Itera
 
 def kernels(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """Steps of the hyper-search by the kernels (on CPUs: operations) that take most of the device's time."""
-    mode = arguments.compile or mode_on(device)
+    mode = arguments.compile or mode_on(device, BATCH, cifar.SIZE)
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH * PROFILED, cifar.SIZE, cifar.SIZE, 3), dtype=np.uint8)
     steps = our_search(arguments.arch, pixels, device, PROFILED, mode)
     for _ in range(2):  # compile, and record what is replayed

@@ -22,7 +22,7 @@ import repopt
 from data import cifar
 from measure import textbook
 from measure.arguments import add_rounds, positive, rounds_of
-from measure.compiling import MODES, mode_on, under
+from measure.compiling import AS_IN_TRAINING, MODES, mode_on, under
 from measure.data import resident_loader
 from measure.placement import memory_format_on, precision_on
 from measure.report import Row, Table
@@ -41,7 +41,7 @@ STEPS = 50_000 // BATCH * RECIPE.TRAIN.EPOCHS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of this subject."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="model (default: %(default)s)")
-    parser.add_argument("--compile", nargs="+", choices=MODES, help="default: default on GPUs, off on CPUs")
+    parser.add_argument("--compile", nargs="+", choices=MODES, help=f"default: {AS_IN_TRAINING}")
     add_rounds(parser, 5)
     parser.add_argument("--steps", type=positive, help="of the search in a turn (default: 200 on GPUs, 4 on CPUs)")
     sizes = "pixels of the images of single steps (default: all)"
@@ -51,16 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """Both."""
-    arch, rounds, modes = arguments.arch, rounds_of(arguments), arguments.compile or [mode_on(device)]
+    arch, rounds = arguments.arch, rounds_of(arguments)
     if arguments.only != SEARCH:
         for size in arguments.image_size:
             rows: list[Row] = []
-            for mode in modes:
+            for mode in arguments.compile or [mode_on(device, SIZES[size], size)]:
                 rows += steps(arch, device, mode, batch_size=SIZES[size], image_size=size, rounds=rounds)
                 yield f"A step of {arch}, batches of {SIZES[size]} images of {size} x {size}", rows
     if arguments.only != STEP:
         per_turn = arguments.steps or (200 if device.type == "cuda" else 4)
         title = f"The hyper-search of {arch} on CIFAR-100: {per_turn} steps of {BATCH} images in a turn, {rounds}"
+        modes = arguments.compile or [mode_on(device, BATCH, cifar.SIZE)]
         yield title, searches(arch, device, modes, per_turn=per_turn, rounds=rounds)
 
 

@@ -115,7 +115,8 @@ def _work(rank: int, size: int, kind: str, load: Load, folder: str) -> None:
 
     def built(setting: Setting) -> TrainingStep:
         shape = {"batch_size": load.batch_size, "image_size": load.image_size}
-        return TrainingStep(load.arch, device, **shape, seed=rank, compile_mode=mode_on(device), **setting._asdict())
+        mode = mode_on(device, **shape, processes=2)  # of a single one too, so that they differ in nothing else
+        return TrainingStep(load.arch, device, **shape, seed=rank, compile_mode=mode, **setting._asdict())
 
     peaks = {name: peak_extra(partial(_two_steps, built, setting), device) for name, setting in settings.items()}
     steps = {name: built(setting) for name, setting in settings.items()}

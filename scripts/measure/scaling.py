@@ -155,11 +155,10 @@ def growth(
         batch_size: images per step.
         rounds: in which all take turns.
     """
-    mode = mode_on(device)
-    steps = {
-        (arch, size): TrainingStep(arch, device, batch_size=batch_size, image_size=size, compile_mode=mode)
-        for arch, size in pairs
-    }
+    steps = {}
+    for arch, size in pairs:
+        shape = {"batch_size": batch_size, "image_size": size}
+        steps[arch, size] = TrainingStep(arch, device, **shape, compile_mode=mode_on(device, **shape))
     seconds = take_turns({f"{m} {size}": step for (m, size), step in steps.items()}, device, rounds=rounds)
     rows = {}
     for (model, size), step in steps.items():

@@ -15,7 +15,7 @@ import torch
 from reproduction import paper
 
 from measure.arguments import add_rounds, positive, rounds_of
-from measure.compiling import MODES, mode_on
+from measure.compiling import AS_IN_TRAINING, MODES, mode_on
 from measure.report import Row, Table
 from measure.training_step import TrainingStep
 from measure.turns import Rounds, peak_extra, take_turns, timed
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="models (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, help="default: 32 on GPUs, as in the paper; 8 on CPUs")
     parser.add_argument("--image-size", type=positive, default=224, help="default: %(default)s")
-    parser.add_argument("--compile", choices=MODES, help="default: default on GPUs, off on CPUs")
+    parser.add_argument("--compile", choices=MODES, help=f"default: {AS_IN_TRAINING}")
     add_rounds(parser, 5)
     parser.add_argument("--no-largest", action="store_true", help="leave out the memory and the largest batches")
 
@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     batch_size = arguments.batch_size or (32 if gpu else 8)
     if batch_size < 4:
         raise UserError(f"--batch-size {batch_size}: at least 4, for half of it is measured too")
-    mode, rounds, size = arguments.compile or mode_on(device), rounds_of(arguments), arguments.image_size
+    rounds, size = rounds_of(arguments), arguments.image_size
+    mode = arguments.compile or mode_on(device, batch_size, size)
     peak = matrix_rate(device)
     of = f"images of {size} x {size}, compile"
     title = f"Batches of {batch_size} {of} {mode}; the device's measured peak is {peak / 1e12:.2f} TFLOP/s"
