@@ -109,7 +109,7 @@ class TestIntegers:
 
     @torch.no_grad()
     def expected(self, model, x):
-        """Of two convolutions with a ReLU between, and how far, in steps, the numbers between are from being halfway."""
+        """Of two convolutions with a ReLU between; and how far from halfway, in steps, the numbers between are."""
         signal, of_image = x, self.ranged(x, 0, 255, symmetric=False)
         for layer in (model[0], model[2]):
             of_weight = self.ranged(layer.weight, -127, 127, symmetric=True)
