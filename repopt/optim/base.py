@@ -187,9 +187,8 @@ class RepOptimizer(torch.optim.Optimizer):
             names = self.state_names(group)
             params = [param for param in group["params"] if param.grad is not None]
             places = [self._place(param, names) for param in params]
-            for param, (is_first, place), scalars in zip(
-                params, places, self._scalars(params, group, said), strict=True
-            ):
+            scalars_of = self._scalars(params, group, said)
+            for param, (is_first, place), scalars in zip(params, places, scalars_of, strict=True):
                 if place.param.numel():  # a process may have nothing of a small parameter
                     task = Task(place, local_gradient(param), constants, scalars)
                     (first if is_first else tasks).append(task)
