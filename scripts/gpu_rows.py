@@ -4,8 +4,8 @@
     python scripts/gpu_rows.py --show RESULTS...   # prints what would stand in docs/performance.md, and keeps nothing
 
 Rows go to benchmarks/gpu.jsonl, those that stand there already not again; tables of benchmark.py to
-benchmarks/PART-cuda.json, where a part that came to its end takes the place of one that was cut, and a later one that of an
-earlier one. All of it is shown in docs/performance.md, between the two marks there, and the aims beside it.
+benchmarks/PART-cuda.json, where a part that came to its end takes the place of one that was cut, and a later one that of
+an earlier one. All is shown in docs/performance.md, between the two marks there, and the aims beside it.
 """
 
 from __future__ import annotations

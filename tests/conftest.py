@@ -27,7 +27,7 @@ DEVICE = torch.device(os.environ.get("REPOPT_TEST_DEVICE", "cuda"))  # of CUDA t
 
 @pytest.fixture(autouse=True)
 def _where_it_runs(request, monkeypatch):
-    """A CUDA test on a GPU, or not at all; every other test, and the processes that it starts, as if there were none."""
+    """CUDA tests run on a GPU or are skipped; for all others, and processes that they start, there is none."""
     if request.node.get_closest_marker("cuda") is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
