@@ -3,9 +3,9 @@
     python scripts/gpu_rows.py RESULTS...          # folders that have their results.jsonl
     python scripts/gpu_rows.py --show RESULTS...   # prints what would stand in docs/performance.md, and keeps nothing
 
-Rows go to benchmarks/gpu.jsonl, those that stand there already not again; tables of benchmark.py to
-benchmarks/PART-cuda.json, where a part that came to its end takes the place of one that was cut, and a later one that of
-an earlier one. All is shown in docs/performance.md, between the two marks there, and the aims beside it.
+Rows go to benchmarks/gpu.jsonl, those that stand there already not again; tables of benchmark.py go to
+benchmarks/PART-cuda.json, where a part that came to its end takes the place of one that was cut, and a later one
+that of an earlier one. All is shown in docs/performance.md, between the two marks there, and the aims beside it.
 """
 
 from __future__ import annotations

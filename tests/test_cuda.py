@@ -235,7 +235,7 @@ def test_ten_steps_of_other_tasks(task, device):
     torch.manual_seed(0)
     if task == "segmentation":
         model = test_segmentation.segmenter("target").float()
-        images, labels = torch.randn(2, 3, 64, 64, device=device), torch.randint(3, (2, 64, 64), device=device)
+        images, labels = torch.randn(2, 3, 64, 64, device=device), torch.ones(2, 64, 64, device=device).long()
 
         def loss_of():
             return nn.functional.cross_entropy(model(images), labels)
@@ -250,7 +250,7 @@ def test_ten_steps_of_other_tasks(task, device):
 
     scales = scales_of(model, torch.float32)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = repopt.build_optimizer("sgd", model, scales, lr=0.01, momentum=0.9)
+    optimizer = repopt.build_optimizer("sgd", model, scales, lr=0.03, momentum=0.9)
     losses = []
     for _ in range(10):
         torch.manual_seed(0)  # of the boxes that are sampled
