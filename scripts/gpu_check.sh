@@ -12,7 +12,7 @@ prepare yacs=yacs timm=timm torchvision=torchvision simplejpeg=simplejpeg sklear
   hypothesis=hypothesis torchao=torchao segmentation_models_pytorch=segmentation-models-pytorch pycocotools=pycocotools
 
 if [ -n "$TINY" ]; then
-  modes=(off) rounds=(--rounds 1) steps=1 small_images=256 epochs=1 large=(--batch-size 4 --image-size 32) small=("${large[@]}")
+  modes=(off) rounds=(--rounds 1) steps=1 small_images=256 epochs=1 large=(--batch-size 4 --image-size 32 --compile off) small=("${large[@]}")
   only=(-k not_finite)
 else
   modes=(off default reduce-overhead) rounds=(--rounds 5 --seconds 15) steps=100 small_images=10000 epochs=80
@@ -28,7 +28,7 @@ search=(hyper-search --arch "$ARCH" --only search --compile "${modes[@]}" --step
 train_256=(train --arch "$ARCH" --no-largest "${large[@]}")
 train_32=(train --arch "$ARCH" --no-largest "${small[@]}")
 optimizer=(optimizer --arch "$ARCH")
-infer=(infer --arch "$ARCH" ${TINY:+"${small[@]}"})
+infer=(infer --arch "$ARCH" ${TINY:+--batch-size 4 --image-size 32})
 compiling=()
 compile() { # NAME ARGUMENTS...
   if [ -n "$TINY" ] || ! wanted "$1"; then return; fi
@@ -49,7 +49,7 @@ measure hyper-search 75 "${search[@]}" "${rounds[@]}"
 measure train-256 60 "${train_256[@]}" "${rounds[@]}"
 measure optimizer 60 "${optimizer[@]}" "${rounds[@]}"
 measure train-32 45 "${train_32[@]}" "${rounds[@]}"
-measure largest 90 train --arch "$ARCH" --compile off "${small[@]}" --rounds 2
+measure largest 90 train --arch "$ARCH" "${small[@]}" --compile off --rounds 2
 measure between-epochs 30 device --only between-epochs --arch "$ARCH" --rounds 2
 measure kernels 45 device --only kernels --arch "$ARCH" --compile "${modes[-1]}"
 measure small-images 40 data --only small-images --small-images "$small_images" "${rounds[@]}"

@@ -9,7 +9,8 @@
 #   OUT     folder of the results (default output/gpu, or output/gpu-tiny)
 #   PARTS   names of parts that are done whether they were before or not, and no others
 #   ARCH    model (default RepOpt-VGG-B1)
-#   DEVICE  cuda or cpu (default cuda);  TINY=1: as small as can be, which tries the script
+#   DEVICE  cuda or cpu (default cuda)
+#   TINY    1: as small as can be, which tries the script; as that is done on slow machines, parts have five times as long
 #   PYTHON  interpreter (default python3)
 #
 # What the machine lacks travels beside the tree as wheels in .whl, which a machine with network fills (the processor's and
@@ -50,7 +51,7 @@ wanted() { # NAME: whether a part is to be done
 }
 
 part() { # NAME SECONDS COMMAND...: at most so long, and no longer than is left; what it left in $OUT/NAME.json is in its row
-  local name=$1 seconds=$2 left=$((LIMIT - SECONDS - 5)) from=$SECONDS code=0 result=
+  local name=$1 seconds=$(($2 * (${TINY:+4} + 1))) left=$((LIMIT - SECONDS - 5)) from=$SECONDS code=0 result=
   shift 2
   if ! wanted "$name"; then return; fi
   if ((left < 10)); then say "$name: left out, no time"; return; fi

@@ -8,7 +8,7 @@ import pytest
 import torch
 from measure import optimizer, start_up
 from measure.report import as_table
-from measure.turns import peak_extra
+from measure.turns import Rounds, peak_extra, times_in_turns
 
 
 def test_it_prints_and_keeps_a_table(tmp_path, monkeypatch, capsys):
@@ -24,6 +24,33 @@ def test_it_prints_and_keeps_a_table(tmp_path, monkeypatch, capsys):
     assert rows["RepSGD, eager"]["multipliers / parameters"] < 0.02
     assert rows["naive RepSGD, dense multiplier"]["multipliers / parameters"] > 0.5
     assert re.search("RepAdamW, eager", " ".join(rows))
+
+
+def test_a_run_that_is_cut_keeps_what_it_found(tmp_path, monkeypatch):
+    def run(arguments, device):
+        yield "first", [{"a": 1}]
+        yield "second", [{"b": 1}]
+        yield "second", [{"b": 1}, {"b": 2}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optimizer, "run", run)
+    file = tmp_path / "kept.json"
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "optimizer", "--json", str(file), "--rounds", "2"])
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main()
+    kept = json.loads(file.read_text())
+    assert kept["tables"] == {"first": [{"a": 1}], "second": [{"b": 1}, {"b": 2}]}
+    assert kept["command"] == "python scripts/benchmark.py optimizer --rounds 2"
+
+
+def test_no_round_begins_after_the_time_but_the_first():
+    assert list(Rounds(3).in_time()) == list(Rounds(3, 60).in_time()) == [0, 1, 2]
+    assert list(Rounds(3, 1e-9).in_time()) == [0]
+    said = []
+    assert list(Rounds(3, 1e-9).in_time(lambda own: said.append(own) or len(said) < 2)) == [0, 1]  # as others want it
+    assert said == [False, False]
+    times = times_in_turns({"a": int, "b": int}, torch.device("cpu"), rounds=Rounds(5, 1e-9))
+    assert [len(own) for own in times.values()] == [1, 1]
 
 
 def test_peak_memory_counts_temporaries():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from measure import hyper_search, training
 from measure.training_step import TrainingStep
+from measure.turns import Rounds
 from reproduction import paper
 
 import repopt
@@ -35,6 +36,17 @@ def test_hyper_search(monkeypatch):
     assert ours[minutes] == pytest.approx(ours["ms per step"] / 6e4 * 390 * 240)
 
 
+def test_parts_of_the_hyper_search(monkeypatch):
+    monkeypatch.setattr(hyper_search, "SIZES", {32: 2, 64: 2})
+    monkeypatch.setattr(hyper_search, "BATCH", 4)
+    few = ["--arch", NANO, "--rounds", "1", "--steps", "1"]
+    assert list(run(hyper_search, *few, "--only", "steps", "--image-size", "64")) == [
+        f"A step of {NANO}, batches of 2 images of 64 x 64"
+    ]
+    (title,) = run(hyper_search, *few, "--only", "search", "--seconds", "0.001")
+    assert title == f"The hyper-search of {NANO} on CIFAR-100: 1 steps of 4 images in a turn, 1 turns or 0.001 s"
+
+
 def test_both_ways_of_searching_are_one_function():
     models = [repopt.create_model(NANO, mode="hs", num_classes=10).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -53,6 +65,34 @@ def test_train():
     (row,) = beside
     assert row["largest batch / RepVGG: here"] > 1
     assert row["speed / RepVGG: paper"] is None  # nano is none of the paper's
+
+
+def test_train_without_largest_batches():
+    (rows,) = run(
+        training, "--arch", NANO, "--batch-size", "4", "--image-size", "32", "--rounds", "1", "--no-largest"
+    ).values()
+    assert [row["training"] for row in rows] == ["RepOpt", "RepVGG", "textbook"]
+    assert list(rows[0]) == ["model", "training", "batch", "images/s", "speed / RepVGG", "MFU %"]
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller(monkeypatch):
+    tried = []
+
+    def speeds(makes, batch_size, rounds, peak):
+        tried.append(batch_size)
+        if batch_size > 95:
+            raise torch.cuda.OutOfMemoryError
+        return {"": {"batch": batch_size}}
+
+    monkeypatch.setattr(training, "speeds", speeds)
+    assert training.at_most(lambda size: None, 100, Rounds(1), 1.0) == {"batch": 94}
+    assert tried == [100, 97, 94]
+
+
+def test_of_a_gpu_97_percent_of_what_is_free_are_filled(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert training.memory_of(torch.device("cuda")) == 970
 
 
 def test_the_papers_ratios():

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a file may import from its own floor and from those above it in this list.
@@ -115,3 +116,8 @@ def test_the_package_offers_what_its_stub_declares():
     assert (
         python("import repopt, repopt.deploy; print(callable(repopt.deploy), 'deploy' in dir(repopt))") == "True True"
     )
+
+
+def test_there_is_no_gpu_for_tests_that_are_not_about_one():
+    assert not torch.cuda.is_available()
+    assert python("import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))") == "''"

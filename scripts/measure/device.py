@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 def ceilings(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """A copy in the device's memory, a matrix product in the number format of training, and the start of a kernel."""
-    source = torch.randn(2**30 if device.type == "cuda" else 2**24, device=device)
+    source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
     target, number = torch.empty_like(source), torch.zeros(1, device=device)
 
     def launches() -> None:
