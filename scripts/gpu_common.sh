@@ -29,7 +29,8 @@ trap 'rm -rf "$WORK"' EXIT
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton
 [ "$DEVICE" = cpu ] && export CUDA_VISIBLE_DEVICES= # also for what takes a GPU where there is one
 mkdir -p "$OUT"
-log=$OUT/log.txt rows=$OUT/results.jsonl setting="$DEVICE, $ARCH${TINY:+, tiny}"
+log=$OUT/log.txt rows=$OUT/results.jsonl setting="$DEVICE, $ARCH${TINY:+, tiny}" slowness=${TINY:+5}
+slowness=${slowness:-1}
 
 say() { # TEXT: with the time, on the screen and in the log
   echo "[$SECONDS s] $*" | tee -a "$log"
@@ -51,7 +52,7 @@ wanted() { # NAME: whether a part is to be done
 }
 
 part() { # NAME SECONDS COMMAND...: at most so long, and no longer than is left; what it left in $OUT/NAME.json is in its row
-  local name=$1 seconds=$(($2 * (${TINY:+4} + 1))) left=$((LIMIT - SECONDS - 5)) from=$SECONDS code=0 result=
+  local name=$1 seconds=$(($2 * slowness)) left=$((LIMIT - SECONDS - 5)) from=$SECONDS code=0 result=
   shift 2
   if ! wanted "$name"; then return; fi
   if ((left < 10)); then say "$name: left out, no time"; return; fi
