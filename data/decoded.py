@@ -199,7 +199,7 @@ class _Batches:
             yield [(epoch, index) for index in batch.tolist()]
 
 
-def _heed_only_the_loader(worker: int) -> None:
+def heed_only_the_loader(worker: int) -> None:
     """Makes a worker process deaf to the signals that end a run.
 
     They reach the whole process group, but it is the main process that acts on them, and it still needs batches for its
@@ -248,7 +248,7 @@ class DecodedLoader(Loader):
             batch_sampler=self._items,
             collate_fn=Collate(mend, join),
             num_workers=how.num_workers,
-            worker_init_fn=_heed_only_the_loader,
+            worker_init_fn=heed_only_the_loader,
             persistent_workers=how.num_workers > 0,
             pin_memory=how.pin_memory and how.device.type == "cuda",
             generator=torch.Generator(),  # or each iteration would draw from the global one

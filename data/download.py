@@ -1,4 +1,4 @@
-"""Data sets that are downloaded where they are absent."""
+"""Data sets that are fetched where they are absent, once per node."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ def fetch(dataset: str, root: str, download: Callable[[], object]) -> str:
     if not root:
         raise UserError(f"{dataset} needs a folder to read from or download to: give --data-path")
     try:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            download()
+        once_per_node(download)
     except (OSError, RuntimeError, HTTPException) as error:  # no network, no right to write, a broken download
         return f" and could not be downloaded: {one_line(error)}"
+    return ""
+
+
+def once_per_node(action: Callable[[], object]) -> None:
+    """Calls `action` in the first process of each node while the others wait."""
+    try:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            action()
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
-    return ""

@@ -8,7 +8,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from data import caltech, cifar, digits, fake, folder, patches, zipped
+from data import caltech, cifar, digits, fake, folder, glyphs, patches, zipped
 from data.encoded import EncodedImages
 from data.types import ON_BAD_IMAGE, Info, Source
 from repopt.errors import UserError, unknown
@@ -93,6 +93,14 @@ DATASETS: dict[str, Resident | Decoded] = {
         cifar.STD,
         padding=4,
         flip=True,
+    ),
+    "glyphs": Resident(  # a mirrored character is another thing
+        Info(glyphs.NUM_CLASSES, glyphs.SIZE),
+        lambda source, split, image_size, num_classes: glyphs.load(source.root, split),
+        glyphs.MEAN,
+        glyphs.STD,
+        padding=4,
+        flip=False,
     ),
     "fake": Resident(
         Info(None, None),

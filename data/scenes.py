@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +21,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data import digits
+from data import digits, generated
 from data.cityscapes import IGNORED
-from repopt.errors import UserError
 
 DEFAULT = "output/scenes"
 NUM_TRAIN, NUM_VAL = 192, 96
 SIZE = 96
 CLASS_NAMES = ("background", *map(str, range(digits.NUM_CLASSES)))
 
-_VERSION = b"scenes 1\n"  # of the content: another one with every change of what is drawn or written
-_MARKER = "version.txt"
+_VERSION = "scenes 1"
 _COUNTS = {"train": NUM_TRAIN, "val": NUM_VAL}
 _DIGITS = (2, 6)  # in a scene
 _HEIGHTS = (20, 56)  # of a digit
@@ -60,32 +57,10 @@ def find(root: str) -> Path:
 def make(root: Path) -> None:
     """Write the scenes, unless they are there; the bytes are the same every time.
 
-    They are written beside and get their name when they are whole, so that several processes may do it at once.
-
     Raises:
         UserError: the folder holds something else, or scenes of another version.
     """
-    if _stands(root):
-        return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as beside:
-        made = Path(beside, "made")
-        _write(made)
-        try:
-            made.rename(root)
-        except OSError:
-            if not _stands(root):  # another process was faster
-                raise
-
-
-def _stands(root: Path) -> bool:
-    marker = root / _MARKER
-    if marker.is_file() and marker.read_bytes() == _VERSION:
-        return True
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        version = _VERSION.decode().strip()
-        raise UserError(f"{str(root)!r} holds other things than {version}: remove it, or name another folder")
-    return False
+    generated.make(root, _VERSION, _write)
 
 
 @dataclass(frozen=True)
@@ -199,7 +174,6 @@ def _write(root: Path) -> None:
             "categories": [{"id": 1 + d, "name": str(d), "supercategory": "digit"} for d in range(digits.NUM_CLASSES)],
         }
         (coco / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-    (root / _MARKER).write_bytes(_VERSION)
 
 
 def _png(pixels: Pixels) -> bytes:
