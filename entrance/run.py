@@ -189,6 +189,7 @@ def fit(
         ema_update_period=cfg.TRAIN.EMA_UPDATE_PERIOD,
         eval_period=cfg.TEST.PERIOD,
         save_period=cfg.SAVE_FREQ,
+        save_latest_period=cfg.SAVE_LATEST_FREQ,
         save_every_minutes=cfg.SAVE_EVERY_MINUTES,
         save_every_steps=cfg.SAVE_EVERY_STEPS,
         most_skipped=cfg.TRAIN.MOST_SKIPPED_STEPS,

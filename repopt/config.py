@@ -245,6 +245,7 @@ KEYS: dict[str, Key] = {
     "OUTPUT": Key("", "where runs go, <output>/<arch>/<tag>; empty: output", flag="--output"),
     "TAG": Key("default", "name of the run", flag="--tag"),
     "SAVE_FREQ": Key(20, "epochs between the checkpoints that are kept", minimum=1),
+    "SAVE_LATEST_FREQ": Key(1, "epochs between writings of latest.pth; the last epoch is always saved", minimum=1),
     "PRINT_FREQ": Key(10, "batches between lines of the log", minimum=1),
     "SAVE_EVERY_MINUTES": Key(15.0, "between checkpoints within epochs; 0 = none"),
     "SAVE_EVERY_STEPS": Key(0, "between checkpoints within epochs; 0 = none"),

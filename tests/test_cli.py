@@ -144,6 +144,7 @@ def test_what_the_entrance_hands_over(monkeypatch, search, tmp_path, identity):
     ]
     options += ["TRAIN.OPTIMIZER.MOMENTUM", 0.8, "TRAIN.CLIP_GRAD", 2.0, "TRAIN.EMA_ALPHA", 0.001, "SEED", 5]
     options += ["TRAIN.IDENTITY_INIT", identity, "TRAIN.EMA_UPDATE_PERIOD", 4, "SAVE_FREQ", 3, "TEST.PERIOD", 2]
+    options += ["SAVE_LATEST_FREQ", 7]
     scales_path = search / "scales.pth"
     handed = entrance(
         monkeypatch, "--arch", TARGET, "--output", tmp_path, "--scales-path", scales_path, "--accumulation-steps", 3,
@@ -160,8 +161,9 @@ def test_what_the_entrance_hands_over(monkeypatch, search, tmp_path, identity):
     assert (schedule.t_initial, schedule.warmup_t) == (6 * 4, 2 * 4)  # 10 batches an epoch are 4 steps
     assert handed["criterion"].label_smoothing == 0.2
     assert state.ema.decay == pytest.approx(1 - 0.001 * 90 * 4 / 6)
-    names = ("epochs", "accumulation_steps", "ema_update_period", "eval_period", "save_period", "searching")
-    assert [handed[name] for name in names] == [6, 3, 4, 2, 3, False]
+    names = ("epochs", "accumulation_steps", "ema_update_period", "eval_period", "save_period", "save_latest_period")
+    assert [handed[name] for name in names] == [6, 3, 4, 2, 3, 7]
+    assert not handed["searching"]
     scales = repopt.load_scales(scales_path)
     torch.manual_seed(5)
     expected = repopt.create_model("RepOpt-VGG-nano", mode="target", num_classes=10)

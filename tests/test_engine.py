@@ -285,6 +285,35 @@ def test_files_of_a_run(tmp_path):
     assert any("tfevents" in path.name for path in (tmp_path / "run").iterdir())
 
 
+def test_a_training_that_is_saved_less_often_goes_on_from_the_last_time(tmp_path):
+    losses = []
+
+    def killed_in_the_fourth_epoch(outputs, targets):
+        losses.append(nn.functional.cross_entropy(outputs, targets))
+        if len(losses) > 3 * len(Batches()):
+            raise SystemExit
+        return losses[-1]
+
+    def train(name, state, **arguments):
+        fit(state, tmp_path / name, 5, save_latest_period=2, eval_period=5, **arguments)
+
+    def saved(name):
+        return checkpoint.read(tmp_path / name / "latest.pth")
+
+    train("whole", make_state(network(dropout=0.3)))
+    with pytest.raises(SystemExit):
+        train("part", make_state(network(dropout=0.3)), criterion=killed_in_the_fourth_epoch)
+    assert not (tmp_path / "part" / "latest_1.pth").exists()
+    state = make_state(network(seed=9, dropout=0.3))
+    state.restore(saved("part"))
+    assert state.epoch == 2
+    train("part", state)
+    whole, part = saved("whole"), saved("part")
+    assert whole["epoch"] == part["epoch"] == 4
+    for values in (lambda content: content["optimizer"]["state"], lambda content: content["model"]):
+        torch.testing.assert_close(values(part), values(whole), rtol=0, atol=0)
+
+
 def test_checkpoints_of_another_training_are_refused(tmp_path):
     state = make_state(network())
     content = state.content({})

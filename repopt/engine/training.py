@@ -80,6 +80,8 @@ class Training:
         accumulation_steps: batches per optimizer step.
         ema_update_period: optimizer steps between updates of the moving average.
         eval_period, save_period: in epochs; the last one is always evaluated and saved.
+        save_latest_period: in epochs, between those after which the place in the training is saved even if nothing
+            else is.
         save_every_minutes, save_every_steps: between checkpoints within epochs; 0 = none.
         most_skipped: steps left out in a row, because loss or gradients are not finite, at which the training ends.
         print_period: in batches.
@@ -105,6 +107,7 @@ class Training:
     ema_update_period: int = 1
     eval_period: int = 1
     save_period: int = 20
+    save_latest_period: int = 1
     save_every_minutes: float = 0.0
     save_every_steps: int = 0
     most_skipped: int = 20
@@ -197,7 +200,8 @@ class Training:
             if self.world.is_main:
                 save_scales(scales, self.folder.path / "scales.pth")
         self._metrics.write(state.epoch * self._steps_per_epoch, **numbers)
-        self._save(names)
+        if names or state.epoch % self.save_latest_period == 0:
+            self._save(names)
         if not last:
             self.train_loader.set_epoch(state.epoch)
 
