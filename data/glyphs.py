@@ -1,7 +1,7 @@
 """Characters in CIFAR-100's shape without a download: 100 of them, drawn in the fonts that come with matplotlib.
 
 A character is warped (turned, sheared, stretched, moved) and lies, in a brighter colour, over a textured background with
-parts of other characters and lines; a line or a disc may lie over it; the whole is blurred and noisy. An image is a
+parts of other characters and lines; lines and discs may lie over it; the whole is blurred and noisy. An image is a
 function of its split and its index, and its class is its index modulo 100. Both splits are drawn alike, from random
 numbers of their own.
 
@@ -54,7 +54,7 @@ _LATIN_FONTS = (*_FONTS, "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")
 # Lengths are in pixels of a canvas of twice the image's size.
 _SIDE = 2 * SIZE
 _FONT_SIZE = 48
-_GLYPH_SIZES = (34, 58)  # of the longer side, before it is stretched and turned
+_GLYPH_SIZES = (30, 56)  # of the longer side, before it is stretched and turned
 _MOST_BRIGHTNESS = 110  # of the background, 0..255
 _LEAST_CONTRAST = 80  # by which a character is brighter than the background
 _CHUNK = 250  # images that a worker draws at a time
@@ -148,14 +148,14 @@ def draw(split: str, index: int) -> Pixels:
     rng = np.random.default_rng((list(PER_CLASS).index(split), index))
     ground, ink = _colours(rng)
     canvas = _surface(ground, rng)
-    for cover in [_part] * rng.integers(0, 3) + [_line] * rng.integers(0, 2):
+    for cover in [_part] * rng.integers(1, 4) + [_line] * rng.integers(0, 3):
         canvas.paste(_colour(rng), mask=cover(rng))
-    centre = _SIDE / 2 + rng.uniform(-6, 6, 2)
+    centre = _SIDE / 2 + rng.uniform(-9, 9, 2)
     canvas.paste(_surface(ink, rng), mask=_placed(CHARACTERS[index % NUM_CLASSES], centre, rng))
-    if rng.random() < 0.5:
+    for _ in range(rng.integers(0, 3)):
         canvas.paste(_colour(rng), mask=(_line, _disc)[rng.integers(2)](rng))
     image = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5))).reduce(2)
-    noise = rng.standard_normal((SIZE, SIZE, 3), np.float32) * rng.uniform(2, 14)
+    noise = rng.standard_normal((SIZE, SIZE, 3), np.float32) * rng.uniform(2, 20)
     return (np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8)
 
 
@@ -234,8 +234,8 @@ def _placed(character: str, centre: Pixels, rng: np.random.Generator) -> Image.I
     fonts = fonts_of(character)
     glyph = _glyph(character, fonts[rng.integers(len(fonts))])
     angle, shear, stretch = (
-        math.radians(rng.uniform(-15, 15)),
-        rng.uniform(-0.2, 0.2),
+        math.radians(rng.uniform(-25, 25)),
+        rng.uniform(-0.3, 0.3),
         math.exp(rng.uniform(-0.25, 0.25)),
     )
     scale = rng.uniform(*_GLYPH_SIZES) / max(glyph.size)
