@@ -1,8 +1,8 @@
 """Characters in CIFAR-100's shape without a download: 100 of them, drawn in the fonts that come with matplotlib.
 
-A character is warped (turned, sheared, stretched, moved) and lies, in a brighter colour, over a textured background with
-parts of other characters and lines; lines and discs may lie over it; the whole is blurred and noisy. An image is a
-function of its split and its index, and its class is its index modulo 100. Both splits are drawn alike, from random
+A character is warped (turned, sheared, stretched, moved) and lies, in a brighter colour, over a textured background
+with parts of other characters and lines; a line or a disc may lie over it; the whole is blurred and noisy. An image is
+a function of its split and its index, and its class is its index modulo 100. Both splits are drawn alike, from random
 numbers of their own.
 
 Of characters that look the same when they are warped only one is among the 100: O (not o or 0), C (not c), P (not p).
@@ -34,8 +34,8 @@ SIZE = 32
 PER_CLASS = {"train": 500, "val": 100}
 
 # Measured on the 50,000 training images.
-MEAN = (0.5, 0.5, 0.5)
-STD = (0.25, 0.25, 0.25)
+MEAN = (0.3866, 0.2899, 0.4577)
+STD = (0.2605, 0.2357, 0.2749)
 
 _LATIN = "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghijmnqrt123456789"
 CHARACTERS = _LATIN + "ΓΔΘΛΞΠΣΦΨΩβγδεζλμξσωБДЖИЦЧШЭЮЯЂЫЉЊÆŒÞØ&@$%#?§¶©£¥€‡½"
@@ -54,7 +54,7 @@ _LATIN_FONTS = (*_FONTS, "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")
 # Lengths are in pixels of a canvas of twice the image's size.
 _SIDE = 2 * SIZE
 _FONT_SIZE = 48
-_GLYPH_SIZES = (30, 56)  # of the longer side, before it is stretched and turned
+_GLYPH_SIZES = (32, 58)  # of the longer side, before it is stretched and turned
 _MOST_BRIGHTNESS = 110  # of the background, 0..255
 _LEAST_CONTRAST = 80  # by which a character is brighter than the background
 _CHUNK = 250  # images that a worker draws at a time
@@ -148,14 +148,14 @@ def draw(split: str, index: int) -> Pixels:
     rng = np.random.default_rng((list(PER_CLASS).index(split), index))
     ground, ink = _colours(rng)
     canvas = _surface(ground, rng)
-    for cover in [_part] * rng.integers(1, 4) + [_line] * rng.integers(0, 3):
+    for cover in [_part] * rng.integers(0, 3) + [_line] * rng.integers(0, 3):
         canvas.paste(_colour(rng), mask=cover(rng))
-    centre = _SIDE / 2 + rng.uniform(-9, 9, 2)
-    canvas.paste(_surface(ink, rng), mask=_placed(CHARACTERS[index % NUM_CLASSES], centre, rng))
-    for _ in range(rng.integers(0, 3)):
+    x, y = _SIDE / 2 + rng.uniform(-7, 7, 2)
+    canvas.paste(_surface(ink, rng), mask=_placed(CHARACTERS[index % NUM_CLASSES], x, y, rng))
+    if rng.random() < 0.5:
         canvas.paste(_colour(rng), mask=(_line, _disc)[rng.integers(2)](rng))
     image = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5))).reduce(2)
-    noise = rng.standard_normal((SIZE, SIZE, 3), np.float32) * rng.uniform(2, 20)
+    noise = rng.standard_normal((SIZE, SIZE, 3), np.float32) * rng.uniform(2, 16)
     return (np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8)
 
 
@@ -211,8 +211,8 @@ def _texture(rng: np.random.Generator) -> Image.Image:
 def _part(rng: np.random.Generator) -> Image.Image:
     """A character that reaches over the border, or lies near it."""
     angle, distance = rng.uniform(0, 2 * math.pi), rng.uniform(30, 44)
-    centre = _SIDE / 2 + distance * np.array([math.cos(angle), math.sin(angle)])
-    return _placed(CHARACTERS[rng.integers(NUM_CLASSES)], centre, rng)
+    x, y = _SIDE / 2 + distance * math.cos(angle), _SIDE / 2 + distance * math.sin(angle)
+    return _placed(CHARACTERS[rng.integers(NUM_CLASSES)], x, y, rng)
 
 
 def _line(rng: np.random.Generator) -> Image.Image:
@@ -229,21 +229,19 @@ def _disc(rng: np.random.Generator) -> Image.Image:
     return mask
 
 
-def _placed(character: str, centre: Pixels, rng: np.random.Generator) -> Image.Image:
-    """A character in one of its fonts, warped."""
+def _placed(character: str, x: float, y: float, rng: np.random.Generator) -> Image.Image:
+    """A character in one of its fonts, warped, with its middle at (x, y)."""
     fonts = fonts_of(character)
     glyph = _glyph(character, fonts[rng.integers(len(fonts))])
-    angle, shear, stretch = (
-        math.radians(rng.uniform(-25, 25)),
-        rng.uniform(-0.3, 0.3),
-        math.exp(rng.uniform(-0.25, 0.25)),
-    )
-    scale = rng.uniform(*_GLYPH_SIZES) / max(glyph.size)
-    turned = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    warp = turned @ [[1, shear], [0, 1]] @ np.diag([scale * stretch, scale / stretch])
-    back = np.linalg.inv(warp)  # from the canvas to the glyph, as Pillow wants it
-    offset = np.array(glyph.size) / 2 - back @ centre
-    coefficients = np.column_stack([back, offset]).ravel().tolist()
+    angle, shear = math.radians(rng.uniform(-20, 20)), rng.uniform(-0.25, 0.25)
+    scale, stretch = rng.uniform(*_GLYPH_SIZES) / max(glyph.size), math.exp(rng.uniform(-0.25, 0.25))
+    wide, high = scale * stretch, scale / stretch
+    cos, sin = math.cos(angle), math.sin(angle)
+    # From the canvas to the glyph, as Pillow wants it: the inverse of turning after shearing after stretching.
+    a, b = (cos + shear * sin) / wide, (sin - shear * cos) / wide
+    d, e = -sin / high, cos / high
+    width, height = glyph.size
+    coefficients = (a, b, width / 2 - a * x - b * y, d, e, height / 2 - d * x - e * y)
     return glyph.transform((_SIDE, _SIDE), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
 
 
