@@ -1,0 +1,243 @@
+"""A part of the paper's pipeline on the data set glyphs, within a number of seconds (scripts/gpu_pipeline.sh).
+
+    python scripts/gpu_pipeline.py PART --seconds 450 --json output/gpu/glyphs-PART.json
+
+search: the hyper-search. target: the plain network under the RepOptimizer, with its scales. repvgg, sgd: RepVGG, and
+the plain network under SGD. They train for 240 epochs, or for as many as fit: two epochs are trained before to see how
+long one takes. int8: post-training quantization of target and repvgg under every preset; what of the two is not in
+--runs is trained before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import _root
+import torch
+from measure.report import Row, Table, environment, keep
+from runs import epochs_of
+from workers import run_side_by_side
+
+from data import glyphs
+from entrance.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
+from repopt.errors import UserError, run_command
+from repopt.quantize import PRESETS
+
+MODES = {"search": "hs", "target": "target", "repvgg": "repvgg", "sgd": "target-norepopt"}
+QUANTIZED = ("target", "repvgg")
+EPOCHS = 240  # of the published search, of which warm-up takes a 24th
+EVALUATIONS = 6
+TRIED = 2  # epochs; the first one compiles
+QUANTIZATION = 200  # seconds that int8 keeps for it
+SCALES = "scales.pth"
+
+
+class Training(NamedTuple):
+    """A training of the pipeline: a part's network, on a data set, in a folder of runs.
+
+    Attributes:
+        part: of `MODES`.
+        model: without mode.
+        dataset: DATA.DATASET.
+        runs: folder.
+        scales: file of the searched scales, where there are some.
+        epochs: most that it is to have.
+    """
+
+    part: str
+    model: str
+    dataset: str
+    runs: Path
+    scales: Path | None
+    epochs: int
+
+    @property
+    def arch(self) -> str:
+        """Of main_repopt.py."""
+        return f"{self.model}-{MODES[self.part]}"
+
+    def folder(self, tag: str) -> Path:
+        """Where a run writes."""
+        return self.runs / self.arch / tag
+
+    @property
+    def checkpoint(self) -> Path:
+        """That it ends with."""
+        return self.folder(self.part) / "latest.pth"
+
+    def train(self, deadline: float) -> Row:
+        """Train for as many epochs as end before `deadline` (of time.monotonic); what was found.
+
+        Raises:
+            UserError: not one epoch does.
+        """
+        started = time.monotonic()
+        epochs = self.epochs if self.epochs <= TRIED else min(self.epochs, self._that_fit(deadline))
+        self._run(self.part, epochs)
+        found = epochs_of(self.folder(self.part))
+        return {
+            "network": self.arch,
+            "epochs": epochs,
+            "top-1 (%)": found[-1]["val"]["top1"],
+            "s per epoch": statistics.median(epoch["train_seconds"] for epoch in found),
+            "minutes in all": (time.monotonic() - started) / 60,
+        }
+
+    def _that_fit(self, deadline: float) -> int:
+        """Epochs; a tenth of the time is kept for evaluations and checkpoints on the way."""
+        started = time.monotonic()
+        self._run("speed", TRIED)
+        ended = time.monotonic()
+        epoch = epochs_of(self.folder("speed"))[-1]["train_seconds"]
+        shutil.rmtree(self.folder("speed"))
+        left = deadline - ended - (ended - started - TRIED * epoch)  # the start and the end take as long again
+        if (epochs := int(0.9 * left / epoch)) < 1:
+            raise UserError(f"not one epoch of {self.arch} fits: it takes {epoch:.1f} s, and {left:.0f} s are left")
+        return epochs
+
+    def _run(self, tag: str, epochs: int) -> None:
+        shutil.rmtree(self.folder(tag), ignore_errors=True)  # or it would be gone on with
+        arguments = ["--cfg", f"configs/glyphs/{'search' if self.part == 'search' else 'train'}.yaml"]
+        arguments += ["--arch", self.arch, "--output", str(self.runs), "--tag", tag]
+        arguments += ["--scales-path", str(self.scales)] if self.part == "target" else []
+        options = {
+            "DATA.DATASET": self.dataset,
+            "TRAIN.EPOCHS": epochs,
+            "TRAIN.WARMUP_EPOCHS": epochs // 24,
+            "TEST.PERIOD": -(-epochs // EVALUATIONS),
+            "SAVE_FREQ": epochs,
+            "SAVE_LATEST_FREQ": epochs,  # writing takes longer than an epoch
+        }
+        arguments += ["--opts", *(str(word) for option in options.items() for word in option)]
+        if code := subprocess.run([sys.executable, "main_repopt.py", *arguments], cwd=_root.ROOT).returncode:
+            raise UserError(f"main_repopt.py ended with exit code {code}")
+
+
+class Quantization(NamedTuple):
+    """One quantization of a trained network."""
+
+    training: Training
+    preset: str
+
+    @property
+    def script(self) -> str:
+        """That does it."""
+        return "quantize.py"
+
+    @property
+    def needs(self) -> Sequence[Quantization]:
+        """Nothing that is still to be done."""
+        return ()
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.training.folder(f"ptq-{self.preset}")
+
+    @property
+    def command(self) -> list[str]:
+        """Arguments of scripts/quantize.py."""
+        arguments = ["--cfg", "configs/glyphs/quantize.yaml", "--arch", self.training.arch, "--method", "ptq"]
+        arguments += ["--preset", self.preset, "--resume", str(self.training.checkpoint)]
+        return [*arguments, "--output", str(self.training.runs), "--opts", "DATA.DATASET", self.training.dataset]
+
+    def row(self) -> Row:
+        """What was found."""
+        results, ratios = (
+            json.loads((self.folder / ARTIFACTS / name).read_text()) for name in (RESULTS, SIGNAL_TO_NOISE)
+        )
+        finite = [ratio for ratio in ratios.values() if ratio is not None]
+        return {
+            "preset": self.preset,
+            "network": self.training.arch,
+            "fp32 top-1 (%)": results["fp32"]["top1"],
+            "PTQ": results["INT8"]["top1"],
+            "PTQ, onnxruntime": results["INT8, onnxruntime"]["top1"],
+            "signal to noise of the logits (dB)": [*ratios.values()][-1],
+            "of the worst layer": min(finite, default=None),
+        }
+
+
+def main() -> None:
+    """Do a part, and keep what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*MODES, "int8"])
+    parser.add_argument("--arch", default="RepOpt-VGG-B1", help="model (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="that is used (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, required=True, help="that the part may take")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="at most (default: %(default)s)")
+    parser.add_argument("--dataset", default="glyphs", help="default: %(default)s")
+    parser.add_argument("--runs", type=Path, default=Path("output/gpu-runs"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--scales", type=Path, help="scale file (default: that of the search, in --runs or benchmarks/)"
+    )
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS), help="default: all")
+    parser.add_argument("--json", type=Path, required=True, help="file of the result; others are written beside it")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    if arguments.dataset == "glyphs":
+        glyphs.make(Path(glyphs.DEFAULT))
+
+    def training(part: str) -> Training:
+        scales = find_scales(arguments) if part == "target" else None
+        return Training(part, arguments.arch, arguments.dataset, arguments.runs, scales, arguments.epochs)
+
+    if arguments.part == "int8":
+        tables = int8([training(part) for part in QUANTIZED], arguments.presets, deadline)
+    else:
+        chosen = training(arguments.part)
+        tables = [("Trainings on glyphs", [chosen.train(deadline)])]
+        keep_beside(arguments.json, chosen)
+    keep(arguments.json, environment(torch.device(arguments.device)), dict(tables))
+
+
+def find_scales(arguments: argparse.Namespace) -> Path:
+    """The file of the searched scales.
+
+    Raises:
+        UserError: there is none.
+    """
+    search = arguments.runs / f"{arguments.arch}-hs" / "search" / SCALES
+    places = [search, arguments.json.with_name(SCALES), _root.ROOT / "benchmarks" / "glyphs-scales.pth"]
+    for place in [arguments.scales] if arguments.scales else places:
+        if place.is_file():
+            return place
+    raise UserError("there are no searched scales: run the part search before, or name its scales.pth (SCALES)")
+
+
+def int8(trainings: Sequence[Training], presets: Sequence[str], deadline: float) -> list[Table]:
+    """Quantize networks, which are trained before where they are not there."""
+    missing = [training for training in trainings if not training.checkpoint.is_file()]
+    trained = []
+    for index, training in enumerate(missing):
+        now = time.monotonic()
+        share = (deadline - QUANTIZATION - now) / (len(missing) - index)
+        trained.append(training.train(now + share))
+    jobs = [Quantization(training, preset) for preset in presets for training in trainings]
+    for job in jobs:
+        shutil.rmtree(job.folder, ignore_errors=True)
+    run_side_by_side(jobs, lambda: None)
+    tables = [("Post-training quantization on glyphs", [job.row() for job in jobs])]
+    return tables if not trained else [*tables, ("Trained for it", trained)]
+
+
+def keep_beside(file: Path, training: Training) -> None:
+    """Copy what is small of a run to the folder of the result."""
+    folder = training.folder(training.part)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "metrics.jsonl", file.with_name(f"{training.part}-metrics.jsonl"))
+    if training.part == "search":
+        shutil.copy(folder / SCALES, file.with_name(SCALES))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("gpu_pipeline.py", main))
