@@ -4,12 +4,13 @@ types       what a caller says: Source, Augmentation; and gets: Info
 build       of classification: describe, train_loader, eval_loader
 segmentation, detection         the same of each: describe, train_loader, eval_loader, and the table of its data sets
 registry    the table of data sets for classification: a new one is a row there
-digits, patches, cifar, fake    sets that live on the device as one tensor
+digits, patches, cifar, glyphs, fake    sets that live on the device as one tensor
 encoded, folder, zipped         images in files
 caltech                         one whose split is ours
 cityscapes, coco                layouts of images with label images, and with boxes and masks
 scenes                          digits in both, made where they are absent
-download                        what fetches a set that is absent
+generated                       the folder of a set that is made where it is absent
+download                        what fetches a set that is absent, once per node
 decode      encoded bytes -> an image
 transforms, raug15              one decoded image -> uint8 tensor
 samplers                        which images in what order; randomness is that of repopt.seeding

@@ -105,9 +105,8 @@ def make(root: Path, workers: int | None = None) -> None:
     Raises:
         UserError: the folder holds something else or another version; matplotlib has no fonts.
     """
-    if workers is None:
-        workers = len(os.sched_getaffinity(0))
-    generated.make(root, _VERSION, functools.partial(_write, workers=workers))
+    count = len(os.sched_getaffinity(0)) if workers is None else workers
+    generated.make(root, _VERSION, lambda folder: _write(folder, count))
 
 
 def _write(root: Path, workers: int) -> None:

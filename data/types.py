@@ -16,7 +16,7 @@ class Source:
     Attributes:
         dataset: a name in `data.registry.DATASETS`, or in the table of `data.segmentation` or `data.detection`.
         root: the data set's folder (`--data-path`); unused by the data sets that need none (digits, patches, fake), and
-            not needed by the one that is made where it is absent (scenes).
+            not needed by those that are made where they are absent (glyphs, scenes).
         zip_mode: read the images from a zip in `root` instead of class folders (`--zip`).
         cache_mode: with `zip_mode`, what a process keeps in memory: 'no' image, the 'full' set, or its 'part' of it.
         on_bad_image: what to do at an image that cannot be read or decoded: 'raise' an error that names it, or 'skip'

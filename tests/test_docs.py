@@ -10,12 +10,14 @@ import re
 from pathlib import Path
 
 import check_equivalency
+import numpy as np
 import pytest
 import test_families
 import test_optim
 import torch
 from check_equivalency import BOUND, SIGNS, largest_difference
 from measure.report import as_table
+from PIL import Image
 from reproduction import experiment
 from reproduction.result import table_of
 from test_convert import fenced_code
@@ -40,6 +42,7 @@ def test_every_document_is_tested():
     tested = {
         "converting",
         "downstream",
+        "glyphs",
         "law",
         "adding_a_model",
         "adding_an_update_rule",
@@ -92,6 +95,13 @@ def test_quantization_names_every_preset():
         row = re.search(rf"^\| `{name}` .*$", text, re.MULTILINE)[0]
         for low, high in (preset.weights, preset.activations):
             assert f"{low}..{high}" in row
+
+
+def test_glyphs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("glyphs")
+    drawn, shown = (np.asarray(Image.open(file), int) for file in ("glyphs.png", DOCS / "images" / "glyphs.png"))
+    assert np.abs(drawn - shown).mean() < 1  # other versions of Pillow may round otherwise
 
 
 def test_quantization(tmp_path, monkeypatch):

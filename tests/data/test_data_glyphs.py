@@ -1,7 +1,6 @@
 """Characters drawn in matplotlib's fonts."""
 
 import multiprocessing
-import os
 import unicodedata
 
 import numpy as np
@@ -124,7 +123,7 @@ def test_two_processes_at_once_make_them_and_leave_nothing_beside(made, tmp_path
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
     assert contents(root) == contents(made)
-    assert os.listdir(root.parent) == ["made"]
+    assert [path.name for path in root.parent.iterdir()] == ["made"]
 
 
 def test_only_the_first_process_of_a_node_makes_them(few, monkeypatch, tmp_path):
