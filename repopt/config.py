@@ -48,9 +48,7 @@ KEYS: dict[str, Key] = {
     "BASE": Key([""], "YAML recipes, relative to this one, that it builds upon"),
     "TASK": Key(CLASSIFY, "what the network is trained for", choices=TASKS, fixed=True),
     "DATA.BATCH_SIZE": Key(128, "images per process and step", flag="--batch-size", minimum=1),
-    "DATA.DATA_PATH": Key(
-        "", "data set root, where one is needed", flag="--data-path"
-    ),
+    "DATA.DATA_PATH": Key("", "data set root, where one is needed", flag="--data-path"),
     "DATA.DATASET": Key(
         "imagenet", "of the task: a row of data/registry.py, segmentation.py or detection.py", fixed=True
     ),

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import _root
 import torch
-from measure.report import Row, Table, environment, keep
+from measure.report import Row, Tables, environment, keep
 from runs import epochs_of
-from workers import run_side_by_side
 
 from data import glyphs
 from entrance.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
@@ -36,7 +37,6 @@ MODES = {"search": "hs", "target": "target", "repvgg": "repvgg", "sgd": "target-
 QUANTIZED = ("target", "repvgg")
 EPOCHS = 240  # of the published search, of which warm-up takes a 24th
 EVALUATIONS = 6
-TRIED = 2  # epochs; the first one compiles
 QUANTIZATION = 200  # seconds that int8 keeps for it
 SCALES = "scales.pth"
 
@@ -51,6 +51,7 @@ class Training(NamedTuple):
         runs: folder.
         scales: file of the searched scales, where there are some.
         epochs: most that it is to have.
+        tried: epochs that are trained before to see how many fit; the first one compiles. 0: all are to fit.
     """
 
     part: str
@@ -59,6 +60,7 @@ class Training(NamedTuple):
     runs: Path
     scales: Path | None
     epochs: int
+    tried: int
 
     @property
     def arch(self) -> str:
@@ -81,7 +83,7 @@ class Training(NamedTuple):
             UserError: not one epoch does.
         """
         started = time.monotonic()
-        epochs = self.epochs if self.epochs <= TRIED else min(self.epochs, self._that_fit(deadline))
+        epochs = min(self.epochs, self._that_fit(deadline)) if self.tried else self.epochs
         self._run(self.part, epochs)
         found = epochs_of(self.folder(self.part))
         return {
@@ -95,11 +97,11 @@ class Training(NamedTuple):
     def _that_fit(self, deadline: float) -> int:
         """Epochs; a tenth of the time is kept for evaluations and checkpoints on the way."""
         started = time.monotonic()
-        self._run("speed", TRIED)
+        self._run("speed", self.tried)
         ended = time.monotonic()
         epoch = epochs_of(self.folder("speed"))[-1]["train_seconds"]
         shutil.rmtree(self.folder("speed"))
-        left = deadline - ended - (ended - started - TRIED * epoch)  # the start and the end take as long again
+        left = deadline - ended - (ended - started - self.tried * epoch)  # the start and the end take as long again
         if (epochs := int(0.9 * left / epoch)) < 1:
             raise UserError(f"not one epoch of {self.arch} fits: it takes {epoch:.1f} s, and {left:.0f} s are left")
         return epochs
@@ -118,7 +120,7 @@ class Training(NamedTuple):
             "SAVE_LATEST_FREQ": epochs,  # writing takes longer than an epoch
         }
         arguments += ["--opts", *(str(word) for option in options.items() for word in option)]
-        if code := subprocess.run([sys.executable, "main_repopt.py", *arguments], cwd=_root.ROOT).returncode:
+        if code := start("main_repopt.py", arguments):
             raise UserError(f"main_repopt.py ended with exit code {code}")
 
 
@@ -129,32 +131,21 @@ class Quantization(NamedTuple):
     preset: str
 
     @property
-    def script(self) -> str:
-        """That does it."""
-        return "quantize.py"
+    def artifacts(self) -> Path:
+        """Where its files are when it is done."""
+        return self.training.folder(f"ptq-{self.preset}") / ARTIFACTS
 
-    @property
-    def needs(self) -> Sequence[Quantization]:
-        """Nothing that is still to be done."""
-        return ()
-
-    @property
-    def folder(self) -> Path:
-        """Where its files are."""
-        return self.training.folder(f"ptq-{self.preset}")
-
-    @property
-    def command(self) -> list[str]:
-        """Arguments of scripts/quantize.py."""
+    def run(self) -> None:
+        """Do it anew; what is refused leaves no artifacts."""
+        shutil.rmtree(self.artifacts.parent, ignore_errors=True)
         arguments = ["--cfg", "configs/glyphs/quantize.yaml", "--arch", self.training.arch, "--method", "ptq"]
         arguments += ["--preset", self.preset, "--resume", str(self.training.checkpoint)]
-        return [*arguments, "--output", str(self.training.runs), "--opts", "DATA.DATASET", self.training.dataset]
+        arguments += ["--output", str(self.training.runs), "--opts", "DATA.DATASET", self.training.dataset]
+        start("scripts/quantize.py", arguments)
 
     def row(self) -> Row:
         """What was found."""
-        results, ratios = (
-            json.loads((self.folder / ARTIFACTS / name).read_text()) for name in (RESULTS, SIGNAL_TO_NOISE)
-        )
+        results, ratios = (json.loads((self.artifacts / name).read_text()) for name in (RESULTS, SIGNAL_TO_NOISE))
         finite = [ratio for ratio in ratios.values() if ratio is not None]
         return {
             "preset": self.preset,
@@ -175,6 +166,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="that is used (default: %(default)s)")
     parser.add_argument("--seconds", type=float, required=True, help="that the part may take")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="at most (default: %(default)s)")
+    parser.add_argument(
+        "--tried", type=int, default=2, help="epochs before, to see how many fit; 0: all (default: %(default)s)"
+    )
     parser.add_argument("--dataset", default="glyphs", help="default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("output/gpu-runs"), help="folder (default: %(default)s)")
     parser.add_argument(
@@ -189,15 +183,24 @@ def main() -> None:
 
     def training(part: str) -> Training:
         scales = find_scales(arguments) if part == "target" else None
-        return Training(part, arguments.arch, arguments.dataset, arguments.runs, scales, arguments.epochs)
+        return Training(
+            part, arguments.arch, arguments.dataset, arguments.runs, scales, arguments.epochs, arguments.tried
+        )
+
+    def keep_found(tables: Tables) -> None:
+        keep(arguments.json, environment(torch.device(arguments.device)), tables)
 
     if arguments.part == "int8":
-        tables = int8([training(part) for part in QUANTIZED], arguments.presets, deadline)
+        int8([training(part) for part in QUANTIZED], arguments.presets, deadline, keep_found)
     else:
         chosen = training(arguments.part)
-        tables = [("Trainings on glyphs", [chosen.train(deadline)])]
+        keep_found({"Trainings on glyphs": [chosen.train(deadline)]})
         keep_beside(arguments.json, chosen)
-    keep(arguments.json, environment(torch.device(arguments.device)), dict(tables))
+
+
+def start(script: str, arguments: Sequence[str]) -> int:
+    """The exit code of a script in a process of its own."""
+    return subprocess.run([sys.executable, script, *arguments], cwd=_root.ROOT).returncode
 
 
 def find_scales(arguments: argparse.Namespace) -> Path:
@@ -214,20 +217,29 @@ def find_scales(arguments: argparse.Namespace) -> Path:
     raise UserError("there are no searched scales: run the part search before, or name its scales.pth (SCALES)")
 
 
-def int8(trainings: Sequence[Training], presets: Sequence[str], deadline: float) -> list[Table]:
-    """Quantize networks, which are trained before where they are not there."""
+def int8(
+    trainings: Sequence[Training], presets: Sequence[str], deadline: float, keep_found: Callable[[Tables], None]
+) -> None:
+    """Quantize networks, which are trained before where they are not there; `keep_found` gets what is found so far."""
     missing = [training for training in trainings if not training.checkpoint.is_file()]
-    trained = []
+    trained: list[Row] = []
     for index, training in enumerate(missing):
         now = time.monotonic()
         share = (deadline - QUANTIZATION - now) / (len(missing) - index)
         trained.append(training.train(now + share))
     jobs = [Quantization(training, preset) for preset in presets for training in trainings]
-    for job in jobs:
-        shutil.rmtree(job.folder, ignore_errors=True)
-    run_side_by_side(jobs, lambda: None)
-    tables = [("Post-training quantization on glyphs", [job.row() for job in jobs])]
-    return tables if not trained else [*tables, ("Trained for it", trained)]
+
+    def found() -> Tables:
+        quantized = [job.row() for job in jobs if job.artifacts.exists()]
+        tables = {"Trained on glyphs, to be quantized": trained, "Post-training quantization on glyphs": quantized}
+        return {title: rows for title, rows in tables.items() if rows}
+
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(jobs)))
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        for _ in as_completed([pool.submit(job.run) for job in jobs]):
+            keep_found(found())
+    if refused := [f"{job.training.arch} {job.preset}" for job in jobs if not job.artifacts.exists()]:
+        raise UserError(f"not quantized: {', '.join(refused)}")
 
 
 def keep_beside(file: Path, training: Training) -> None:

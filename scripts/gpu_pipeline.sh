@@ -26,7 +26,8 @@ needed=(yacs=yacs timm=timm torchvision=torchvision tqdm=tqdm tensorboard=tensor
 [ "$which" = int8 ] && needed+=(torchao=torchao onnx=onnx onnxscript=onnxscript onnxruntime=onnxruntime safetensors=safetensors)
 prepare "${needed[@]}"
 PARTS="glyphs-$which" # also if it is done already
-epochs=1; [ "$which" = search ] && epochs=3 # of a trial; three are more than are tried for speed
+tiny=(--dataset digits --presets fbgemm --epochs 20 --tried 0) # a preset for all CPUs
+[ "$which" = search ] && tiny+=(--epochs 3 --tried 2)
 part "glyphs-$which" "$LIMIT" "$PYTHON" scripts/gpu_pipeline.py "$which" --arch "$ARCH" --device "$DEVICE" \
   --seconds "$((LIMIT - SECONDS - 15))" --runs "$runs" ${SCALES:+--scales "$SCALES"} \
-  ${TINY:+--dataset digits --epochs $epochs --presets default} --json "$OUT/glyphs-$which.json"
+  ${TINY:+"${tiny[@]}"} --json "$OUT/glyphs-$which.json"

@@ -32,7 +32,7 @@ def test_part_by_part(tmp_path):
         assert (code, row["part"], row["exit"]) == (0, f"glyphs-{part}", 0), text
         ((found,),) = row["result"]["tables"].values()
         assert found["network"] == f"{NANO}-{mode}"
-        assert found["epochs"] == (3 if part == "search" else 1)
+        assert found["epochs"] == (3 if part == "search" else 20)
         assert (tmp_path / "out" / f"{part}-metrics.jsonl").is_file()
         assert not (tmp_path / "runs" / f"{NANO}-{mode}" / "speed").exists()
     trained = (tmp_path / "runs" / f"{NANO}-repvgg" / "repvgg" / "latest.pth").stat()
@@ -40,7 +40,7 @@ def test_part_by_part(tmp_path):
     assert (code, row["part"], row["exit"]) == (0, "glyphs-int8", 0), text
     (rows,) = row["result"]["tables"].values()
     assert [(found["preset"], found["network"]) for found in rows] == [
-        ("default", f"{NANO}-{mode}") for mode in ("target", "repvgg")
+        ("fbgemm", f"{NANO}-{mode}") for mode in ("target", "repvgg")
     ]
     assert (tmp_path / "runs" / f"{NANO}-repvgg" / "repvgg" / "latest.pth").stat() == trained
     code, text, row = start(tmp_path)
@@ -62,7 +62,7 @@ def test_mistakes(tmp_path):
 
 
 def training(tmp_path, part, epochs=240):
-    return gpu_pipeline.Training(part, NANO, "digits", tmp_path / "runs", None, epochs)
+    return gpu_pipeline.Training(part, NANO, "digits", tmp_path / "runs", None, epochs, tried=2)
 
 
 @pytest.fixture
@@ -108,13 +108,21 @@ def test_as_many_epochs_as_fit(tmp_path, clock, seconds, epochs):
 
 def test_quantization_trains_what_is_not_there(tmp_path, clock, monkeypatch):
     now, ran = clock
-    monkeypatch.setattr(gpu_pipeline, "run_side_by_side", lambda jobs, watch: None)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(gpu_pipeline.Quantization, "run", lambda self: self.artifacts.mkdir(parents=True))
     monkeypatch.setattr(gpu_pipeline.Quantization, "row", lambda self: {"preset": self.preset})
     both = [training(tmp_path, part) for part in gpu_pipeline.QUANTIZED]
-    tables = dict(gpu_pipeline.int8(both, ["default", "fbgemm"], now[0] + 460))
-    assert [len(rows) for rows in tables.values()] == [4, 2]
+    found = []
+    gpu_pipeline.int8(both, ["default", "fbgemm"], now[0] + 460, found.append)
+    assert len(found) == 4
+    assert [len(rows) for rows in found[-1].values()] == [2, 4]
     assert [tag for tag, _ in ran] == ["speed", "target", "speed", "repvgg"]
     assert now[0] <= 1000 + 460 - gpu_pipeline.QUANTIZATION
     ran.clear()
-    assert len(gpu_pipeline.int8(both, ["default"], now[0] + 460)) == 1
+    gpu_pipeline.int8(both, ["tensorrt"], now[0] + 460, found.append)
+    assert [len(rows) for rows in found[-1].values()] == [2]
     assert ran == []
+    monkeypatch.setattr(gpu_pipeline.Quantization, "run", lambda self: None)  # as onnxruntime's outputs may differ
+    with pytest.raises(UserError, match=r"^not quantized: RepOpt-VGG-nano-target per_tensor, RepOpt-VGG-nano-repvgg"):
+        gpu_pipeline.int8(both, ["per_tensor"], now[0] + 460, found.append)
