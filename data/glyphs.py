@@ -115,7 +115,11 @@ def _write(root: Path, workers: int) -> None:
     with tqdm(total=sum(map(_count, PER_CLASS)), desc="drawing glyphs", unit="image", disable=None) as bar:
         for split in PER_CLASS:
             chunks = DataLoader(
-                _Chunks(split), batch_size=None, num_workers=workers, worker_init_fn=heed_only_the_loader
+                _Chunks(split),
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=heed_only_the_loader,
+                generator=torch.Generator(),  # or the training's own would be drawn from
             )
             drawn = []
             for chunk in chunks:

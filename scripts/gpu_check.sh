@@ -7,7 +7,7 @@
 #   python scripts/gpu_rows.py output/gpu                                 # keeps what was found, in benchmarks/ and docs/
 #   DEVICE=cpu TINY=1 ARCH=RepOpt-VGG-nano bash scripts/gpu_check.sh      # tries the script without a GPU
 source "$(dirname "${BASH_SOURCE[0]}")/gpu_common.sh"
-prepare yacs=yacs timm=timm torchvision=torchvision simplejpeg=simplejpeg sklearn=scikit-learn lazy_loader=lazy-loader \
+prepare torch=torch yacs=yacs timm=timm torchvision=torchvision simplejpeg=simplejpeg sklearn=scikit-learn lazy_loader=lazy-loader \
   tqdm=tqdm tensorboard=tensorboard matplotlib=matplotlib torchmetrics=torchmetrics pytest=pytest xdist=pytest-xdist \
   hypothesis=hypothesis torchao=torchao segmentation_models_pytorch=segmentation-models-pytorch pycocotools=pycocotools
 
@@ -30,9 +30,10 @@ train_32=(train --arch "$ARCH" --no-largest "${small[@]}")
 optimizer=(optimizer --arch "$ARCH")
 infer=(infer --arch "$ARCH" ${TINY:+--batch-size 4 --image-size 32})
 compiling=()
+trap 'kill "${compiling[@]}" 2> /dev/null; rm -rf "$WORK"' EXIT
 compile() { # NAME ARGUMENTS...
   if [ -n "$TINY" ] || ! wanted "$1"; then return; fi
-  timeout 120 "$PYTHON" scripts/benchmark.py "${@:2}" --rounds 1 --device "$DEVICE" --json "$WORK/$1.json" &> /dev/null &
+  timeout "$((LIMIT - SECONDS < 120 ? LIMIT - SECONDS : 120))" "$PYTHON" scripts/benchmark.py "${@:2}" --rounds 1 --device "$DEVICE" --json "$WORK/$1.json" &> /dev/null &
   compiling+=($!)
 }
 
@@ -56,3 +57,4 @@ measure small-images 40 data --only small-images --small-images "$small_images" 
 measure digits 60 device --only digits --epochs "$epochs"
 measure infer 60 "${infer[@]}" "${rounds[@]}"
 "$PYTHON" scripts/gpu_rows.py --show "$OUT"
+exit "$failed"

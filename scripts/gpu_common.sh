@@ -28,8 +28,8 @@ trap 'rm -rf "$WORK"' EXIT
 # Programs that were compiled for another GPU, or while nothing was timed, are not those of this run.
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton
 [ "$DEVICE" = cpu ] && export CUDA_VISIBLE_DEVICES= # also for what takes a GPU where there is one
-mkdir -p "$OUT"
-log=$OUT/log.txt rows=$OUT/results.jsonl setting="$DEVICE, $ARCH${TINY:+, tiny}" slowness=${TINY:+5}
+mkdir -p "$OUT" && touch "$OUT/results.jsonl"
+failed=0 log=$OUT/log.txt rows=$OUT/results.jsonl setting="$DEVICE, $ARCH${TINY:+, tiny}" slowness=${TINY:+5}
 slowness=${slowness:-1}
 
 say() { # TEXT: with the time, on the screen and in the log
@@ -56,6 +56,7 @@ part() { # NAME SECONDS COMMAND...: at most so long, and no longer than is left;
   shift 2
   if ! wanted "$name"; then return; fi
   if ((left < 10)); then say "$name: left out, no time"; return; fi
+  rm -f "$OUT/$name.json" # of a run that was killed
   timeout -k 5 "$((seconds < left ? seconds : left))" "$@" > "$WORK/printed" 2>&1 || code=$?
   { echo "===== $name: $*"; cat "$WORK/printed"; } >> "$log"
   if [ -e "$OUT/$name.json" ]; then
@@ -66,4 +67,5 @@ part() { # NAME SECONDS COMMAND...: at most so long, and no longer than is left;
     "$name" "$code" "$setting" "$((SECONDS - from))" "$machine" "$result" >> "$rows"
   say "$name: exit $code after $((SECONDS - from)) s"
   tail -n "${SHOWN:-6}" "$WORK/printed"
+  if ((code)); then failed=1; fi
 }

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,16 @@ class Training(NamedTuple):
         """That it ends with."""
         return self.folder(self.part) / "latest.pth"
 
+    @property
+    def _mark(self) -> Path:
+        """A file that is there when the training has come to its end: one that was stopped leaves a checkpoint, too."""
+        return self.folder(self.part) / "done"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has come to its end."""
+        return self._mark.is_file()
+
     def train(self, deadline: float) -> Row:
         """Train for as many epochs as end before `deadline` (of time.monotonic); what was found.
 
@@ -85,6 +96,7 @@ class Training(NamedTuple):
         started = time.monotonic()
         epochs = min(self.epochs, self._that_fit(deadline)) if self.tried else self.epochs
         self._run(self.part, epochs)
+        self._mark.touch()
         found = epochs_of(self.folder(self.part))
         return {
             "network": self.arch,
@@ -194,8 +206,12 @@ def main() -> None:
         int8([training(part) for part in QUANTIZED], arguments.presets, deadline, keep_found)
     else:
         chosen = training(arguments.part)
-        keep_found({"Trainings on glyphs": [chosen.train(deadline)]})
-        keep_beside(arguments.json, chosen)
+        # Whoever cuts the part sends SIGTERM: what the run has written until then is kept.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            keep_found({"Trainings on glyphs": [chosen.train(deadline)]})
+        finally:
+            keep_beside(arguments.json, chosen)
 
 
 def start(script: str, arguments: Sequence[str]) -> int:
@@ -221,7 +237,7 @@ def int8(
     trainings: Sequence[Training], presets: Sequence[str], deadline: float, keep_found: Callable[[Tables], None]
 ) -> None:
     """Quantize networks, which are trained before where they are not there; `keep_found` gets what is found so far."""
-    missing = [training for training in trainings if not training.checkpoint.is_file()]
+    missing = [training for training in trainings if not training.is_done]
     trained: list[Row] = []
     for index, training in enumerate(missing):
         now = time.monotonic()
@@ -243,12 +259,13 @@ def int8(
 
 
 def keep_beside(file: Path, training: Training) -> None:
-    """Copy what is small of a run to the folder of the result."""
+    """Copy what is small of a run to the folder of the result, as far as it is there."""
     folder = training.folder(training.part)
+    kept = {"metrics.jsonl": f"{training.part}-metrics.jsonl"} | ({SCALES: SCALES} if training.part == "search" else {})
     file.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "metrics.jsonl", file.with_name(f"{training.part}-metrics.jsonl"))
-    if training.part == "search":
-        shutil.copy(folder / SCALES, file.with_name(SCALES))
+    for name, other in kept.items():
+        if (folder / name).is_file():
+            shutil.copy(folder / name, file.with_name(other))
 
 
 if __name__ == "__main__":

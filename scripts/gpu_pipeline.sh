@@ -21,7 +21,7 @@ elif [[ " ${parts[*]} " != *" $which "* ]]; then
   echo "gpu_pipeline.sh: there is no part '$which' (allowed: ${parts[*]}, next)" >&2
   exit 2
 fi
-needed=(yacs=yacs timm=timm torchvision=torchvision tqdm=tqdm tensorboard=tensorboard lazy_loader=lazy-loader
+needed=(torch=torch yacs=yacs timm=timm torchvision=torchvision tqdm=tqdm tensorboard=tensorboard lazy_loader=lazy-loader
   simplejpeg=simplejpeg matplotlib=matplotlib)
 [ "$which" = int8 ] && needed+=(torchao=torchao onnx=onnx onnxscript=onnxscript onnxruntime=onnxruntime safetensors=safetensors)
 prepare "${needed[@]}"
@@ -31,3 +31,4 @@ tiny=(--dataset digits --presets fbgemm --epochs 20 --tried 0) # a preset for al
 part "glyphs-$which" "$LIMIT" "$PYTHON" scripts/gpu_pipeline.py "$which" --arch "$ARCH" --device "$DEVICE" \
   --seconds "$((LIMIT - SECONDS - 15))" --runs "$runs" ${SCALES:+--scales "$SCALES"} \
   ${TINY:+"${tiny[@]}"} --json "$OUT/glyphs-$which.json"
+exit "$failed"

@@ -1,5 +1,6 @@
 """How little a step asks of a device: every operation is a kernel that a GPU's host has to launch."""
 
+import benchmark
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,3 +103,9 @@ def test_corrections_of_a_compiled_step(monkeypatch, model, on_device):
     with Operations() as seen:
         optimizer.step()
     assert len(seen.names) <= 60
+
+
+def test_launches_are_counted_on_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "launches", "--device", "cpu"])
+    assert benchmark.main() == 2
+    assert capsys.readouterr().err == "benchmark.py: launches are counted on a GPU (--device cuda), not on cpu\n"

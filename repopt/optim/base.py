@@ -252,7 +252,7 @@ class RepOptimizer(torch.optim.Optimizer):
         return step
 
     def _leaders(self, group: int, steps: list[Tensor]) -> list[Tensor]:
-        """For each step number on a device the first that equals it.
+        """For each step number the first on its device that equals it.
 
         The host waits for their values once, and again where parameters or numbers are others than in the group's last
         step: what is equal and counted together stays equal.
@@ -260,8 +260,8 @@ class RepOptimizer(torch.optim.Optimizer):
         now = [(id(step), step._version) for step in steps]
         known = self._counted.get(group)
         if known is None or known.now != now:
-            first: dict[float, Tensor] = {}
-            known = _Counted(now, [first.setdefault(step.item(), step) for step in steps])
+            first: dict[tuple[torch.device, float], Tensor] = {}
+            known = _Counted(now, [first.setdefault((step.device, step.item()), step) for step in steps])
         # The count that follows makes another version of each.
         self._counted[group] = known._replace(now=[(key, version + 1) for key, version in now])
         return known.leaders

@@ -87,7 +87,8 @@ def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Itera
         torch.zeros(BATCH, dtype=torch.int64, device=device),
     )
     batches = [batch] * (TEST_BATCHES if device.type == "cuda" else 4)
-    with tempfile.TemporaryDirectory(dir=_root.ROOT / "output") as folder:
+    (_root.ROOT / "output").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_root.ROOT / "output") as folder:  # on the disk on which a run writes
         file = Path(folder, "checkpoint.pth")
         steps = {
             "evaluation": lambda: engine.evaluate(model, batches, precision_on(device)),
@@ -127,19 +128,17 @@ def kernels(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tab
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
         steps()
         synchronize(device)
-    microseconds = {
-        (event.key, event.count): event.self_device_time_total if gpu else event.self_cpu_time_total
-        for event in seen.key_averages()
-    }
+    events = [event for event in seen.key_averages() if not event.is_user_annotation]
+    microseconds = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in events}
     whole = sum(microseconds.values())
     rows: list[Row] = [
         {
-            "kernel": " ".join(name.split())[:80].replace("|", " "),
-            "launches per step": count / PROFILED,
-            "ms per step": 1e-3 * microseconds[name, count] / PROFILED,
-            "share %": 100 * microseconds[name, count] / whole,
+            "kernel": " ".join(event.key.split())[:80].replace("|", " "),
+            "launches per step": event.count / PROFILED,
+            "ms per step": 1e-3 * microseconds[event.key] / PROFILED,
+            "share %": 100 * microseconds[event.key] / whole,
         }
-        for name, count in sorted(microseconds, key=microseconds.__getitem__, reverse=True)[:KERNELS]
+        for event in sorted(events, key=lambda event: microseconds[event.key], reverse=True)[:KERNELS]
     ]
     each = 1e-3 * whole / PROFILED
     yield f"A step of the hyper-search of {arguments.arch}, compile {mode}: {each:.2f} ms in kernels", rows
@@ -148,7 +147,7 @@ def kernels(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tab
 def digits(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """The demo's hyper-search, and the plain network trained with its scales, by `main_repopt.py` as it stands."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(dir=_root.ROOT / "output") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         family = FAMILIES["vgg"]._replace(folder=Path(folder))
         for name, trained in {"hyper-search": search_of(family), "plain network": Run(family, "target", 0)}.items():
             if main_repopt.main([*trained.command, "TRAIN.EPOCHS", str(arguments.epochs)]) != main_repopt.DONE:

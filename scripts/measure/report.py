@@ -66,4 +66,6 @@ def _shown(value: Any) -> str:
 def keep(file: Path, environment: Mapping[str, str], tables: Tables) -> None:
     """Write a result as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**environment, "tables": tables}, indent=1) + "\n")
+    beside = file.with_suffix(".writing")  # a run that is cut leaves no half of a file
+    beside.write_text(json.dumps({**environment, "tables": tables}, indent=1) + "\n")
+    beside.replace(file)
