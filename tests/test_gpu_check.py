@@ -108,6 +108,9 @@ def test_every_part_of_a_tiny_run_finds_what_it_is_for(tiny, monkeypatch):
         file = out / f"{row['part']}.json"
         found.add(row | ({"result": json.loads(file.read_text())} if file.exists() else {}))
     assert len(found.results) == len(measuring) == len(found.rows) - 1
+    assert {row["machine"] for row in gpu_rows.aims(found.results) if row["measured"] != gpu_rows.NOT_MEASURED} == {
+        found.results["optimizer"]["machine"]
+    }
     aims = {row["aim on an H100 or H200"]: row["measured"] for row in gpu_rows.aims(found.results)}
     missing = [aim for aim, measured in aims.items() if not isinstance(measured, float)]
     assert len(missing) == 1 and missing[0].startswith("RepSGD's step")  # compiled, which is not done here
@@ -152,26 +155,26 @@ class TestKeeping:
     def test_twice_is_once(self, keep):
         rows = [
             {"part": "speed", "exit": 0, **ROW, "result": TABLES},
-            {"part": "search", "exit": 0, **ROW, "result": {"top-1 (%)": 54.5}},
+            {"part": "search", "exit": 0, **ROW},
             {"part": "tests", "exit": 1, **ROW},
         ]
         kept = keep("a", *rows)
         assert keep("a", *rows) == kept
-        assert json.loads(kept["speed-cuda.json"]) == TABLES
+        assert json.loads(kept["speed-gpu.json"]) == TABLES
         assert [json.loads(line) for line in kept["gpu.jsonl"].splitlines()] == [
             {name: value for name, value in rows[0].items() if name != "result"},
             *rows[1:],
         ]
         page = kept["page.md"]
         assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-        for shown in ("`python x`, H, torch 2 ", "| a |\n|---|\n| 1 |", "| part | top-1 (%) | machine | torch |"):
+        for shown in ("`python x`, H, torch 2 ", "| a |\n|---|\n| 1 |"):
             assert shown in page
 
     def test_a_whole_part_before_a_cut_one_and_a_later_before_an_earlier_one(self, keep):
         for value, (code, run, best) in enumerate([(124, "2", 0), (0, "1", 1), (124, "3", 1), (0, "4", 3)]):
             result = TABLES | {"tables": {"A table": [{"a": value}]}}
             kept = keep(str(value), {"part": "speed", "exit": code, **ROW, "run": run, "result": result})
-            assert json.loads(kept["speed-cuda.json"])["tables"]["A table"] == [{"a": best}]
+            assert json.loads(kept["speed-gpu.json"])["tables"]["A table"] == [{"a": best}]
         assert len(kept["gpu.jsonl"].splitlines()) == 4
 
     @pytest.mark.parametrize(

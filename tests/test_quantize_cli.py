@@ -21,7 +21,7 @@ from repopt.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "digits" / "quantize.yaml"
 HS, TARGET, REPVGG = (f"RepOpt-VGG-nano-{mode}" for mode in ("hs", "target", "repvgg"))
-DIGITS = ["DATA.DATASET", "digits", "DATA.BATCH_SIZE", 60, "TRAIN.BASE_LR", 0.4, "TRAIN.WARMUP_EPOCHS", 1]
+DIGITS = ["DATA.DATASET", "digits", "DATA.BATCH_SIZE", 60, "TRAIN.BASE_LR", 0.1, "TRAIN.WARMUP_EPOCHS", 1]
 
 
 def train(output, arch, epochs, *arguments):
