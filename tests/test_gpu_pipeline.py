@@ -22,7 +22,7 @@ def start(folder, *part, **environment):
     command = ["bash", str(ROOT / "scripts" / "gpu_pipeline.sh"), *part]
     result = subprocess.run(command, env=os.environ | given | environment, capture_output=True, text=True, timeout=600)
     rows = folder / "out" / "results.jsonl"
-    lines = rows.read_text().splitlines() if rows.exists() else [None]
+    lines = (rows.read_text().splitlines() if rows.exists() else []) or [None]
     return result.returncode, result.stdout + result.stderr, lines[-1] and json.loads(lines[-1])
 
 
