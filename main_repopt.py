@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from repopt import config
 from repopt.errors import run_command
+from train import config
 
 DONE = 0
 INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: saved after SIGTERM, SIGUSR1 or SIGINT; the same command goes on from there
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         settings = config.parse(argv)
-        from entrance.run import start  # torch and timm take seconds: --help and most mistakes are answered before
+        from train.run import start  # torch and timm take seconds: --help and most mistakes are answered before
 
         return DONE if start(settings, argv) else INTERRUPTED
 

@@ -13,7 +13,7 @@ generated                       the folder of a set that is made where it is abs
 download                        what fetches a set that is absent, once per node
 decode      encoded bytes -> an image
 transforms, raug15              one decoded image -> uint8 tensor
-samplers                        which images in what order; randomness is that of repopt.seeding
+samplers                        which images in what order; randomness is that of data.seeding
 position                        what an epoch has been through: it may stop, and go on with other processes
 loader, resident, decoded       batches on the device; samples and unreadable images are decoded's
 on_device                       normalise, erase, mix: whole batches

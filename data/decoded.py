@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from data import seeding
 from data.encoded import EncodedImages
 from data.loader import Loader
 from data.on_device import Erase, Mix
 from data.samplers import Sampler
 from data.transforms import Transform
 from data.types import Loading
-from repopt import seeding
 from repopt.errors import UserError
-from repopt.logging import logger
+
+logger = logging.getLogger("repopt")
 
 Sample = tuple[Tensor, Any, int]  # uint8 [H, W, 3], target, index
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ from data.registry import IMAGENET_MEAN, IMAGENET_STD, look_up
 from data.samplers import EvalSampler, TrainSampler
 from data.types import Loading, Source
 from repopt.errors import UserError
-from repopt.logging import logger
+
+logger = logging.getLogger("repopt")
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data import seeding
 from data.types import Augmentation
-from repopt import seeding
 from repopt.errors import UserError, unknown
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import seeding
 from data.loader import Loader
 from data.on_device import Mix, Normalize
 from data.samplers import Sampler
-from repopt import seeding
 
 
 class RandomCropFlip:

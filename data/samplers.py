@@ -9,8 +9,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from data import seeding
 from data.position import Position, remaining
-from repopt import seeding
 from repopt.errors import UserError
 
 

@@ -6,6 +6,7 @@ The zip is data: entries are read into memory, never extracted to files.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import struct
@@ -22,7 +23,8 @@ from data.folder import data_folder
 from data.types import Info
 from repopt import archive
 from repopt.errors import UserError, one_line, shown, unknown
-from repopt.logging import logger
+
+logger = logging.getLogger("repopt")
 
 CACHE_MODES = ("no", "full", "part")
 

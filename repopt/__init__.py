@@ -4,14 +4,59 @@ model  = repopt.create_model("RepOpt-VGG-B1", mode="target", num_classes=1000)
 scales = repopt.load_scales("RepOpt-VGG-B1-scales.pth")
 repopt.initialize(model, scales)
 optimizer = repopt.build_optimizer("sgd", model, scales, lr=0.1, momentum=0.9, weight_decay=4e-5, nesterov=True)
-
-What the package offers is declared in ``__init__.pyi`` and imported when it is first used: torch and timm take seconds,
-and the command line answers without them.
 """
 
-import lazy_loader
+from repopt.checkpoint import load_weights
+from repopt.convert import Declaration, convert_model, register_block
+from repopt.csla import Block, Branch, ConvBranch, GradMult, IdentityBranch, Target
+from repopt.deploy import deploy
+from repopt.errors import UserError
+from repopt.layers import RepConv2d
+from repopt.models import create_model, list_models
+from repopt.optim import RepAdam, RepAdamW, RepLion, RepOptimizer, RepRMSprop, RepSGD, clip_grad_norm_
+from repopt.reparam import (
+    build_optimizer,
+    constant_scales,
+    declared_blocks,
+    extract_scales,
+    fit_scales,
+    grad_mults,
+    initialize,
+    param_groups,
+)
+from repopt.scales import load_scales, save_scales
 
-from repopt import _with_timm
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-_with_timm.watch()
+__all__ = [
+    "Block",
+    "Branch",
+    "ConvBranch",
+    "Declaration",
+    "GradMult",
+    "IdentityBranch",
+    "RepAdam",
+    "RepAdamW",
+    "RepConv2d",
+    "RepLion",
+    "RepOptimizer",
+    "RepRMSprop",
+    "RepSGD",
+    "Target",
+    "UserError",
+    "build_optimizer",
+    "clip_grad_norm_",
+    "constant_scales",
+    "convert_model",
+    "create_model",
+    "declared_blocks",
+    "deploy",
+    "extract_scales",
+    "fit_scales",
+    "grad_mults",
+    "initialize",
+    "list_models",
+    "load_scales",
+    "load_weights",
+    "param_groups",
+    "register_block",
+    "save_scales",
+]

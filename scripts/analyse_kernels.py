@@ -38,12 +38,12 @@ from plots import plot_by_depth, plot_weights
 from torch import Tensor, nn
 
 import repopt
-from entrance import trained
 from repopt.csla import Shape
 from repopt.errors import UserError, run_command, unknown
 from repopt.layers import Baseline, RepConv2d
 from repopt.models import zoo
 from repopt.models.network import Network
+from train import trained
 
 Kernels = Mapping[str, Mapping[str, Tensor]]
 """Of a network, (O, I, kh, kw) each, by the path of their block and their form."""

@@ -49,9 +49,9 @@ def export_all(arguments: argparse.Namespace) -> None:
     import torch
 
     import repopt
-    from entrance import trained
     from repopt import export
     from repopt.errors import UserError
+    from train import trained
 
     source = trained.read(arguments.resume, arguments.arch)
     kind = "int8" if source.quantized else "fp32"

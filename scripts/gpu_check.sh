@@ -44,7 +44,7 @@ compile train-32 "${train_32[@]}"
 compile optimizer "${optimizer[@]}"
 compile infer "${infer[@]}"
 SHOWN=15 REPOPT_TEST_DEVICE=$DEVICE part tests 130 "$PYTHON" -m pytest -p no:cacheprovider -m cuda "${only[@]}" --durations 5 \
-  tests/test_cuda.py tests/test_ecosystem.py
+  tests/repopt/test_cuda.py tests/repopt/test_ecosystem.py
 ((${#compiling[@]})) && wait "${compiling[@]}" && say "compiled"
 measure hyper-search 75 "${search[@]}" "${rounds[@]}"
 measure train-256 60 "${train_256[@]}" "${rounds[@]}"

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import _root
 
-from entrance.files import ARTIFACTS, SIGNAL_TO_NOISE
 from main_repopt import DONE, INTERRUPTED
-from repopt import config
 from repopt.errors import run_command
+from train import config
+from train.files import ARTIFACTS, SIGNAL_TO_NOISE
 
 PROGRAM = config.Program(
     "quantize.py",
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         settings = config.parse(argv, PROGRAM)
-        from entrance.quantize import start  # torch and its exporters take seconds
+        from train.quantize import start  # torch and its exporters take seconds
 
         if not start(settings, argv):
             return INTERRUPTED

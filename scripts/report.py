@@ -32,11 +32,10 @@ from runs import METRICS, Log, Run, number, read_json, steps_of
 from torch import Tensor
 
 import repopt
-from entrance import files, trained
-from entrance.files import CONFIG, PREDICTIONS, Column
-from repopt import config
 from repopt.errors import UserError, run_command, shown
 from repopt.models import parse_arch, zoo
+from train import config, files, trained
+from train.files import CONFIG, PREDICTIONS, Column
 
 RESULTS, SIGNAL_TO_NOISE = (f"{files.ARTIFACTS}/{name}" for name in (files.RESULTS, files.SIGNAL_TO_NOISE))
 IMAGES = Column("images", "images", 0, "")

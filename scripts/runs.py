@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import _root  # noqa: F401
 
-from entrance.files import COLUMNS, CONFIG, Column
-from repopt import config
 from repopt.errors import UserError, one_line, shown
+from train import config
+from train.files import COLUMNS, CONFIG, Column
 
 METRICS, LOG = "metrics.jsonl", "log_rank0.txt"
 LOGGED = re.compile(

@@ -485,7 +485,7 @@ def fuzz(quick: bool) -> Result:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--hypothesis-show-statistics"]
     environment = os.environ | {"HYPOTHESIS_PROFILE": "ci" if quick else "soak", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "tests/test_hostile.py"], cwd=_root.ROOT, env=environment, capture_output=True, text=True
+        [*command, "tests/repopt/test_hostile.py"], cwd=_root.ROOT, env=environment, capture_output=True, text=True
     )
     counts = re.findall(r"(\d+) passing, (\d+) failing", done.stdout)
     passing, failing = (sum(int(count[i]) for count in counts) for i in range(2))

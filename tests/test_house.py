@@ -69,7 +69,7 @@ def test_imports_of_the_upper_floors_go_down(folder, above):
 
 def test_configuration_stays_at_the_entrance():
     for path in FILES:
-        assert part_of(path) == "config" or not {"yacs", "repopt.config"} & set(imported(path)), path
+        assert part_of(path) == "config" or not {"yacs", "train.config"} & set(imported(path)), path
 
 
 def test_data_knows_little_of_the_package():
@@ -89,7 +89,7 @@ def python(code):
     [
         ("import repopt", {"torch", "timm"}),
         ("import repopt; [getattr(repopt, name) for name in repopt.__all__]", {"matplotlib", "sklearn", "yacs"}),
-        ("import entrance.run", {"matplotlib", "sklearn", "tensorboard"}),
+        ("import train.run", {"matplotlib", "sklearn", "tensorboard"}),
         ("import main_repopt, pytest; pytest.raises(SystemExit, main_repopt.main, ['--help'])", {"torch"}),
         ("import main_repopt; main_repopt.main(['--flag'])", {"torch"}),
         ("import main_repopt; main_repopt.main(['--opts', 'TRAIN.EPOKS', '1'])", {"torch"}),
@@ -104,7 +104,7 @@ def test_nothing_is_imported_before_it_is_needed(code, absent):
     [
         "import repopt, timm",
         "import timm, repopt",
-        "import repopt.engine, timm",
+        "import train.engine, timm",
         "import repopt, importlib.util; importlib.util.find_spec('timm'); import timm",
     ],
 )

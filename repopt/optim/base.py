@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from repopt.csla import GradMult
 from repopt.errors import UserError, unknown
-from repopt.logging import logger
 from repopt.optim.bundles import Bundles
 from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
 from repopt.optim.shards import local, local_gradient, local_mult
 from repopt.optim.update import FROM_SCALER, Hyper, Place, Rule, State, Task, check_degree, eager_update
+
+logger = logging.getLogger("repopt")
 
 NamedParams = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Implementation = Literal["auto", "compiled", "eager"]

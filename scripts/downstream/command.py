@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from main_repopt import DONE, INTERRUPTED
-from repopt import config
 from repopt.errors import run_command
+from train import config
 
 
 def run_program(program: config.Program, argv: Sequence[str] | None) -> int:
@@ -17,7 +17,7 @@ def run_program(program: config.Program, argv: Sequence[str] | None) -> int:
 
     def command() -> int:
         settings = config.parse(argv, program)
-        from entrance.run import start  # torch and timm take seconds
+        from train.run import start  # torch and timm take seconds
 
         if not start(settings, argv, program):
             return INTERRUPTED

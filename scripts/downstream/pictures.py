@@ -18,13 +18,13 @@ from yacs.config import CfgNode
 import repopt
 from data import detection as of_boxes
 from data import segmentation as of_labels
-from entrance import tasks
-from entrance.files import PREDICTIONS
-from entrance.placement import to_device
-from entrance.tasks.base import source_of
-from repopt import checkpoint, config, segmentation
-from repopt.distributed import World
+from repopt import checkpoint, segmentation
 from repopt.models import parse_arch
+from train import config, tasks
+from train.distributed import World
+from train.files import PREDICTIONS
+from train.placement import to_device
+from train.tasks.base import source_of
 
 IMAGES = 6  # that are shown
 LEAST_SCORE = 0.5  # of a box that is shown

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import _root
 from downstream.command import run_program
 
-from repopt import config
+from train import config
 
 PROGRAM = config.Program(
     "segment.py",

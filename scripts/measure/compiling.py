@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from entrance.build import compile_mode
-from repopt import config
-from repopt.distributed import World
-from repopt.engine import COMPILE_MODES, compiled
+from train import config
+from train.build import compile_mode
+from train.compilation import COMPILE_MODES, compiled
+from train.distributed import World
 
 MODES = ("off", *COMPILE_MODES)
 

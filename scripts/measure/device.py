@@ -28,8 +28,9 @@ from measure.report import Row, Table
 from measure.training import matrix_rate
 from measure.training_step import SGD
 from measure.turns import synchronize, take_turns
-from repopt import checkpoint, engine
+from repopt import checkpoint
 from repopt.errors import UserError
+from train.evaluation.classification import evaluate
 
 TEST_BATCHES = -(-10_000 // BATCH)  # of CIFAR-100
 LAUNCHES = 1000
@@ -91,7 +92,7 @@ def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Itera
     with tempfile.TemporaryDirectory(dir=_root.ROOT / "output") as folder:  # on the disk on which a run writes
         file = Path(folder, "checkpoint.pth")
         steps = {
-            "evaluation": lambda: engine.evaluate(model, batches, precision_on(device)),
+            "evaluation": lambda: evaluate(model, batches, precision_on(device)),
             "checkpoint": lambda: checkpoint.write(
                 {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file
             ),

@@ -28,8 +28,9 @@ from measure.placement import memory_format_on, precision_on
 from measure.report import Row, Table
 from measure.training_step import SGD, TrainingStep
 from measure.turns import Rounds, Step, peak_extra, take_turns
-from repopt import config, engine
 from repopt.layers import RepConv2d
+from train import config
+from train.epoch import train_one_epoch
 
 SIZES = {32: 128, 224: 8}  # pixels: images in a batch
 RECIPE = config.parse(["--cfg", str(_root.ROOT / "configs/hyper_search/b1.yaml")]).cfg
@@ -172,7 +173,7 @@ def our_search(arch: str, pixels: np.ndarray, device: torch.device, count: int, 
     model.to(device, memory_format=memory_format_on(device))
     loader = resident_loader("cf100", pixels[: BATCH * count], device, batch_size=BATCH)
     train = functools.partial(
-        engine.train_one_epoch,
+        train_one_epoch,
         under(mode, model, device),
         loader,
         criterion(),

@@ -18,14 +18,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import repopt
-from data import cifar
+from data import cifar, seeding
 from measure.arguments import positive
 from measure.data import resident_loader
 from measure.hyper_search import RECIPE, criterion
 from measure.placement import memory_format_on, precision_on
 from measure.report import Row, Table
-from repopt import engine, seeding
 from repopt.errors import UserError
+from train.safeguard import Safeguard
 
 SETTINGS = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5},
@@ -97,10 +97,10 @@ class Parts:
 
 
 def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torch.device) -> dict[str, int]:
-    """Device operations by the parts of a step of `repopt.engine.train_one_epoch`, behind some others."""
+    """Device operations by the parts of a step of `train.epoch.train_one_epoch`, behind some others."""
     model, optimizer, clip = network(arch, training, device)
     precision, loss_of, part = precision_on(device), criterion(), Parts()
-    safeguard, optimizer_step = engine.Safeguard(model, optimizer, device), optimizer.step
+    safeguard, optimizer_step = Safeguard(model, optimizer, device), optimizer.step
     pixels = np.zeros(((WARM_UP + 1) * batch_size, cifar.SIZE, cifar.SIZE, 3), np.uint8)
     batches = iter(resident_loader("cf100", pixels, device, batch_size=batch_size))
     for step in range(WARM_UP + 1):

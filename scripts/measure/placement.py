@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from entrance.placement import memory_format_of, precision_of
-from repopt import config
-from repopt.distributed import World
-from repopt.engine import Precision
+from train import config
+from train.distributed import World
+from train.placement import memory_format_of, precision_of
+from train.precision import Precision
 
 
 def precision_on(device: torch.device) -> Precision:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from measure.compiling import mode_on
 from measure.training_step import TrainingStep, unchanged
 from measure.turns import Rounds, peak_extra, times_in_turns
-from repopt.engine import data_parallel
+from train.parallel import data_parallel
 
 ALONE = "one process, the others idle"
 APART = "no exchange"

@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import repopt
-from entrance import trained
-from entrance.files import CONFIG
-from repopt import config
 from repopt.models import parse_arch
 from repopt.models.network import Network
 from reproduction.run import Run
+from train import config, trained
+from train.files import CONFIG
 
 
 class Quantity(NamedTuple):

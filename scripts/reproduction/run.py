@@ -15,10 +15,10 @@ import quantize
 from downstream import detect, segment
 from runs import epochs_of
 
-from entrance.files import ARTIFACTS, CONFIG, RESULTS, THROUGHPUT
-from repopt import config
 from repopt.errors import UserError, shown
 from reproduction.experiment import Experiment, Training
+from train import config
+from train.files import ARTIFACTS, CONFIG, RESULTS, THROUGHPUT
 
 # Data sets whose folder is found in an environment variable; the others come with a package.
 FOLDERS = {

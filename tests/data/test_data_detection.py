@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import error_of, global_generators_at_rest
+from data_helpers import error_of, global_generators_at_rest
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -22,7 +22,7 @@ from data import Source, coco, detection, digits, scenes
 from data.decoded import DecodedLoader
 from data.registry import IMAGENET_MEAN, IMAGENET_STD
 from repopt.errors import UserError
-from repopt.logging import logger
+from train.logging import logger
 
 CPU = torch.device("cpu")
 COMMON = {"device": CPU, "num_workers": 0}

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import global_generators_at_rest
+from data_helpers import global_generators_at_rest
 from PIL import Image
 from torchvision import transforms as T
 

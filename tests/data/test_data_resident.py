@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import global_generators_at_rest
+from data_helpers import global_generators_at_rest
 from torchvision.transforms import functional as TF
 
 from data import Augmentation, Source, cifar, describe, digits, eval_loader, fake, train_loader

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import error_of, global_generators_at_rest
+from data_helpers import error_of, global_generators_at_rest
 from PIL import Image
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2

@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from data import decode, raug15
+from data import decode, raug15, seeding
 from data.transforms import check_interpolation, check_preset, eval_transform, train_transform
 from data.types import Augmentation
-from repopt import seeding
 from repopt.errors import UserError
 
 

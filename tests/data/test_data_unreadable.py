@@ -8,11 +8,11 @@ import zlib
 
 import pytest
 import torch
-from helpers import error_of
+from data_helpers import error_of
 
 from data import Augmentation, Source, describe, eval_loader, train_loader
 from repopt.errors import UserError
-from repopt.logging import logger
+from train.logging import logger
 
 CPU = torch.device("cpu")
 COMMON = {"image_size": 24, "interpolation": "bilinear", "num_classes": 12, "device": CPU}

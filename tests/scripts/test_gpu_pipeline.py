@@ -1,0 +1,129 @@
+"""scripts/gpu_pipeline.sh as it is tried without a GPU, and how many epochs fit into a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_pipeline
+import pytest
+
+from repopt.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = "RepOpt-VGG-nano"
+
+
+def start(folder, *part, **environment):
+    """The exit code of a part, what was printed, and the last row."""
+    given = {"DEVICE": "cpu", "TINY": "1", "ARCH": NANO, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    given |= {"OUT": str(folder / "out"), "RUNS": str(folder / "runs")}
+    command = ["bash", str(ROOT / "scripts" / "gpu_pipeline.sh"), *part]
+    result = subprocess.run(command, env=os.environ | given | environment, capture_output=True, text=True, timeout=600)
+    rows = folder / "out" / "results.jsonl"
+    lines = (rows.read_text().splitlines() if rows.exists() else []) or [None]
+    return result.returncode, result.stdout + result.stderr, lines[-1] and json.loads(lines[-1])
+
+
+def test_part_by_part(tmp_path):
+    for part, mode in gpu_pipeline.MODES.items():
+        code, text, row = start(tmp_path)  # the next one
+        assert (code, row["part"], row["exit"]) == (0, f"glyphs-{part}", 0), text
+        ((found,),) = row["result"]["tables"].values()
+        assert found["network"] == f"{NANO}-{mode}"
+        assert found["epochs"] == (3 if part == "search" else 20)
+        assert (tmp_path / "out" / f"{part}-metrics.jsonl").is_file()
+        assert not (tmp_path / "runs" / f"{NANO}-{mode}" / "speed").exists()
+    checkpoint = tmp_path / "runs" / f"{NANO}-repvgg" / "repvgg" / "latest.pth"
+    written = checkpoint.stat().st_mtime_ns
+    code, text, row = start(tmp_path)
+    assert (code, row["part"], row["exit"]) == (0, "glyphs-int8", 0), text
+    (rows,) = row["result"]["tables"].values()
+    assert [(found["preset"], found["network"]) for found in rows] == [
+        ("fbgemm", f"{NANO}-{mode}") for mode in ("target", "repvgg")
+    ]
+    assert checkpoint.stat().st_mtime_ns == written  # it is not trained again
+    code, text, row = start(tmp_path)
+    assert (code, row["part"]) == (0, "glyphs-int8")
+    assert text.endswith("all parts are done\n")
+    files = list((tmp_path / "out").iterdir())
+    assert len(files) <= 8
+    assert {"results.jsonl", "log.txt", "scales.pth"} <= {path.name for path in files}
+    assert max(path.stat().st_size for path in files) < 16 * 2**20
+
+
+def test_mistakes(tmp_path):
+    code, text, row = start(tmp_path, "train")
+    assert (code, row) == (2, None)
+    assert text == "gpu_pipeline.sh: there is no part 'train' (allowed: search target repvgg sgd int8, next)\n"
+    code, text, row = start(tmp_path, "target")
+    assert (row["part"], row["exit"]) == ("glyphs-target", 2)
+    assert "gpu_pipeline.py: there are no searched scales: run the part search before" in text
+
+
+def training(tmp_path, part, epochs=240):
+    return gpu_pipeline.Training(part, NANO, "digits", tmp_path / "runs", None, epochs, tried=2)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A training takes 20 seconds to start and to end, and 2 seconds for an epoch; no time passes beside it."""
+    now, ran = [1000.0], []
+
+    def run(self, tag, epochs):
+        now[0] += 20 + 2 * epochs
+        ran.append((tag, epochs))
+        self.folder(tag).mkdir(parents=True, exist_ok=True)
+        record = {"step": 1, "train_seconds": 2.0, "val": {"top1": 50.0}}
+        lines = (json.dumps(record | {"epoch": epoch}) + "\n" for epoch in range(1, epochs + 1))
+        (self.folder(tag) / "metrics.jsonl").write_text("".join(lines))
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        self.checkpoint.touch()
+
+    monkeypatch.setattr(gpu_pipeline.Training, "_run", run)
+    monkeypatch.setattr(gpu_pipeline.time, "monotonic", lambda: now[0])
+    return now, ran
+
+
+@pytest.mark.parametrize(
+    ("seconds", "epochs"), [(1000, 240), (464, 189), (46, 0)], ids=["all fit", "some fit", "none fits"]
+)
+def test_as_many_epochs_as_fit(tmp_path, clock, seconds, epochs):
+    now, ran = clock
+    if not epochs:
+        with pytest.raises(UserError, match=r"not one epoch of .*nano-hs fits: it takes 2.0 s, and 2 s are left"):
+            training(tmp_path, "search").train(now[0] + seconds)
+        return
+    row = training(tmp_path, "search").train(now[0] + seconds)
+    assert ran == [("speed", 2), ("search", epochs)]
+    assert now[0] <= 1000 + seconds
+    assert row == {
+        "network": f"{NANO}-hs",
+        "epochs": epochs,
+        "top-1 (%)": 50.0,
+        "s per epoch": 2.0,
+        "minutes in all": (44 + 2 * epochs) / 60,
+    }
+
+
+def test_quantization_trains_what_is_not_there(tmp_path, clock, monkeypatch):
+    now, ran = clock
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(gpu_pipeline.Quantization, "run", lambda self: self.artifacts.mkdir(parents=True))
+    monkeypatch.setattr(gpu_pipeline.Quantization, "row", lambda self: {"preset": self.preset})
+    both = [training(tmp_path, part) for part in gpu_pipeline.QUANTIZED]
+    found = []
+    gpu_pipeline.int8(both, ["default", "fbgemm"], now[0] + 460, found.append)
+    assert len(found) == 4
+    assert [len(rows) for rows in found[-1].values()] == [2, 4]
+    assert [tag for tag, _ in ran] == ["speed", "target", "speed", "repvgg"]
+    assert now[0] <= 1000 + 460 - gpu_pipeline.QUANTIZATION
+    ran.clear()
+    gpu_pipeline.int8(both, ["tensorrt"], now[0] + 460, found.append)
+    assert [len(rows) for rows in found[-1].values()] == [2]
+    assert ran == []
+    monkeypatch.setattr(gpu_pipeline.Quantization, "run", lambda self: None)  # as onnxruntime's outputs may differ
+    with pytest.raises(UserError, match=r"^not quantized: RepOpt-VGG-nano-target per_tensor, RepOpt-VGG-nano-repvgg"):
+        gpu_pipeline.int8(both, ["per_tensor"], now[0] + 460, found.append)

@@ -1,0 +1,271 @@
+"""scripts/quantize.py and scripts/export.py as a user has them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import export as export_script
+import pytest
+import quantize as quantize_script
+import torch
+from PIL import Image
+
+import data
+import main_repopt
+from repopt import checkpoint, export, quantize
+from repopt.errors import UserError
+from train import trained
+from train.evaluation.classification import evaluate
+from train.precision import Precision
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "configs" / "digits" / "quantize.yaml"
+HS, TARGET, REPVGG = (f"RepOpt-VGG-nano-{mode}" for mode in ("hs", "target", "repvgg"))
+DIGITS = ["DATA.DATASET", "digits", "DATA.BATCH_SIZE", 60, "TRAIN.BASE_LR", 0.1, "TRAIN.WARMUP_EPOCHS", 1]
+
+
+def train(output, arch, epochs, *arguments):
+    """The checkpoint of a short training."""
+    options = (*DIGITS, "TRAIN.EPOCHS", epochs, "TEST.PERIOD", epochs)
+    command = ("--arch", arch, "--output", output, *arguments, "--opts", *options)
+    assert main_repopt.main([*map(str, command)]) == 0
+    return output / arch / "default" / "latest.pth"
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def target(output):
+    scales = train(output, HS, 2)
+    return train(output, TARGET, 30, "--scales-path", scales)
+
+
+@pytest.fixture(scope="module")
+def repvgg(output):
+    return train(output, REPVGG, 2)
+
+
+def main(output, arch, *arguments):
+    return quantize_script.main(
+        [*map(str, ("--cfg", RECIPE, "--arch", arch, "--output", output, *arguments))],
+    )
+
+
+@pytest.fixture(scope="module")
+def ptq(target, tmp_path_factory):
+    """The files of a quantized network."""
+    output = tmp_path_factory.mktemp("ptq")
+    assert main(output, TARGET, "--resume", target, "--method", "ptq") == 0
+    return output / TARGET / "ptq-default" / "artifacts"
+
+
+def accuracy(network):
+    """Top-1 in percent on the digits' test images."""
+    loader = data.eval_loader(
+        data.Source("digits"), image_size=32, interpolation="bilinear", crop=False, batch_size=128, num_classes=10,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    return evaluate(network, loader, Precision(torch.device("cpu"))).top1
+
+
+def results(artifacts):
+    """Top-1 in percent of fp32, INT8 in torch, and INT8 in onnxruntime."""
+    return [result["top1"] for result in json.loads((artifacts / "results.json").read_text()).values()]
+
+
+def test_after_training(target, ptq):
+    fp32, int8, in_onnxruntime = results(ptq)
+    assert fp32 == pytest.approx(accuracy(trained.read(target).network()))
+    assert fp32 > 30  # it has learnt something
+    assert int8 == pytest.approx(accuracy(trained.read(ptq / "quantized.pth").int8_network()))
+    assert abs(int8 - fp32) < 5
+    assert abs(in_onnxruntime - int8) <= 0.2
+    assert in_onnxruntime == pytest.approx(accuracy(export.OnnxNetwork(ptq / "int8.onnx")))
+    assert export.operations(ptq / "int8.onnx")["QLinearConv"] == 28
+    assert b".py" not in (ptq / "int8.onnx").read_bytes()  # no paths of this machine
+    assert (ptq / "int8.onnx").stat().st_size < 0.4 * (ptq / "fp32.onnx").stat().st_size
+    assert len(json.loads((ptq / "signal_to_noise.json").read_text())) == 29
+    assert (ptq / "signal_to_noise.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(ptq.glob("*writing*"))
+    log = (ptq.parent / "log_rank0.txt").read_text()
+    assert "runs 28 convolutions on integers" in log
+
+
+def test_export_of_what_was_quantized(ptq, tmp_path, capsys):
+    arguments = ["--resume", ptq / "quantized.pth", "--out", tmp_path, "--formats", "onnx", "safetensors", "pt2"]
+    assert export_script.main([*map(str, arguments)]) == 0
+    assert (tmp_path / "int8.onnx").read_bytes() == (ptq / "int8.onnx").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx", "int8.safetensors", "int8.pt2"}
+    assert accuracy(export.OnnxNetwork(tmp_path / "int8.onnx")) == pytest.approx(results(ptq)[2])
+    assert str(tmp_path / "int8.onnx") in capsys.readouterr().out
+
+
+def test_export_of_what_was_trained(target, tmp_path):
+    """Beside the checkpoint, and of weights alone when told whose they are."""
+    assert export_script.main(["--resume", str(target)]) == 0
+    fp32 = target.parent / "export" / "fp32.onnx"
+    network = trained.read(target).network()
+    assert accuracy(export.OnnxNetwork(fp32)) == pytest.approx(accuracy(network), abs=0.1)
+    checkpoint.write(network.state_dict(), tmp_path / "weights.pth")
+    arguments = ["--resume", tmp_path / "weights.pth", "--arch", TARGET, "--image-size", 32, "--formats", "onnx"]
+    assert export_script.main([*map(str, arguments)]) == 0
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(export.OnnxNetwork(tmp_path / "export" / "fp32.onnx")(x), export.OnnxNetwork(fp32)(x))
+
+
+def test_training_on_in_two_processes(repvgg, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "scripts" / "quantize.py"), "--cfg", str(RECIPE), "--arch", REPVGG, "--method", "qat"]
+    command += ["--resume", str(repvgg), "--output", str(tmp_path), "--opts", "TRAIN.EPOCHS", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / REPVGG / "qat-default"
+    _, int8, in_onnxruntime = results(folder / "artifacts")
+    assert abs(in_onnxruntime - int8) <= 0.2
+    both = [trained.read(path).int8_network() for path in (folder / "latest.pth", folder / "artifacts/quantized.pth")]
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(both[0](x), both[1](x))
+    assert int8 == pytest.approx(accuracy(both[0]))
+
+
+QAT_OPTIONS = ("TRAIN.EPOCHS", 2, "SAVE_EVERY_STEPS", 3, "TRAIN.CLIP_GRAD", 5.0)
+
+
+def test_training_on_resumes_as_if_it_never_stopped(target, tmp_path, monkeypatch, stopping, capsys):
+    def convert(observed):
+        raise UserError("it takes 15 seconds")
+
+    monkeypatch.setattr(quantize, "convert", convert)
+
+    def training(tag):
+        arguments = ("--resume", target, "--tag", tag, "--method", "qat")
+        code = main(tmp_path, TARGET, *arguments, "--opts", *QAT_OPTIONS)
+        return code, checkpoint.read(tmp_path / TARGET / tag / "latest.pth")
+
+    _, whole = training("whole")
+    with stopping():
+        code, part = training("part")
+    assert code == main_repopt.INTERRUPTED
+    assert part["seen"]
+    code, part = training("part")
+    assert "15 seconds" in capsys.readouterr().err
+    assert part["epoch"] == 1
+    for name, value in whole["model"].items():
+        assert torch.equal(value, part["model"][name]), name
+    assert "scales" in part
+    other = tmp_path / "other.pth"
+    other.write_bytes(target.read_bytes())
+    assert main(tmp_path, TARGET, "--resume", other, "--tag", "part", "--method", "qat", "--opts", *QAT_OPTIONS) == 2
+    assert f"began with {str(target)!r}, not with {str(other)!r}" in capsys.readouterr().err
+    assert not (tmp_path / TARGET / "part" / "artifacts").exists()
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder with test images of ten classes, and none to train or calibrate with."""
+    root = tmp_path_factory.mktemp("photographs")
+    for label in range(10):
+        folder = root / "val" / f"class{label}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (20 * label, 0, 0)).save(folder / "0.png")
+    return root
+
+
+QAT = ["--arch", TARGET, "--method", "qat", "--resume", "{target}"]
+PTQ = ["--arch", TARGET, "--method", "ptq", "--resume", "{target}"]
+FOLDER = ["--data-path", "{photographs}", "--opts", "DATA.DATASET", "folder", "DATA.IMG_SIZE", 32]
+MISTAKES = {
+    "no method": (["--arch", TARGET, "--resume", "{target}"], "--method ptq .* or --method qat"),
+    "method": (["--arch", TARGET, "--resume", "{target}", "--method", "pqt"], "unknown value of QUANT.METHOD 'pqt'"),
+    "preset": ([*PTQ, "--preset", "fbgem"], "did you mean 'fbgemm'"),
+    "no checkpoint": (["--arch", TARGET, "--method", "ptq"], "--resume FILE"),
+    "no such checkpoint": (["--arch", TARGET, "--method", "ptq", "--resume", "{tmp}/a"], "no file '{tmp}/a'"),
+    "another arch": (
+        ["--arch", REPVGG, "--method", "ptq", "--resume", "{target}"],
+        "of 'RepOpt-VGG-nano-target', not of",
+    ),
+    "quantized already": (["--arch", TARGET, "--method", "ptq", "--resume", "{int8}"], "holds a quantized network"),
+    "flag of another program": ([*PTQ, "--eval"], "unknown flag '--eval'"),
+    "no training images": ([*PTQ, *FOLDER], "{photographs}"),
+    "no scales": (["--arch", TARGET, "--method", "qat", "--resume", "{weights}"], "needs searched scales"),
+    "moving average": ([*QAT, "--opts", "TRAIN.EMA_ALPHA", 0.1], "takes TRAIN.EMA_ALPHA 0.0 only"),
+    "compiled": ([*QAT, "--opts", "TRAIN.COMPILE", "default"], "takes TRAIN.COMPILE off only"),
+    "autocast": ([*QAT, "--amp-opt-level", "O1"], "takes AMP_OPT_LEVEL O0 only"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_and_exit_code_2(name, target, ptq, photographs, tmp_path, in_one_line):
+    weights = tmp_path / "weights.pth"
+    checkpoint.write(trained.read(target).network().state_dict(), weights)
+    places = {"tmp": tmp_path, "target": target, "int8": ptq / "quantized.pth", "photographs": photographs}
+    places["weights"] = weights
+    arguments, message = MISTAKES[name]
+    arguments = [str(argument).format(**places) for argument in arguments]
+    assert quantize_script.main(["--cfg", str(RECIPE), "--output", str(tmp_path / "out"), *arguments]) == 2
+    in_one_line("quantize.py", message, places)
+
+
+def test_a_failed_check_leaves_nothing(target, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise UserError("other outputs")
+
+    monkeypatch.setattr(export, "write_onnx", fails)
+    assert main(tmp_path, TARGET, "--resume", target, "--method", "ptq") == 2
+    assert "other outputs" in capsys.readouterr().err
+    assert not list((tmp_path / TARGET / "ptq-default").glob("artifacts*"))
+
+
+def test_sizes_of_training_and_evaluation_that_differ(target, photographs, tmp_path, capsys):
+    (tmp_path / "train").symlink_to(photographs / "val")
+    (tmp_path / "val").symlink_to(photographs / "val")
+    sizes = ("--opts", "DATA.DATASET", "folder", "DATA.IMG_SIZE", 32, "DATA.TEST_SIZE", 64)
+    arguments = ("--resume", target, "--method", "qat", "--data-path", tmp_path, *sizes)
+    assert main(tmp_path / "out", TARGET, *arguments) == 2
+    assert "trains and evaluates at one size" in capsys.readouterr().err
+
+
+def test_nothing_is_written_over(target, ptq, capsys):
+    before = {path: path.read_bytes() for path in ptq.iterdir()}
+    assert main(ptq.parents[2], TARGET, "--resume", target, "--method", "ptq") == 2
+    assert f"{str(ptq)!r} exists" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in ptq.iterdir()} == before
+
+
+def test_a_training_does_not_go_on_from_a_quantized_network(ptq, tmp_path, capsys):
+    arguments = ("--arch", TARGET, "--output", tmp_path, "--resume", ptq / "quantized.pth", "--opts", *DIGITS)
+    assert main_repopt.main([*map(str, arguments)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main_repopt.main([*map(str, arguments), "QUANT.METHOD", "ptq"]) == 2
+    assert "is for scripts/quantize.py" in capsys.readouterr().err
+
+
+EXPORT_MISTAKES = {
+    "no file": (["--resume", "{tmp}/a"], "no file '{tmp}/a'"),
+    "whose": (["--resume", "{weights}"], "give --arch"),
+    "arch": (["--resume", "{weights}", "--arch", "RepOpt-VGG-nano-traget"], "did you mean 'RepOpt-VGG-nano-target'"),
+    "another arch": (["--resume", "{target}", "--arch", REPVGG], "not of RepOpt-VGG-nano-repvgg"),
+    "other weights": (["--resume", "{weights}", "--arch", REPVGG], "weights are not those of this model"),
+    "exists": (["--resume", "{target}", "--out", "{full}"], "'{full}/fp32.onnx' exists"),
+    "size": (["--resume", "{int8}", "--image-size", "64"], "quantized for 32"),
+    "compiled": (["--resume", "{int8}", "--formats", "compiled"], "in float: export it as onnx"),
+}
+
+
+@pytest.mark.parametrize("name", EXPORT_MISTAKES)
+def test_mistakes_of_exporting(name, target, ptq, tmp_path, in_one_line):
+    weights, full = tmp_path / "weights.pth", tmp_path / "full"
+    checkpoint.write(trained.read(target).network().state_dict(), weights)
+    full.mkdir()
+    (full / "fp32.onnx").write_text("mine")
+    places = {"tmp": tmp_path, "target": target, "int8": ptq / "quantized.pth", "weights": weights, "full": full}
+    arguments, message = EXPORT_MISTAKES[name]
+    assert export_script.main([argument.format(**places) for argument in arguments]) == 2
+    in_one_line("export.py", message, places)
+    assert (full / "fp32.onnx").read_text() == "mine"

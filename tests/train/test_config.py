@@ -1,0 +1,215 @@
+"""Configuration: the published keys, their precedence, and mistakes."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from repopt.errors import UserError
+from repopt.models import parse_arch
+from train import config
+from train.compilation import COMPILE_MODES
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+PUBLISHED = {
+    "BASE": [""],
+    "DATA": {
+        "BATCH_SIZE": 128, "DATA_PATH": "", "DATASET": "imagenet", "IMG_SIZE": 224, "TEST_SIZE": None,
+        "TEST_BATCH_SIZE": None, "INTERPOLATION": "bilinear", "ZIP_MODE": False, "CACHE_MODE": "part",
+        "PIN_MEMORY": True, "NUM_WORKERS": 8,
+    },
+    "MODEL": {"ARCH": "RepOpt-VGG-B1", "RESUME": "", "NUM_CLASSES": 1000, "LABEL_SMOOTHING": 0.1},
+    "TRAIN": {
+        "START_EPOCH": 0, "EPOCHS": 300, "WARMUP_EPOCHS": 20, "WEIGHT_DECAY": 0.05, "BASE_LR": 5e-4, "WARMUP_LR": 0.0,
+        "MIN_LR": 0.0, "CLIP_GRAD": 0.0, "AUTO_RESUME": True, "ACCUMULATION_STEPS": 0, "USE_CHECKPOINT": False,
+        "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30, "DECAY_RATE": 0.1},
+        "OPTIMIZER": {"NAME": "sgd", "EPS": 1e-8, "BETAS": (0.9, 0.999), "MOMENTUM": 0.9},
+        "EMA_ALPHA": 0.0, "EMA_UPDATE_PERIOD": 8, "SCALES_PATH": None,
+    },
+    "AUG": {
+        "MIXUP": 0.0, "CUTMIX": 0.0, "CUTMIX_MINMAX": None, "MIXUP_PROB": 1.0, "MIXUP_SWITCH_PROB": 0.5,
+        "MIXUP_MODE": "batch", "PRESET": None, "COLOR_JITTER": 0.4, "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
+        "REPROB": 0.25, "REMODE": "pixel", "RECOUNT": 1,
+    },
+    "TEST": {"CROP": False},
+    "AMP_OPT_LEVEL": "", "OUTPUT": "", "TAG": "default", "SAVE_FREQ": 20, "PRINT_FREQ": 10, "SEED": 0,
+    "EVAL_MODE": False, "THROUGHPUT_MODE": False,
+}  # fmt: skip
+
+
+def test_published_keys_and_defaults():
+    def compare(expected, found):
+        for name, value in expected.items():
+            if isinstance(value, dict):
+                compare(value, found[name])
+            else:
+                assert (found[name], type(found[name])) == (value, type(value)), name
+
+    compare(PUBLISHED, config.as_dict(config.parse([]).cfg))
+
+
+def parse(line):
+    return config.parse(shlex.split(line)).cfg
+
+
+def test_published_command_lines():
+    search = parse(
+        """--data-path CIFAR --arch RepOpt-VGG-B1-hs --batch-size 128 --tag search --opts TRAIN.EPOCHS 240
+        TRAIN.BASE_LR 0.1 TRAIN.WEIGHT_DECAY 4e-5 TRAIN.WARMUP_EPOCHS 10 MODEL.LABEL_SMOOTHING 0.1 DATA.DATASET cf100
+        TRAIN.CLIP_GRAD 5.0"""
+    )
+    assert (search.MODEL.ARCH, search.TRAIN.EPOCHS, search.TRAIN.WEIGHT_DECAY) == ("RepOpt-VGG-B1-hs", 240, 4e-5)
+    target = parse(
+        """--local_rank 0 --data-path IMAGENET --arch RepOpt-VGG-B1-target --batch-size 32 --tag experiment
+        --scales-path output/RepOpt-VGG-B1-hs/search/latest.pth --opts TRAIN.EPOCHS 120 AUG.PRESET raug15
+        DATA.DATASET imagenet"""
+    )
+    assert target.TRAIN.SCALES_PATH == "output/RepOpt-VGG-B1-hs/search/latest.pth"
+    assert target.AUG.PRESET == "raug15"
+    flags = parse(
+        """--local-rank=3 --eval --throughput --zip --use-checkpoint --cache-mode full --accumulation-steps 4
+        --amp-opt-level O0 --resume a.pth --output out"""
+    )
+    assert all((flags.EVAL_MODE, flags.THROUGHPUT_MODE, flags.DATA.ZIP_MODE, flags.TRAIN.USE_CHECKPOINT))
+    assert (flags.DATA.CACHE_MODE, flags.TRAIN.ACCUMULATION_STEPS, flags.AMP_OPT_LEVEL) == ("full", 4, "O0")
+    assert (flags.MODEL.RESUME, flags.OUTPUT) == ("a.pth", "out")
+
+
+def test_precedence(tmp_path):
+    (tmp_path / "base.yaml").write_text("TRAIN:\n  EPOCHS: 1\n  WARMUP_EPOCHS: 1\nTAG: base\nSEED: 1\n")
+    (tmp_path / "top.yaml").write_text("BASE: [base.yaml]\nTRAIN:\n  WARMUP_EPOCHS: 2\nTAG: file\nSEED: 2\n")
+    settings = config.parse(
+        ["--cfg", str(tmp_path / "top.yaml"), "--tag", "flag", "--opts", "TAG", "opts", "SEED", "4"]
+    )
+    cfg = settings.cfg
+    assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS, cfg.TAG, cfg.SEED) == (1, 2, "opts", 4)
+    assert settings.given == {"TRAIN.EPOCHS", "TRAIN.WARMUP_EPOCHS", "TAG", "SEED"}
+    assert config.parse(["--cfg", str(tmp_path / "top.yaml"), "--tag", "flag"]).cfg.TAG == "flag"
+    assert config.parse(["--cfg", str(tmp_path / "top.yaml")]).cfg.DATA.BATCH_SIZE == 128
+    assert config.parse(["--opts", "SEED", "3", "--tag", "t", "--opts", "TAG", "u"]).given == {"SEED", "TAG"}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("TRAIN.CLIP_GRAD", "5", 5.0),
+        ("TRAIN.WEIGHT_DECAY", "4e-5", 4e-5),
+        ("TRAIN.OPTIMIZER.BETAS", "(0.9, 0.95)", (0.9, 0.95)),
+        ("TRAIN.OPTIMIZER.BETAS", "[0.9, 0.95]", (0.9, 0.95)),
+        ("DATA.TEST_SIZE", "320", 320),
+        ("DATA.TEST_SIZE", "None", None),
+        ("AUG.PRESET", "None", None),
+        ("AUG.PRESET", "none", "none"),
+        ("TAG", "2024", "2024"),
+        ("TRAIN.AUTO_RESUME", "False", False),
+    ],
+)
+def test_values_from_the_command_line(key, text, value):
+    cfg = config.parse(["--opts", key, text]).cfg
+    *path, leaf = key.split(".")
+    for part in path:
+        cfg = cfg[part]
+    assert cfg[leaf] == value
+    assert type(cfg[leaf]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batchsize", "3"], "unknown flag '--batchsize'; did you mean '--batch-size'"),
+        (["--ta", "x"], "unknown flag '--ta'; did you mean '--tag'"),
+        (["--opts", "TRAIN.EPOCH", "3"], "unknown config key 'TRAIN.EPOCH'; did you mean 'TRAIN.EPOCHS'"),
+        (["--opts", "TRAIN", "3"], "unknown config key 'TRAIN'"),
+        (["--opts", "TRAIN.EPOCHS", "3.5"], "TRAIN.EPOCHS takes a value of type int, not 3.5"),
+        (["--opts", "TRAIN.AUTO_RESUME", "1"], "TRAIN.AUTO_RESUME takes a value of type bool, not 1"),
+        (["--opts", "TRAIN.EPOCHS", "__import__('os')"], "TRAIN.EPOCHS takes a value of type int"),
+        (["--opts", "SAVE_FREQ", "0"], "SAVE_FREQ is a number from 1 on, not 0"),
+        (["--opts", "SEED", "-1"], "SEED is a number from 0 on, not -1"),
+        (["--opts", "TRAIN.BASE_LR", "float('nan')"], "TRAIN.BASE_LR takes a value of type float"),
+        (["--opts", "TRAIN.BASE_LR", "1e999"], "TRAIN.BASE_LR is a number from 0 on, not inf"),
+        (["--opts", "TRAIN.OPTIMIZER.BETAS", "(0.9,)"], "TRAIN.OPTIMIZER.BETAS takes 2 numbers"),
+        (["--opts", "TRAIN.OPTIMIZER.BETAS", "('a', 'b')"], "TRAIN.OPTIMIZER.BETAS takes 2 numbers"),
+        (["--opts", "MODEL.LABEL_SMOOTHING", "3"], "MODEL.LABEL_SMOOTHING is a number from 0 to 1, not 3"),
+        (["--opts", "SEED", str(2**70)], "SEED is a number from 0"),
+        (["--opts", "TRAIN.EPOCHS", "{[]:1}"], "TRAIN.EPOCHS takes a value of type int"),
+        (["--opts", "BASE", "['a.yaml']"], "BASE stands in a recipe"),
+        (["--opts", "TRAIN.EPOCHS"], "stands alone"),
+        (["--cache-mode", "all"], "unknown value of DATA.CACHE_MODE 'all'.*allowed: full, no, part"),
+        (["--cfg", "nothing.yaml"], "there is no recipe 'nothing.yaml'"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(UserError, match=message):
+        config.parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("TRAIN:\n  EPOCHES: 3\n", r"unknown config key 'TRAIN.EPOCHES'; did you mean 'TRAIN.EPOCHS'\? in"),
+        ("TRAIN: 3\n", "unknown config key 'TRAIN'"),
+        ("TAG: !!python/object/apply:os.mkdir ['executed']\n", "no plain YAML"),
+        ("a: [\n", "no plain YAML"),
+        ("", "holds no keys"),
+        ("BASE: me.yaml\n", "builds upon itself"),
+        ("BASE: 3\n", "lists recipes, not 3"),
+        ("TAG: 2026-13-01\n", "no plain YAML"),
+    ],
+)
+def test_bad_recipes(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        config.parse(["--cfg", str(tmp_path / "me.yaml")])
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_loads_and_says_how_it_is_run(path):
+    settings = config.parse(["--cfg", str(path)])
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert header
+    if "MODEL.ARCH" in settings.given:
+        parse_arch(settings.cfg.MODEL.ARCH)
+        assert any(f"--cfg configs/{path.parent.name}/{path.name}" in line for line in header)
+
+
+@pytest.mark.parametrize("name", ["b1", "b2", "l1", "l2"])
+def test_vgg_recipes_are_the_papers(name):
+    cfg = config.parse(["--cfg", str(ROOT / "configs" / "imagenet" / f"{name}_target.yaml")]).cfg
+    assert (cfg.DATA.BATCH_SIZE, cfg.DATA.IMG_SIZE, cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS) == (32, 224, 120, 5)
+    assert (cfg.TRAIN.BASE_LR, cfg.TRAIN.WEIGHT_DECAY, cfg.MODEL.LABEL_SMOOTHING) == (0.1, 4e-5, 0.1)
+    assert (cfg.TRAIN.OPTIMIZER.NAME, cfg.TRAIN.OPTIMIZER.MOMENTUM, cfg.AUG.PRESET) == ("sgd", 0.9, "raug15")
+    cfg = config.parse(["--cfg", str(ROOT / "configs" / "hyper_search" / f"{name}.yaml")]).cfg
+    assert (cfg.DATA.DATASET, cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS) == ("cf100", 240, 10)
+    assert (cfg.TRAIN.BASE_LR, cfg.TRAIN.WEIGHT_DECAY, cfg.TRAIN.CLIP_GRAD) == (0.1, 4e-5, 5.0)
+
+
+def test_ghost_recipes_are_the_papers():
+    cfg = config.parse(["--cfg", str(ROOT / "configs" / "imagenet" / "ghost_target.yaml")]).cfg
+    assert (cfg.DATA.BATCH_SIZE, cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS, cfg.TRAIN.WARMUP_LR) == (128, 300, 5, 1e-4)
+    assert (cfg.TRAIN.BASE_LR, cfg.TRAIN.WEIGHT_DECAY, cfg.MODEL.LABEL_SMOOTHING) == (0.6, 1e-5, 0.1)
+    assert (cfg.AUG.PRESET, cfg.AUG.AUTO_AUGMENT, cfg.AUG.COLOR_JITTER) == (None, "none", 0.4)
+    assert (cfg.AUG.REPROB, cfg.AUG.REMODE, cfg.DATA.INTERPOLATION, cfg.TEST.CROP) == (0.2, "pixel", "random", True)
+    cfg = config.parse(["--cfg", str(ROOT / "configs" / "hyper_search" / "ghost.yaml")]).cfg
+    assert (cfg.DATA.DATASET, cfg.DATA.BATCH_SIZE, cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS) == ("cf100", 128, 600, 10)
+    assert (cfg.TRAIN.BASE_LR, cfg.TRAIN.WEIGHT_DECAY, cfg.TRAIN.CLIP_GRAD) == (0.6, 1e-5, 5.0)
+
+
+def test_recipes_that_are_no_text(tmp_path):
+    (tmp_path / "bytes.yaml").write_bytes(b"TAG: \xff\xfe")
+    with pytest.raises(UserError, match="no plain YAML"):
+        config.parse(["--cfg", str(tmp_path / "bytes.yaml")])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(["--help"])
+    text = capsys.readouterr().out
+    assert "--cache-mode no|full|part" in text
+    assert "--scales-path" in text
+
+
+def test_compile_modes_are_those_that_the_engine_knows():
+    assert config.KEYS["TRAIN.COMPILE"].choices == ("auto", "off", *COMPILE_MODES)

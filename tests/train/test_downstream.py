@@ -1,0 +1,381 @@
+"""Segmentation and detection by their command lines, on a few scenes of digits."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import export
+import inspect_scales
+import pytest
+import quantize
+import report
+import timm
+import torch
+from downstream import detect, segment
+
+import main_repopt
+import repopt
+from data import scenes
+from data import segmentation as of_labels
+from repopt import checkpoint, segmentation
+from repopt.errors import MISTAKE
+from train import build, config, tasks, trained
+from train.distributed import World
+from train.evaluation.classification import Evaluation
+from train.evaluation.detection import Detection
+from train.evaluation.segmentation import Segmentation
+from train.files import COLUMNS
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = "RepOpt-VGG-nano"
+HS, TARGET, PLAIN = f"{NANO}-hs", f"{NANO}-target", f"{NANO}-target-norepopt"
+PROGRAMS = {"segment": segment, "detect": detect}
+SMALL = {
+    "segment": ["MODEL.CHANNELS", "8", "SEGMENT.CROP", "(64, 64)"],
+    "detect": ["MODEL.CHANNELS", "8", "DETECT.HIDDEN", "16", "DETECT.ROIS", "8"],
+}
+SCORE = {"segment": "miou", "detect": "box_map"}
+
+
+@pytest.fixture(scope="module")
+def few_scenes(tmp_path_factory):
+    """A folder of 12 training and 5 test scenes."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "_COUNTS", {"train": 12, "val": 5})
+        scenes.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory):
+    """Checkpoints of classifiers by --arch, the one of a target network with its scales."""
+    output, found = tmp_path_factory.mktemp("classifiers"), {}
+    options = [
+        "--opts",
+        "DATA.DATASET",
+        "digits",
+        "TRAIN.EPOCHS",
+        "1",
+        "DATA.BATCH_SIZE",
+        "100",
+        "TRAIN.WARMUP_EPOCHS",
+        "0",
+    ]
+    for arch, scales in ((HS, []), (TARGET, ["--scales-path", str(output / HS / "t" / "scales.pth")])):
+        command = ["--arch", arch, "--tag", "t", "--output", str(output), *scales, *options, "TRAIN.BASE_LR", "0.01"]
+        assert main_repopt.main(command) == 0
+        found[arch] = output / arch / "t" / "latest.pth"
+    return found
+
+
+@pytest.fixture
+def command(few_scenes, tmp_path):
+    """Makes the command line of a task."""
+
+    def make(task, arch, *arguments, epochs=2, options=()):
+        return [
+            *("--cfg", str(ROOT / "configs" / "scenes" / f"{task}.yaml"), "--arch", arch, "--output", str(tmp_path)),
+            *("--data-path", str(few_scenes), *map(str, arguments)),
+            *("--opts", *SMALL[task], "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.64", *map(str, options)),
+        ]
+
+    return make
+
+
+def run(task, argv):
+    """Exit code of a command line, in this process."""
+    return PROGRAMS[task].main(argv)
+
+
+def process(task, argv, *launcher):
+    """A command line in a process of its own."""
+    script = str(ROOT / "scripts" / "downstream" / f"{task}.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, script, *argv],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def weights(folder):
+    return checkpoint.read(folder / "latest.pth")["model"]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("task", PROGRAMS)
+def test_a_training_that_is_killed_goes_on_to_the_same_weights(task, command, classifiers, tmp_path):
+    classifier = shutil.copy(classifiers[TARGET], tmp_path / "classifier.pth")
+    arguments = ["--backbone", classifier]
+    assert run(task, command(task, TARGET, *arguments, "--tag", "whole")) == 0
+    whole, part = tmp_path / TARGET / "whole", tmp_path / TARGET / "part"
+    argv = command(task, TARGET, *arguments, "--tag", "part", options=["SAVE_EVERY_STEPS", 1])
+    killed = process(task, argv)
+    deadline = time.monotonic() + 120
+    while not (part / "latest_1.pth").is_file() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, killed.stdout.read()
+    assert 0 < checkpoint.read(part / "latest.pth")["epoch"] + 2 <= 2  # within the training
+    Path(classifier).unlink()  # what goes on needs no other file
+    assert run(task, argv) == 0
+    assert "goes on" in (part / "log_rank0.txt").read_text()
+    assert same(weights(whole), weights(part))
+    assert [r["val"] for r in records(whole) if "val" in r] == [r["val"] for r in records(part) if "val" in r]
+    names = {path.name for path in whole.iterdir()}
+    assert {
+        "latest.pth",
+        "ckpt_epoch_1.pth",
+        "config.json",
+        "metrics.jsonl",
+        "predictions.png",
+        "log_rank0.txt",
+    } <= names
+
+
+@pytest.mark.parametrize("task", PROGRAMS)
+def test_two_processes_train_and_count_every_image_once(task, command, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = process(task, command(task, PLAIN, "--batch-size", 2, "--tag", "two"), *launcher)
+    assert two.wait(300) == 0, two.stdout.read()
+    folder = tmp_path / PLAIN / "two"
+    assert run(task, command(task, PLAIN, "--eval", "--resume", folder / "latest.pth", "--tag", "one")) == 0
+    log = (tmp_path / PLAIN / "one" / "log_rank0.txt").read_text()
+    line = re.search(r"val: (.*)", log)[1]
+    assert line in (folder / "log_rank0.txt").read_text()
+    assert "on 5 images" in line
+    assert (tmp_path / PLAIN / "one" / "predictions.png").is_file()
+    last = records(folder)[-1]["val"]
+    assert last["images"] == 5
+    assert f"{last[SCORE[task]]:.2f}" in line
+
+
+@pytest.mark.parametrize("task", PROGRAMS)
+def test_a_backbone_begins_with_the_classifiers_weights(task, command, classifiers, tmp_path):
+    argv = command(task, TARGET, "--backbone", classifiers[TARGET], epochs=1, options=["TRAIN.BASE_LR", "0"])
+    assert run(task, [*argv, "MODEL.FREEZE_BN", "True"] if task == "detect" else argv) == 0
+    folder = tmp_path / TARGET / task
+    classifier, network = weights(classifiers[TARGET].parent), weights(folder)
+    body = {"segment": "encoder.model", "detect": "backbone.body"}[task]
+    taken = {name: value for name, value in classifier.items() if f"{body}.{name}" in network}
+    assert set(classifier) - set(taken) == {"linear.weight", "linear.bias"}
+    kernels = {name for name, value in taken.items() if value.dim() > 1}
+    assert all(torch.equal(network[f"{body}.{name}"], taken[name]) for name in (taken if task == "detect" else kernels))
+    said = "left out, since they are of the classifier: linear.weight, linear.bias"
+    assert said in (folder / "log_rank0.txt").read_text()
+    kept = checkpoint.read(folder / "latest.pth")["scales"]  # of the classifier's checkpoint, under the names here
+    searched = repopt.load_scales(classifiers[TARGET])
+    assert same(kept, {f"{body}.{name}": value for name, value in searched.items()})
+
+
+def test_a_backbone_begins_with_weights_that_come_without_more(command, classifiers, tmp_path):
+    """As a released checkpoint has them."""
+    released = tmp_path / "released.pth"
+    torch.save({"model": weights(classifiers[TARGET].parent)}, released)
+    assert run("segment", command("segment", PLAIN, "--backbone", released, epochs=1)) == 0
+    log = (tmp_path / PLAIN / "segment" / "log_rank0.txt").read_text()
+    assert f"backbone: 168 tensors of {released}; left out" in log
+
+
+def test_scales_are_searched_in_a_detector_and_train_its_plain_form(command, tmp_path, capsys):
+    declared = ["DETECT.NECK", "declared"]
+    assert run("detect", command("detect", HS, "--tag", "search", epochs=1, options=declared)) == 0
+    scales = tmp_path / HS / "search" / "scales.pth"
+    names = repopt.load_scales(scales).keys()
+    assert {name.split(".")[1] for name in names} == {"body", "fpn"}
+    assert inspect_scales.main([str(scales), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "scales.png")
+    assert run("detect", command("detect", TARGET, "--scales-path", scales, epochs=1, options=declared)) == 0
+    content = checkpoint.read(tmp_path / TARGET / "detect" / "latest.pth")
+    assert content["scales"].keys() == names
+
+
+def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, in_one_line):
+    assert run("segment", command("segment", PLAIN, epochs=1)) == 0
+    latest = tmp_path / PLAIN / "segment" / "latest.pth"
+    argv = ["--cfg", str(ROOT / "configs" / "scenes" / "quantize.yaml"), "--arch", PLAIN, "--method", "ptq"]
+    argv += ["--resume", str(latest), "--data-path", str(few_scenes), "--output", str(tmp_path)]
+    argv += ["--opts", *SMALL["segment"]]
+    assert quantize.main(argv) == 0
+    artifacts = tmp_path / PLAIN / "ptq-default" / "artifacts"
+    results = json.loads((artifacts / "results.json").read_text())
+    assert results["fp32"]["miou"] == records(latest.parent)[-1]["val"]["miou"]
+    # integers round a rounding's way in the two
+    assert results["INT8"]["pixel_accuracy"] == pytest.approx(results["INT8, onnxruntime"]["pixel_accuracy"], abs=1)
+    assert "| network | mIoU (%) | pixel accuracy (%) | file (MB) |" in (artifacts / "results.md").read_text()
+    capsys.readouterr()
+    assert export.main(["--resume", str(latest), "--image-size", "100", "--out", str(tmp_path / "no")]) == MISTAKE
+    in_one_line("export.py", "--image-size 100: the network takes multiples of 32", {})
+    assert export.main(["--resume", str(artifacts / "quantized.pth"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "int8.onnx").read_bytes() == (artifacts / "int8.onnx").read_bytes()
+    assert report.main([str(latest.parent), str(artifacts.parent), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "mIoU by epoch" in page
+    assert "some test images" in page
+    assert "data:image/png;base64" in page
+
+
+def test_windows_and_whole_images(command, tmp_path):
+    assert run("segment", command("segment", PLAIN, epochs=1)) == 0
+    latest = tmp_path / PLAIN / "segment" / "latest.pth"
+    lines = []
+    for tag, options in (
+        ("whole", []),
+        ("one window", ["SEGMENT.WINDOW", "(96, 96)"]),
+        ("four", ["SEGMENT.WINDOW", "(64, 64)"]),
+    ):
+        argv = command("segment", PLAIN, "--eval", "--resume", latest, "--tag", tag, options=options)
+        assert run("segment", argv) == 0
+        lines.append(re.search(r"val: (.*)", (tmp_path / PLAIN / tag / "log_rank0.txt").read_text())[1])
+    assert lines[0] == lines[1] != lines[2]
+
+
+@pytest.mark.parametrize(
+    ("task", "arch", "arguments", "options", "message"),
+    [
+        ("segment", TARGET, [], [], f"{TARGET} needs searched scales"),
+        (
+            "segment",
+            PLAIN,
+            ["--backbone", "{hs}"],
+            [],
+            f"'{{hs}}' is a checkpoint of '{HS}', whose layers are not those of",
+        ),
+        ("detect", PLAIN, ["--backbone", "nowhere.pth"], [], "there is no file 'nowhere.pth'"),
+        (
+            "detect",
+            PLAIN,
+            ["--backbone", "{target}"],
+            ["MODEL.STRIDES", "(1, 2, 2, 2, 2)"],
+            r"'{target}' was trained with MODEL.STRIDES \(2, 2, 2, 2, 2\), and the backbone's are \(1, 2, 2, 2, 2\)",
+        ),
+        ("segment", PLAIN, [], ["MODEL.STRIDES", "(1, 2, 2, 2, 2)"], "UPerNet takes features 4, 8, 16 and 32 times"),
+        ("segment", PLAIN, [], ["AUG.MIXUP", "0.5"], "AUG.MIXUP is for TASK classify, and this one is segment"),
+        ("segment", PLAIN, [], ["SEGMENT.CROP", "(64, 80)"], r"SEGMENT.CROP is of multiples of 32, not \(64, 80\)"),
+        ("detect", PLAIN, [], ["MODEL.FREEZE_BN", "True"], "MODEL.FREEZE_BN keeps the statistics of a --backbone"),
+        ("segment", PLAIN, ["--backbone", "a.pth", "--resume", "b.pth"], [], "give one"),
+        ("segment", PLAIN, [], ["TRAIN.WARMUP_STEPS", "5"], "which goes before TRAIN.WARMUP_EPOCHS: set it to None"),
+        ("segment", PLAIN, ["--backbone", "{bare}"], [], "'{bare}': the weights are not those of this model: "),
+        ("segment", "timm/repvgg_a0", ["--backbone", "{repvgg}"], [], "'{repvgg}' have no places in the backbone"),
+        ("segment", PLAIN, [], ["SEGMENT.STRIDE", "(8, 8)"], "SEGMENT.STRIDE is at most SEGMENT.WINDOW"),
+        ("segment", PLAIN, [], ["DATA.BATCH_SIZE", "1"], "train on batches of 2 at least, or with TRAIN.SYNC_BN"),
+        ("detect", PLAIN, [], ["TRAIN.COMPILE", "default"], "TRAIN.COMPILE is off, not default"),
+        ("detect", PLAIN, [], ["TASK", "segment"], "TASK segment is not what detect.py does: its TASK is detect"),
+        ("detect", PLAIN, [], ["DATA.DATASET", "scene"], "unknown data set 'scene'; did you mean 'scenes'"),
+        ("segment", PLAIN, [], ["MODEL.NUM_CLASSES", "3"], "MODEL.NUM_CLASSES is 3, but the data set's is 11"),
+        (
+            "detect",
+            PLAIN,
+            [],
+            ["DETECT.SIZES", "(0,)"],
+            r"DETECT.SIZES takes one or more integers from 1 on, not \(0,\)",
+        ),
+        (
+            "detect",
+            TARGET,
+            ["--backbone", "{target}"],
+            ["DETECT.NECK", "declared"],
+            "the scales do not fit the model: block",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(task, arch, arguments, options, message, command, classifiers, tmp_path, in_one_line):
+    places = {name: tmp_path / f"{name}.pth" for name in ("bare", "repvgg")}
+    torch.save({"model": {"stage0.conv.weight": torch.zeros(3)}}, places["bare"])
+    torch.save(timm.create_model("repvgg_a0", num_classes=4).state_dict(), places["repvgg"])
+    places |= {"hs": classifiers[HS], "target": classifiers[TARGET]}
+    arguments = [argument.format(**places) for argument in arguments]
+    assert run(task, command(task, arch, *arguments, options=options)) == MISTAKE
+    in_one_line(f"{task}.py", message, places)
+
+
+def test_what_is_not_for_a_program(command, classifiers, capsys, tmp_path, in_one_line):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("TASK: segment\n")
+    assert main_repopt.main(["--cfg", str(recipe)]) == MISTAKE
+    in_one_line("main_repopt.py", "TASK segment is not what main_repopt.py does: its TASK is classify", {})
+    assert run("segment", command("segment", PLAIN, epochs=1)) == 0
+    latest = tmp_path / PLAIN / "segment" / "latest.pth"
+    capsys.readouterr()
+    assert run("segment", command("segment", PLAIN, "--backbone", latest, "--tag", "other")) == MISTAKE
+    in_one_line("segment.py", "is a checkpoint of TASK 'segment': a backbone begins with a classifier's weights", {})
+    digits = ["--opts", "DATA.DATASET", "digits", "OUTPUT", str(tmp_path)]
+    assert quantize.main(["--arch", PLAIN, "--method", "ptq", "--resume", str(latest), *digits]) == MISTAKE
+    in_one_line("quantize.py", "is a checkpoint of TASK 'segment', and this recipe's is classify", {})
+    assert quantize.main(["--cfg", str(recipe), "--arch", PLAIN, "--method", "qat", "--resume", str(latest)]) == MISTAKE
+    in_one_line("quantize.py", "--method qat takes TASK classify only, not segment", {})
+
+
+def test_every_key_of_a_task_is_read_by_it():
+    """No option is dead: each key that is for one task alone stands in its file."""
+    files = {task: (ROOT / "train" / "tasks" / f"{task}.py").read_text() for task in config.DENSE}
+    keys = {name: key.tasks[0] for name, key in config.KEYS.items() if len(key.tasks) == 1}
+    for name, task in keys.items():
+        assert task == config.CLASSIFY or f"cfg.{name}" in files[task], name
+    for name in (name for name, key in config.KEYS.items() if key.tasks == config.DENSE and name != "MODEL.BACKBONE"):
+        assert all(f"cfg.{name}" in file for file in files.values()), name
+
+
+def test_the_first_number_of_a_task_is_its_score():
+    found = {
+        "classify": Evaluation(3.0, 4.0, 0.5, 6),
+        "segment": Segmentation(3.0, 4.0, {"a": 1.0}, 6),
+        "detect": Detection(*(3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 6, 9.0)),
+    }
+    assert found.keys() == COLUMNS.keys() == set(config.TASKS)
+    for task, result in found.items():
+        numbers = result.numbers()
+        assert result.score == numbers[COLUMNS[task][0].name] == 3.0
+        assert all(column.name in numbers for column in COLUMNS[task])
+
+
+def test_ignored_pixels_are_those_of_the_data():
+    assert of_labels.IGNORED == segmentation.IGNORED
+
+
+@pytest.mark.parametrize("arch", ["timm/convnext_atto", "timm/mobilenetv3_small_050"])
+def test_several_processes_train_networks_of_timm(monkeypatch, arch):
+    """One has no buffers; the batch norms of the other hold its activations, which synchronised ones have to keep."""
+    monkeypatch.setattr(build, "data_parallel", lambda model, device: model)
+    cfg = config.build({"TASK": "classify", "DATA.IMG_SIZE": 64, "MODEL.NUM_CLASSES": 3}).cfg
+    task, model = tasks.of(cfg), repopt.create_model(arch, mode="plain", num_classes=3)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trained = build.distribute(task, cfg, World(0, 2, torch.device("cpu")), model)
+    assert trained is model
+    assert same(before, dict(model.named_buffers()))
+    synchronised = build.convert_sync_batchnorm(repopt.create_model(arch, mode="plain", num_classes=3))
+    activations = [sum(isinstance(m, torch.nn.Hardswish) for m in n.modules()) for n in (model, synchronised)]
+    assert activations[0] == activations[1]
+
+
+def test_a_trained_detector_is_read_from_its_checkpoint(
+    command, few_scenes, tmp_path, monkeypatch, capsys, in_one_line
+):
+    assert run("detect", command("detect", PLAIN, epochs=1)) == 0
+    latest = tmp_path / PLAIN / "detect" / "latest.pth"
+    capsys.readouterr()
+    other = command("detect", PLAIN, "--eval", "--resume", latest, options=["DETECT.ANCHOR_SCALE", 8])
+    assert run("detect", other) == MISTAKE  # the weights would not tell
+    in_one_line("detect.py", "'{latest}' was trained with DETECT.ANCHOR_SCALE 4, and it is 8 now", {"latest": latest})
+    monkeypatch.chdir(tmp_path)  # where no data set is
+    network = trained.read(latest).network()
+    assert same(network.state_dict(), weights(latest.parent))
+    assert not (tmp_path / "output").exists()

@@ -1,0 +1,61 @@
+"""A model in two processes is trained alike, whether it is compiled or not."""
+
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import repopt
+from train.compilation import compiled
+from train.epoch import train_one_epoch
+from train.parallel import data_parallel
+from train.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+def gradients(rank, compile_, accumulated):
+    """Of a small hyper-search after one step, in which every process has images of its own."""
+    torch.manual_seed(0)
+    model = repopt.create_model(
+        "RepOpt-VGG-nano", mode="hs", num_classes=10, layers=(2, 1, 1, 1), widths=(0.1, 0.1, 0.1, 0.1)
+    ).double()
+    trained = data_parallel(compiled(model, CPU) if compile_ else model, CPU)
+    source = torch.Generator().manual_seed(rank)
+    batches = [
+        (torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=source), torch.randint(10, (4,), generator=source))
+        for _ in range(accumulated)
+    ]
+    kept = {}
+    train_one_epoch(
+        trained,
+        batches,
+        nn.functional.cross_entropy,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        batches=accumulated,
+        precision=Precision(CPU),
+        accumulation_steps=accumulated,
+        before_step=lambda step: kept.update({name: p.grad.clone() for name, p in model.named_parameters()}),
+    )
+    return kept
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    for accumulated in (1, 2):
+        eager, compiled = (gradients(rank, compile_, accumulated) for compile_ in (False, True))
+        for name, gradient in eager.items():
+            torch.testing.assert_close(compiled[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+            mine, of_all = gradient.clone(), gradient.clone()
+            dist.all_reduce(of_all)
+            torch.testing.assert_close(of_all / 2, mine)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
+def test_compiled_in_two_processes(tmp_path):
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)

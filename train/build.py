@@ -1,0 +1,148 @@
+"""What trains a model: optimizer, schedule and moving average, clipping, and the wrapping of several processes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import repopt
+from repopt.errors import UserError
+from repopt.models import Arch
+from repopt.reparam import unwrapped
+from train import compilation, config
+from train.distributed import World
+from train.epoch import count_steps
+from train.logging import logger
+from train.parallel import data_parallel
+from train.placement import precision_of
+from train.schedule import build_schedule
+from train.state import TrainingState
+from train.tasks import Task
+
+MAX_GRAPH_PIXELS = 2**19  # of a batch that is small: 128 images of 64 x 64
+
+
+def training_state(
+    arch: Arch, cfg: CfgNode, world: World, model: nn.Module, scales: Mapping[str, Tensor] | None, *, batches: int
+) -> TrainingState:
+    """Optimizer, schedule and moving average around a model."""
+    images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
+    scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
+    rule = cfg.TRAIN.OPTIMIZER
+    optimizer = repopt.build_optimizer(
+        rule.NAME,
+        model,
+        scales_of_gradients(arch, cfg, scales),
+        lr=cfg.TRAIN.BASE_LR * scaling,
+        weight_decay=cfg.TRAIN.WEIGHT_DECAY,
+        momentum=rule.MOMENTUM,
+        nesterov=rule.MOMENTUM > 0,
+        betas=rule.BETAS,
+        eps=rule.EPS,
+        implementation=rule.IMPLEMENTATION,
+    )
+    steps_per_epoch = count_steps(batches, cfg.TRAIN.ACCUMULATION_STEPS)
+    warmup_steps = cfg.TRAIN.WARMUP_STEPS
+    schedule = build_schedule(
+        optimizer,
+        cfg.TRAIN.LR_SCHEDULER.NAME,
+        steps_per_epoch=steps_per_epoch,
+        epochs=cfg.TRAIN.EPOCHS,
+        warmup_steps=cfg.TRAIN.WARMUP_EPOCHS * steps_per_epoch if warmup_steps is None else warmup_steps,
+        warmup_lr=cfg.TRAIN.WARMUP_LR * scaling,
+        min_lr=cfg.TRAIN.MIN_LR * scaling,
+        decay_epochs=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS,
+        decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
+        milestones=cfg.TRAIN.LR_SCHEDULER.MILESTONES,
+        power=cfg.TRAIN.LR_SCHEDULER.POWER,
+    )
+    ema = None
+    if cfg.TRAIN.EMA_ALPHA:  # of an image and an epoch of training; an update stands for many images
+        alpha = cfg.TRAIN.EMA_ALPHA * images_per_step * cfg.TRAIN.EMA_UPDATE_PERIOD / cfg.TRAIN.EPOCHS
+        ema = ModelEmaV3(model, decay=1 - min(1.0, alpha))
+    return TrainingState(model, optimizer, schedule, precision_of(cfg, world), scales, ema, epoch=cfg.TRAIN.START_EPOCH)
+
+
+def scales_of_gradients(arch: Arch, cfg: CfgNode, scales: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    """Those that the optimizer multiplies gradients by, or None for the plain rule."""
+    return scales if arch.repopt and cfg.TRAIN.CHANGE_GRADIENTS else None
+
+
+def clipping(
+    arch: Arch, cfg: CfgNode, model: nn.Module, scales: Mapping[str, Tensor] | None
+) -> Callable[[], Tensor] | None:
+    """What clips the gradients: under a RepOptimizer by the norm that the imagined CSLA network's would have."""
+    if not cfg.TRAIN.CLIP_GRAD:
+        return None
+    if (constants := scales_of_gradients(arch, cfg, scales)) is not None:
+        mults = repopt.grad_mults(model, constants, degree=1)
+        return functools.partial(
+            repopt.clip_grad_norm_, list(unwrapped(model).named_parameters()), cfg.TRAIN.CLIP_GRAD, mults
+        )
+    return functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), cfg.TRAIN.CLIP_GRAD)
+
+
+def distribute(task: Task, cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
+    """The model as it is trained: compiled where that is worth while, and in DDP where there are several processes."""
+    if cfg.TRAIN.SYNC_BN and world.device.type != "cuda":
+        raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
+    if cfg.TRAIN.SYNC_BN and world.size > 1:
+        model = convert_sync_batchnorm(model)  # torch's would lose the activations in timm's batch norms
+    model = compiled(cfg, world, model)
+    if world.size == 1:
+        return model
+    parallel = data_parallel(model, world.device)
+    # After its first backward pass DDP orders its buckets anew, and with them the sums over processes: so that a step
+    # rounds alike whether it is the first of a start or not, there is one pass before, which leaves nothing else.
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    images, targets = task.example(cfg, world.device)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes long, and this has a shape of its own
+        task.criterion(cfg)(task.forward(parallel.train(), images, targets), targets).backward()
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+    return parallel
+
+
+def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
+    """The model under torch.compile, where that is asked for, or not said and worth while."""
+    mode = compile_mode(cfg, world)
+    if cfg.TRAIN.COMPILE == "auto":
+        logger.info(f"TRAIN.COMPILE auto: {mode}")
+    if mode == "off":
+        return model
+    if mode != "default" and cfg.TRAIN.ACCUMULATION_STEPS > 1:
+        raise UserError(
+            f"TRAIN.COMPILE {mode} runs CUDA graphs, whose gradients do not outlive the next batch: TRAIN.COMPILE "
+            "default goes with TRAIN.ACCUMULATION_STEPS"
+        )
+    try:
+        return compilation.compiled(model, world.device, mode)
+    except UserError as error:
+        if cfg.TRAIN.COMPILE != "auto":
+            raise
+        logger.warning(f"{error}; so training goes on without")
+        return model
+
+
+def compile_mode(cfg: CfgNode, world: World) -> str:
+    """The mode of torch.compile for a training, or "off": the one asked for, or what suits its device and its batches.
+
+    A GPU has done a small batch before the host has launched the kernels of the next: "reduce-overhead" launches them
+    as one CUDA graph. It needs one process, and gradients that do not have to outlive a batch. Checkpointed activations
+    are not compiled, for their second run puts batch norms to rest.
+    """
+    if cfg.TRAIN.COMPILE != "auto":
+        return cfg.TRAIN.COMPILE
+    if world.device.type != "cuda" or cfg.TRAIN.USE_CHECKPOINT:
+        return "off"
+    pixels = cfg.DATA.BATCH_SIZE * cfg.DATA.IMG_SIZE**2
+    small = cfg.TASK == config.CLASSIFY and pixels <= MAX_GRAPH_PIXELS
+    return "reduce-overhead" if small and world.size == 1 and cfg.TRAIN.ACCUMULATION_STEPS <= 1 else "default"

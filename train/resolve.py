@@ -1,0 +1,48 @@
+"""What a configuration means for one data set and architecture: filled in, checked, frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from repopt.errors import UserError
+from repopt.models import Arch
+from train import config, tasks
+from train.resume import needs_scales
+
+
+def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
+    """Fill in what follows from the data set and other keys, refuse what contradicts it, and freeze."""
+    cfg, given = settings
+    if cfg.EVAL_MODE and not cfg.MODEL.RESUME:
+        raise UserError("--eval needs the weights to evaluate: --resume FILE")
+    if cfg.TRAIN.SCALES_PATH and not needs_scales(arch):
+        raise UserError(f"{cfg.MODEL.ARCH} takes no searched scales: leave --scales-path out, or train a -target")
+    for key, takes_it in (
+        ("TRAIN.CONSTANTS", needs_scales(arch)),
+        ("TRAIN.CHANGE_INITIALIZATION", arch.repopt),
+        ("TRAIN.CHANGE_GRADIENTS", arch.repopt),
+    ):
+        if not takes_it and config.lookup(cfg, key) != config.KEYS[key].default:
+            raise UserError(f"{key} is of a RepOptimizer, and {cfg.MODEL.ARCH} is trained without: leave it out")
+    if cfg.MODEL.BACKBONE and cfg.MODEL.RESUME:
+        raise UserError("--backbone is where a training begins, and so is --resume (or what is evaluated): give one")
+    if cfg.TRAIN.WARMUP_STEPS is not None and "TRAIN.WARMUP_EPOCHS" in given:
+        raise UserError(
+            f"the warm-up has TRAIN.WARMUP_STEPS {cfg.TRAIN.WARMUP_STEPS}, which goes before TRAIN.WARMUP_EPOCHS: "
+            "set it to None"
+        )
+    for key in sorted(given):
+        if cfg.TASK not in (takes := config.KEYS[key].tasks):
+            raise UserError(f"{key} is for TASK {' and '.join(takes)}, and this one is {cfg.TASK}: leave it out")
+    tasks.of(cfg).settle(cfg, given)
+    if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.EPOCHS:
+        raise UserError(
+            f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH} leaves none of {cfg.TRAIN.EPOCHS} TRAIN.EPOCHS to train"
+        )
+    cfg.DATA.TEST_BATCH_SIZE = cfg.DATA.TEST_BATCH_SIZE or cfg.DATA.BATCH_SIZE
+    cfg.TRAIN.ACCUMULATION_STEPS = max(1, cfg.TRAIN.ACCUMULATION_STEPS)
+    cfg.OUTPUT = str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG))
+    cfg.freeze()
+    return cfg
