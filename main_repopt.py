@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = config.parse(argv)
         from train.run import start  # torch and timm take seconds: --help and most mistakes are answered before
 
-        return DONE if start(settings, argv) else INTERRUPTED
+        return DONE if start(settings, argv) is not None else INTERRUPTED
 
     return run_command(config.MAIN.name, command)
 

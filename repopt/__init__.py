@@ -60,3 +60,5 @@ __all__ = [
     "register_block",
     "save_scales",
 ]
+
+__version__ = "0.2.0"

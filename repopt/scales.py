@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,11 @@ def load_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, or none of these; a scale that is of another type or shape, or not finite.
     """
-    content = checkpoint.read(path)
+    return scales_of(checkpoint.read(path), path)
+
+
+def scales_of(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the searched scales of what `path` holds; see `load_scales`."""
     kept = content.get("scales")
     state = checkpoint.state_dict_of(content, "scales" if isinstance(kept, Mapping) and kept else "model")
     if any(value.dim() > 2 for value in state.values()):  # kernels: a whole state dict

@@ -42,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = config.parse(argv, PROGRAM)
         from train.quantize import start  # torch and its exporters take seconds
 
-        if not start(settings, argv):
+        cfg = start(settings, argv, PROGRAM)
+        if cfg is None:
             return INTERRUPTED
         if os.environ.get("RANK", "0") == "0":
-            draw(Path(settings.cfg.OUTPUT, ARTIFACTS))
+            draw(Path(cfg.OUTPUT, ARTIFACTS))
         return DONE
 
     return run_command(PROGRAM.name, command)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from train.run_folder import RunFolder
+from train.checkpoint import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,33 +8,38 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
-from repopt import checkpoint
 from repopt.errors import UserError, shown
-from repopt.models import Arch
-from train import config, tasks, trained
+from train import config, trained
 from train.logging import logger
+from train.tasks.base import Task
 
 
-def load(arch: Arch, cfg: CfgNode, model: nn.Module) -> None:
-    """Give a network's backbone the weights of the classifier at MODEL.BACKBONE, and log what is left out.
+def read(cfg: CfgNode) -> trained.LoadedCheckpoint:
+    """Return the classifier at MODEL.BACKBONE.
+
+    Raises:
+        UserError: it is no checkpoint, or one of another model.
+    """
+    return trained.read(cfg.MODEL.BACKBONE, fallback=cfg.MODEL.ARCH)
+
+
+def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None:
+    """Give a network's backbone the weights of a classifier, and log what is left out.
 
     Raises:
         UserError: it is not the checkpoint of a classifier of the same model, mode and strides.
     """
-    path, name = cfg.MODEL.BACKBONE, cfg.MODEL.ARCH
-    source = trained.read(path, fallback=name)
-    if (task := source.setting("TASK")) not in (None, config.CLASSIFY):
+    path, name, strides = source.path, task.cfg.MODEL.ARCH, task.cfg.MODEL.STRIDES
+    if (trained_for := source.setting("TASK")) not in (None, config.CLASSIFY):
         raise UserError(
-            f"{path!r} is a checkpoint of TASK {shown(task)}: a backbone begins with a classifier's weights"
+            f"{path!r} is a checkpoint of TASK {shown(trained_for)}: a backbone begins with a classifier's weights"
         )
-    if (source.arch.model, source.arch.mode) != (arch.model, arch.mode):
+    if (source.arch.model, source.arch.mode) != (task.arch.model, task.arch.mode):
         raise UserError(f"{path!r} is a checkpoint of {shown(source.name)}, whose layers are not those of {name}")
-    if (strides := source.settings("MODEL.STRIDES").MODEL.STRIDES) != cfg.MODEL.STRIDES:
-        raise UserError(
-            f"{path!r} was trained with MODEL.STRIDES {strides}, and the backbone's are {cfg.MODEL.STRIDES}"
-        )
+    if (then := source.settings("MODEL.STRIDES").MODEL.STRIDES) != strides:
+        raise UserError(f"{path!r} was trained with MODEL.STRIDES {then}, and the backbone's are {strides}")
     weights = source.network().state_dict()
-    body = model.get_submodule(tasks.of(cfg).body)
+    body = model.get_submodule(task.backbone_path)
     if unnamed := [key for key in body.state_dict() if key not in weights]:
         raise UserError(
             f"the weights of {path!r} have no places in the backbone: timm's features of {name} go by other names than "
@@ -47,14 +52,9 @@ def load(arch: Arch, cfg: CfgNode, model: nn.Module) -> None:
     )
 
 
-def keeps_scales(path: str) -> bool:
-    """Whether a classifier's checkpoint keeps the scales of its RepOptimizer."""
-    return bool(path) and "scales" in checkpoint.read(path)
-
-
-def placed(scales: Mapping[str, Tensor], cfg: CfgNode) -> Mapping[str, Tensor]:
-    """Scales by the names of the task's network, also where they are those of a classifier."""
-    body = tasks.of(cfg).body
-    if not body or any(name.startswith(f"{body}.") for name in scales):
+def add_prefix(task: Task, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return scales by the names of the task's network, also where they are those of a classifier."""
+    prefix = f"{task.backbone_path}." if task.backbone_path else ""
+    if any(name.startswith(prefix) for name in scales):
         return scales
-    return {f"{body}.{name}": values for name, values in scales.items()}
+    return {f"{prefix}{name}": values for name, values in scales.items()}

@@ -13,32 +13,29 @@ from yacs.config import CfgNode
 
 import repopt
 from repopt.errors import UserError
-from repopt.models import Arch
 from repopt.reparam import unwrapped
 from train import compilation, config
 from train.distributed import World
-from train.epoch import count_steps
 from train.logging import logger
 from train.parallel import data_parallel
 from train.placement import precision_of
 from train.schedule import build_schedule
-from train.state import TrainingState
+from train.state import TrainingState, count_steps
 from train.tasks import Task
 
 MAX_GRAPH_PIXELS = 2**19  # of a batch that is small: 128 images of 64 x 64
 
 
-def training_state(
-    arch: Arch, cfg: CfgNode, world: World, model: nn.Module, scales: Mapping[str, Tensor] | None, *, batches: int
-) -> TrainingState:
-    """Optimizer, schedule and moving average around a model."""
+def training_state(task: Task, model: nn.Module, scales: Mapping[str, Tensor] | None, *, batches: int) -> TrainingState:
+    """Return optimizer, schedule and moving average around a model; `batches` are those of an epoch."""
+    cfg, world = task.cfg, task.world
     images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
     scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
     rule = cfg.TRAIN.OPTIMIZER
     optimizer = repopt.build_optimizer(
         rule.NAME,
         model,
-        scales_of_gradients(arch, cfg, scales),
+        scales_of_gradients(task, scales),
         lr=cfg.TRAIN.BASE_LR * scaling,
         weight_decay=cfg.TRAIN.WEIGHT_DECAY,
         momentum=rule.MOMENTUM,
@@ -69,27 +66,25 @@ def training_state(
     return TrainingState(model, optimizer, schedule, precision_of(cfg, world), scales, ema, epoch=cfg.TRAIN.START_EPOCH)
 
 
-def scales_of_gradients(arch: Arch, cfg: CfgNode, scales: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-    """Those that the optimizer multiplies gradients by, or None for the plain rule."""
-    return scales if arch.repopt and cfg.TRAIN.CHANGE_GRADIENTS else None
+def scales_of_gradients(task: Task, scales: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    """Return those that the optimizer multiplies gradients by, or None for the plain rule."""
+    return scales if task.arch.repopt and task.cfg.TRAIN.CHANGE_GRADIENTS else None
 
 
-def clipping(
-    arch: Arch, cfg: CfgNode, model: nn.Module, scales: Mapping[str, Tensor] | None
-) -> Callable[[], Tensor] | None:
-    """What clips the gradients: under a RepOptimizer by the norm that the imagined CSLA network's would have."""
-    if not cfg.TRAIN.CLIP_GRAD:
+def clipping(task: Task, model: nn.Module, scales: Mapping[str, Tensor] | None) -> Callable[[], Tensor] | None:
+    """Return what clips the gradients: under a RepOptimizer by the norm of the equivalent CSLA network's, or None."""
+    max_norm = task.cfg.TRAIN.CLIP_GRAD
+    if not max_norm:
         return None
-    if (constants := scales_of_gradients(arch, cfg, scales)) is not None:
+    if (constants := scales_of_gradients(task, scales)) is not None:
         mults = repopt.grad_mults(model, constants, degree=1)
-        return functools.partial(
-            repopt.clip_grad_norm_, list(unwrapped(model).named_parameters()), cfg.TRAIN.CLIP_GRAD, mults
-        )
-    return functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), cfg.TRAIN.CLIP_GRAD)
+        return functools.partial(repopt.clip_grad_norm_, list(unwrapped(model).named_parameters()), max_norm, mults)
+    return functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), max_norm)
 
 
-def distribute(task: Task, cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
-    """The model as it is trained: compiled where that is worth while, and in DDP where there are several processes."""
+def distribute(task: Task, model: nn.Module) -> nn.Module:
+    """Return the model as it is trained: compiled where that is worth while, in DDP where processes are several."""
+    cfg, world = task.cfg, task.world
     if cfg.TRAIN.SYNC_BN and world.device.type != "cuda":
         raise UserError("TRAIN.SYNC_BN needs GPUs; without it statistics are averaged before every evaluation")
     if cfg.TRAIN.SYNC_BN and world.size > 1:
@@ -101,9 +96,9 @@ def distribute(task: Task, cfg: CfgNode, world: World, model: nn.Module) -> nn.M
     # After its first backward pass DDP orders its buckets anew, and with them the sums over processes: so that a step
     # rounds alike whether it is the first of a start or not, there is one pass before, which leaves nothing else.
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    images, targets = task.example(cfg, world.device)
+    images, targets = task.example()
     with torch.compiler.set_stance("force_eager"):  # compiling takes long, and this has a shape of its own
-        task.criterion(cfg)(task.forward(parallel.train(), images, targets), targets).backward()
+        task.criterion(task.forward(parallel.train(), images, targets), targets).backward()
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, buffer in model.named_buffers():

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,9 +246,8 @@ KEYS: dict[str, Key] = {
     "OUTPUT": Key("", "where runs go, <output>/<arch>/<tag>; empty: output", flag="--output"),
     "TAG": Key("default", "name of the run", flag="--tag"),
     "SAVE_FREQ": Key(20, "epochs between the checkpoints that are kept", minimum=1),
-    "SAVE_LATEST_FREQ": Key(1, "epochs between writings of latest.pth; the last epoch is always saved", minimum=1),
     "PRINT_FREQ": Key(10, "batches between lines of the log", minimum=1),
-    "SAVE_EVERY_MINUTES": Key(15.0, "between checkpoints within epochs; 0 = none"),
+    "SAVE_EVERY_MINUTES": Key(15.0, "between checkpoints, within epochs and after them; 0: after every epoch"),
     "SAVE_EVERY_STEPS": Key(0, "between checkpoints within epochs; 0 = none"),
     "SAVE_KEEP": Key(2, "of the last checkpoints: latest.pth, latest_1.pth ...", minimum=1),
     "SEED": Key(0, "of everything random", fixed=True),
@@ -296,10 +296,23 @@ MAIN = Program(
 
 
 class Settings(NamedTuple):
-    """A configuration, not frozen yet, and the keys that a user set in it."""
+    """A configuration, and the keys that a user set in it; neither is changed."""
 
     cfg: CfgNode
-    given: set[str]
+    given: Set[str]
+
+    def with_values(self, values: Mapping[str, Any]) -> Settings:
+        """Return settings in which dotted keys have these values; whether a user set them stays as it is."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        for name, value in values.items():
+            *path, leaf = name.split(".")
+            functools.reduce(getattr, path, cfg)[leaf] = _coerce(name, value)
+        return Settings(cfg, self.given)
+
+    def with_defaults(self, values: Mapping[str, Any]) -> Settings:
+        """Return settings in which dotted keys have these values, unless a user set them."""
+        return self.with_values({name: value for name, value in values.items() if name not in self.given})
 
 
 def parse(argv: Sequence[str] | None = None, program: Program = MAIN) -> Settings:
@@ -339,10 +352,7 @@ def parse(argv: Sequence[str] | None = None, program: Program = MAIN) -> Setting
     values |= dict(zip(arguments.opts[::2], arguments.opts[1::2], strict=True))
     if "BASE" in values:
         raise UserError("BASE stands in a recipe; on the command line give --cfg")
-    settings = build(values)
-    if "TASK" not in settings.given:
-        settings.cfg.TASK = program.task
-    return settings
+    return build(values).with_defaults({"TASK": program.task})
 
 
 def build(values: Mapping[str, Any]) -> Settings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-CONFIG, THROUGHPUT, PREDICTIONS = "config.json", "throughput.json", "predictions.png"
+CONFIG, RUN, THROUGHPUT, PREDICTIONS = "config.json", "run.json", "throughput.json", "predictions.png"
 ARTIFACTS = "artifacts"  # a folder in that of a quantization; in it are
 RESULTS, SIGNAL_TO_NOISE = "results.json", "signal_to_noise.json"
 

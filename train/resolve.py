@@ -7,14 +7,19 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from repopt.errors import UserError
-from repopt.models import Arch
+from repopt.models import parse_arch
 from train import config, tasks
 from train.resume import needs_scales
 
 
-def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
-    """Fill in what follows from the data set and other keys, refuse what contradicts it, and freeze."""
+def resolve(settings: config.Settings) -> CfgNode:
+    """Return a new, frozen configuration with what follows from the data set and other keys.
+
+    Raises:
+        UserError: keys contradict each other or the data set.
+    """
     cfg, given = settings
+    arch = parse_arch(cfg.MODEL.ARCH)
     if cfg.EVAL_MODE and not cfg.MODEL.RESUME:
         raise UserError("--eval needs the weights to evaluate: --resume FILE")
     if cfg.TRAIN.SCALES_PATH and not needs_scales(arch):
@@ -36,7 +41,7 @@ def resolve(arch: Arch, settings: config.Settings) -> CfgNode:
     for key in sorted(given):
         if cfg.TASK not in (takes := config.KEYS[key].tasks):
             raise UserError(f"{key} is for TASK {' and '.join(takes)}, and this one is {cfg.TASK}: leave it out")
-    tasks.of(cfg).settle(cfg, given)
+    cfg = settings.with_values(tasks.task_class(cfg.TASK).finalize(cfg, given)).cfg
     if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.EPOCHS:
         raise UserError(
             f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH} leaves none of {cfg.TRAIN.EPOCHS} TRAIN.EPOCHS to train"

@@ -13,25 +13,48 @@ from yacs.config import CfgNode
 import repopt
 from repopt import checkpoint
 from repopt.errors import UserError, shown
-from repopt.models import Arch, same_arch
+from repopt.models import Arch, parse_arch, same_arch
+from repopt.scales import scales_of
 from train import config
-from train.backbone import keeps_scales, placed
+from train.backbone import add_prefix
+from train.checkpoint import RunFolder
+from train.distributed import decided_by_first
 from train.logging import logger
-from train.run_folder import RunFolder
+from train.tasks.base import Task
+from train.trained import LoadedCheckpoint
 
 
-def find_checkpoint(cfg: CfgNode, folder: RunFolder) -> Path | None:
-    """What to resume: what an earlier start of the same run left (it goes before --resume), or --resume, or nothing."""
-    own = folder.resumable() if cfg.TRAIN.AUTO_RESUME else None
+def read_checkpoint(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
+    """Return the checkpoint that is resumed, or None; every process reads the file once.
+
+    What an earlier start of the same run left goes before --resume.
+    """
+    own = read_own(cfg, folder)
     if own is None:
-        return Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
+        return checkpoint.read(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
     if cfg.MODEL.RESUME:
-        logger.warning(f"this run goes on from its own {own}, not from {cfg.MODEL.RESUME}")
+        logger.warning(f"this run goes on from its own checkpoint in {folder.path}, not from {cfg.MODEL.RESUME}")
     return own
 
 
+def read_own(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
+    """Return what an earlier start of the same run left, or None; every process reads the file once."""
+    content: dict[str, Any] | None = None
+
+    def find() -> Path | None:
+        nonlocal content
+        path, content = (folder.newest() if cfg.TRAIN.AUTO_RESUME else None) or (None, None)
+        return path
+
+    path = decided_by_first(find)
+    if path is None:
+        return None
+    logger.info(f"resumed: {path}")
+    return checkpoint.read(path) if content is None else content
+
+
 def goes_on(content: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
-    """Whether a checkpoint is a place in a training; else it gives its weights alone."""
+    """Return whether a checkpoint is a place in a training; else it gives its weights alone."""
     return content is not None and "optimizer" in content
 
 
@@ -39,10 +62,11 @@ def goes_on(content: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
 OF_A_START = ("MODEL.RESUME", "MODEL.BACKBONE", "OUTPUT", "TAG", "EVAL_MODE")
 
 
-def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None:
+def check_same_run(cfg: CfgNode, content: Mapping[str, Any]) -> None:
     """Refuse to go on from another kind of run; log what else differs."""
     if not isinstance(content.get("config", {}), Mapping):
         raise UserError(f"cannot resume: the checkpoint's config is {shown(content['config'])}")
+    arch = parse_arch(cfg.MODEL.ARCH)
     for key in config.KEYS:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
         if then in (None, now) or (key == "MODEL.ARCH" and same_arch(str(then), arch)):
@@ -54,38 +78,42 @@ def check_same_run(arch: Arch, cfg: CfgNode, content: Mapping[str, Any]) -> None
 
 
 def needs_scales(arch: Arch) -> bool:
-    """Whether searched scales make the model or its optimizer."""
+    """Return whether searched scales make the model or its optimizer."""
     return arch.repopt or arch.mode == "csla"
 
 
 def find_scales(
-    arch: Arch, cfg: CfgNode, model: nn.Module, content: Mapping[str, Any] | None
+    task: Task, model: nn.Module, content: Mapping[str, Any] | None, backbone: LoadedCheckpoint | None = None
 ) -> Mapping[str, Tensor] | None:
-    """The scales of a run that needs them: those kept in the checkpoint that it resumes, or TRAIN.CONSTANTS."""
-    if not needs_scales(arch):
+    """Return the scales of a run that needs them: those kept in the checkpoint that it resumes, or TRAIN.CONSTANTS."""
+    cfg, path = task.cfg, task.cfg.TRAIN.SCALES_PATH
+    if not needs_scales(task.arch):
         return None
-    path = cfg.TRAIN.SCALES_PATH
-    if content is None or "scales" not in content:
-        if cfg.TRAIN.CONSTANTS in ("searched", "channel-mean"):
-            path = path or (cfg.MODEL.BACKBONE if keeps_scales(cfg.MODEL.BACKBONE) else None)
-            if not path:
+    if content is not None and "scales" in content:
+        scales = repopt.fit_scales(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
+        if path and Path(path).is_file():
+            given = constants(task, model, repopt.load_scales(path))
+            if any(not torch.equal(scales[name], given[name]) for name in scales):
                 raise UserError(
-                    f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
-                    f"hyper-search ({arch.model}-target-norepopt trains with the plain optimizer, TRAIN.CONSTANTS "
-                    "initial does without a search)"
+                    f"cannot resume: TRAIN.SCALES_PATH: the scales of {path!r} are not those that this run began with"
                 )
-        return constants(cfg, model, path)
-    scales = repopt.fit_scales(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
-    if path and Path(path).is_file():
-        given = constants(cfg, model, path)
-        if any(not torch.equal(scales[name], given[name]) for name in scales):
-            raise UserError(
-                f"cannot resume: TRAIN.SCALES_PATH: the scales of {path!r} are not those that this run began with"
-            )
-    return scales
+        return scales
+    if path:
+        searched = repopt.load_scales(path)
+    elif backbone is not None and "scales" in backbone.content:
+        searched = scales_of(backbone.content, backbone.path)
+    elif cfg.TRAIN.CONSTANTS in ("searched", "channel-mean"):
+        raise UserError(
+            f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
+            f"hyper-search ({task.arch.model}-target-norepopt trains with the plain optimizer, TRAIN.CONSTANTS "
+            "initial does without a search)"
+        )
+    else:
+        searched = None
+    return constants(task, model, searched)
 
 
-def constants(cfg: CfgNode, model: nn.Module, path: str | None) -> dict[str, Tensor]:
-    """The constant scales that the configuration asks for, made of those at `path` where there are any."""
-    searched = placed(repopt.load_scales(path), cfg) if path else None
-    return repopt.constant_scales(model, cfg.TRAIN.CONSTANTS, searched)
+def constants(task: Task, model: nn.Module, searched: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return the constant scales that the configuration asks for, made of searched ones where there are any."""
+    named = None if searched is None else add_prefix(task, searched)
+    return repopt.constant_scales(model, task.cfg.TRAIN.CONSTANTS, named)

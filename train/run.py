@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,79 +16,90 @@ from yacs.config import CfgNode
 import repopt
 from repopt import checkpoint
 from repopt.errors import UserError, shown
-from repopt.models import Arch, parse_arch
-from train import backbone, config, tasks
+from repopt.models import parse_arch
+from train import backbone, config, run_record, tasks
 from train.build import clipping, distribute, training_state
-from train.distributed import World, decided_by_first, world
-from train.files import COLUMNS, CONFIG, THROUGHPUT
+from train.checkpoint import RunFolder
+from train.distributed import decided_by_first, world
+from train.files import THROUGHPUT
 from train.interruption import Interrupted
 from train.logging import logger, start_log
 from train.placement import memory_format_of, precision_of, to_device
 from train.resolve import resolve
-from train.resume import check_same_run, find_checkpoint, find_scales, goes_on
-from train.run_folder import RunFolder
+from train.resume import check_same_run, find_scales, goes_on, read_checkpoint
+from train.state import TrainingState
 from train.throughput import measure_throughput
-from train.training import Training
+from train.trainer import Trainer
 
 # Keys that make another function of the same weights.
 NOT_IN_WEIGHTS = ("MODEL.STRIDES", "DETECT.ANCHOR_SCALE")
 
 
-def start(settings: config.Settings, argv: Sequence[str], program: config.Program = config.MAIN) -> bool:
-    """Do what the command line `argv` of a program, read as `settings`, says; whether it came to its end.
+def start(settings: config.Settings, argv: Sequence[str], program: config.Program = config.MAIN) -> CfgNode | None:
+    """Do what the command line `argv` of a program, read as `settings`, says.
 
-    It does not where a signal stopped a training, which is saved then.
+    Returns:
+        The configuration as it was resolved; None where a signal stopped a training, which is saved then.
 
     Raises:
         UserError: a mistake of the user's.
         OSError: of the machine: no permission, no space, a path that is none.
     """
-    if settings.cfg.QUANT.METHOD:
-        raise UserError(f"QUANT.METHOD {settings.cfg.QUANT.METHOD} is for scripts/quantize.py")
-    if program.task != settings.cfg.TASK:
-        raise UserError(f"TASK {settings.cfg.TASK} is not what {program.name} does: its TASK is {program.task}")
-    if settings.cfg.TASK != config.CLASSIFY and "TAG" not in settings.given:
-        settings.cfg.TAG = settings.cfg.TASK
-    arch = parse_arch(settings.cfg.MODEL.ARCH)
+    cfg = settings.cfg
+    if cfg.QUANT.METHOD:
+        raise UserError(f"QUANT.METHOD {cfg.QUANT.METHOD} is for scripts/quantize.py")
+    if program.task != cfg.TASK:
+        raise UserError(f"TASK {cfg.TASK} is not what {program.name} does: its TASK is {program.task}")
+    if cfg.TASK != config.CLASSIFY:
+        settings = settings.with_defaults({"TAG": cfg.TASK})
+    job = report_throughput if cfg.THROUGHPUT_MODE else report_evaluation if cfg.EVAL_MODE else train
+    return run(settings, argv, program, job)
+
+
+def run(
+    settings: config.Settings,
+    argv: Sequence[str],
+    program: config.Program,
+    job: Callable[[tasks.Task, RunFolder], bool],
+) -> CfgNode | None:
+    """Do a job in this process and those that torchrun started beside it; see `start`.
+
+    Args:
+        settings: as `argv`, the command line of `program`, was read.
+        job: returns whether it came to its end.
+    """
+    parse_arch(settings.cfg.MODEL.ARCH)  # a mistake there is told before the processes meet
     with world() as here:
-        return run(arch, resolve(arch, settings), here, program.name, argv)
+        task = tasks.create(resolve(settings), here)
+        folder = set_up(task, f"{program.name} {shlex.join(argv)}")
+        return task.cfg if job(task, folder) else None
 
 
-def run(arch: Arch, cfg: CfgNode, world: World, program: str, argv: Sequence[str]) -> bool:
-    """Train, or evaluate, or measure throughput, as the command line `argv` says; whether it came to its end."""
-    folder = begin(program, cfg, world, argv)
-    task = tasks.of(cfg)
-    model = task.network(arch, cfg)
-    task.check(arch, cfg, model)
-    if cfg.THROUGHPUT_MODE:
-        report_throughput(cfg, world, model, folder)
-    elif cfg.EVAL_MODE:
-        report_evaluation(cfg, world, model)
-    else:
-        return train(arch, cfg, world, model, folder)
-    return True
-
-
-def begin(program: str, cfg: CfgNode, world: World, argv: Sequence[str]) -> RunFolder:
-    """The folder of a run, locked if it writes there; its log begins, and torch is set as the configuration says."""
+def set_up(task: tasks.Task, command: str) -> RunFolder:
+    """Return the folder of a run, locked if it trains; its log begins, and torch is set as the configuration says."""
+    cfg, world = task.cfg, task.world
     Path(cfg.OUTPUT).mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(Path(cfg.OUTPUT), keep=cfg.SAVE_KEEP)
-    if not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE):
+    folder = RunFolder(Path(cfg.OUTPUT), command, keep=cfg.SAVE_KEEP)
+    trains = not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE)
+    if trains:
         decided_by_first(folder.lock)
     if cfg.DETERMINISTIC:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
         torch.use_deterministic_algorithms(True)
     # The fastest of its algorithms, found by trying for every shape; a detector's batches have many.
     torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC and cfg.TASK != config.DETECT
-    start_log(folder.path, world.rank)
-    logger.info(f"{program} {shlex.join(argv)}")
+    # The log of a training is of its starts alone.
+    start_log(folder.path / f"{'log' if trains else 'eval_log'}_rank{world.rank}.txt", console=world.is_main)
+    logger.info(command)
     logger.info(f"torch {torch.__version__}, {world.size} process(es), {world.device.type}")
     torch.manual_seed(cfg.SEED)
     return folder
 
 
-def report_throughput(cfg: CfgNode, world: World, model: nn.Module, folder: RunFolder) -> None:
+def report_throughput(task: tasks.Task, folder: RunFolder) -> bool:
     """Print and write the images per second of the network as it is deployed."""
+    cfg, world, model = task.cfg, task.world, task.network()
+    task.check(model)
     speed = measure_throughput(
         to_device(repopt.deploy(model), world),
         batch_size=cfg.DATA.BATCH_SIZE,
@@ -102,104 +113,91 @@ def report_throughput(cfg: CfgNode, world: World, model: nn.Module, folder: RunF
     if world.is_main:
         found = {"images_per_second": speed, "batch_size": cfg.DATA.BATCH_SIZE, "image_size": cfg.DATA.TEST_SIZE}
         (folder.path / THROUGHPUT).write_text(json.dumps(found) + "\n")
+    return True
 
 
-def report_evaluation(cfg: CfgNode, world: World, model: nn.Module) -> None:
+def report_evaluation(task: tasks.Task, folder: RunFolder) -> bool:
     """Print what an evaluation of a checkpoint finds, and of its moving average where it keeps one."""
-    content, task = checkpoint.read(cfg.MODEL.RESUME), tasks.of(cfg)
+    cfg, world, model = task.cfg, task.world, task.network()
+    task.check(model)
+    content = checkpoint.read(cfg.MODEL.RESUME)
     for key in NOT_IN_WEIGHTS:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
         if then not in (None, now):
             raise UserError(f"{cfg.MODEL.RESUME!r} was trained with {key} {shown(then)}, and it is {now} now")
-    loader, evaluate = task.eval_loader(cfg, world), task.evaluate(cfg)
+    loader, precision = task.eval_loader(), precision_of(cfg, world)
     model = to_device(model, world)
     for key, label in (("model", "val"), ("ema", "ema")):
         if key == "model" or isinstance(content.get(key), Mapping):
             repopt.load_weights(model, checkpoint.state_dict_of(content, key))
-            logger.info(f"{label}: {evaluate(model, loader, precision_of(cfg, world))}")
+            logger.info(f"{label}: {task.evaluate(model, loader, precision)}")
+    return True
 
 
-def train(arch: Arch, cfg: CfgNode, world: World, model: nn.Module, folder: RunFolder) -> bool:
-    """Train from the beginning, or on from a checkpoint; whether it came to its end."""
-    resume = decided_by_first(lambda: find_checkpoint(cfg, folder))
-    if resume:
-        logger.info(f"resumed: {resume}")
-    content = checkpoint.read(resume) if resume else None
+def train(task: tasks.Task, folder: RunFolder) -> bool:
+    """Train from the beginning, or on from a checkpoint; return whether it came to its end."""
+    model = task.network()
+    task.check(model)
+    content = read_checkpoint(task.cfg, folder)
     if goes_on(content):
-        check_same_run(arch, cfg, content)
-    scales = find_scales(arch, cfg, model, content)
+        check_same_run(task.cfg, content)
+    source = backbone.read(task.cfg) if task.cfg.MODEL.BACKBONE else None
+    scales = find_scales(task, model, content, source)
     if content is None:
-        if cfg.MODEL.FREEZE_BN and not cfg.MODEL.BACKBONE:
+        if task.cfg.MODEL.FREEZE_BN and source is None:
             raise UserError("MODEL.FREEZE_BN keeps the statistics of a --backbone, and none is given")
-        if scales is not None and cfg.TRAIN.CHANGE_INITIALIZATION:
-            repopt.initialize(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
-        if cfg.MODEL.BACKBONE:
-            backbone.load(arch, cfg, model)
-    return fit(arch, cfg, world, to_device(model, world), scales, folder, content)
+        if scales is not None and task.cfg.TRAIN.CHANGE_INITIALIZATION:
+            repopt.initialize(model, scales, identity=task.cfg.TRAIN.IDENTITY_INIT)
+        if source is not None:
+            backbone.load(task, model, source)
+    trainer = prepare(task, to_device(model, task.world), scales, folder, content)
+    del content, source  # as large as the network and its momenta
+    return fit(trainer)
 
 
-def keep_settings(cfg: CfgNode, world: World, folder: RunFolder) -> None:
-    """Write the configuration to the folder of its run."""
-    if world.is_main:
-        (folder.path / CONFIG).write_text(json.dumps(config.as_dict(cfg), indent=1) + "\n")
-
-
-def fit(
-    arch: Arch,
-    cfg: CfgNode,
-    world: World,
+def prepare(
+    task: tasks.Task,
     model: nn.Module,
     scales: Mapping[str, Tensor] | None,
     folder: RunFolder,
     content: Mapping[str, Any] | None,
-) -> bool:
-    """Train a model that is on its device, on from the content of a checkpoint where there is one.
-
-    Returns:
-        Whether it came to its end. It does not where a signal stopped it; then it is saved.
-    """
-    settings, task = config.as_dict(cfg), tasks.of(cfg)
-    train_loader, val_loader = task.train_loader(cfg, world), task.eval_loader(cfg, world)
+) -> Trainer:
+    """Return what trains a model that is on its device, on from the content of a checkpoint where there is one."""
+    cfg, world = task.cfg, task.world
+    train_loader, val_loader = task.train_loader(), task.eval_loader()
     if goes_on(content) and content.get("data") not in (None, train_loader.fingerprint):
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
-    state = training_state(arch, cfg, world, model, scales, batches=len(train_loader))
+    state: TrainingState = training_state(task, model, scales, batches=len(train_loader))
     state.data = train_loader.fingerprint
     if content is not None:
-        state.restore(content, rank=world.rank, processes=world.size)
+        state.load_state_dict(content, rank=world.rank, processes=world.size)
         logger.info(f"goes on after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
-    keep_settings(cfg, world, folder)
+    sizes = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_images": train_loader.num_images,
+        "test_images": val_loader.num_images,
+    }
+    run_record.write(task, folder, **sizes)
     logger.info(
-        f"{cfg.MODEL.ARCH}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-        f"{train_loader.num_images} training and {val_loader.num_images} test images"
+        f"{cfg.MODEL.ARCH}: {sizes['parameters'] / 1e6:.2f} M parameters, {train_loader.num_images} training and "
+        f"{val_loader.num_images} test images"
     )
-    training = Training(
+    return Trainer(
+        task,
         state,
-        distribute(task, cfg, world, model),
         train_loader,
         val_loader,
-        task.criterion(cfg),
-        forward=task.forward,
-        evaluate=task.evaluate(cfg),
-        measure=COLUMNS[cfg.TASK][0].title,
-        epochs=cfg.TRAIN.EPOCHS,
-        folder=folder,
-        config=settings,
-        world=world,
-        seed=cfg.SEED,
-        searching=arch.mode == "hs" and not cfg.QUANT.METHOD,
-        clip=clipping(arch, cfg, model, scales),
-        accumulation_steps=cfg.TRAIN.ACCUMULATION_STEPS,
-        ema_update_period=cfg.TRAIN.EMA_UPDATE_PERIOD,
-        eval_period=cfg.TEST.PERIOD,
-        save_period=cfg.SAVE_FREQ,
-        save_latest_period=cfg.SAVE_LATEST_FREQ,
-        save_every_minutes=cfg.SAVE_EVERY_MINUTES,
-        save_every_steps=cfg.SAVE_EVERY_STEPS,
-        most_skipped=cfg.TRAIN.MOST_SKIPPED_STEPS,
-        print_period=cfg.PRINT_FREQ,
+        folder,
+        model=distribute(task, model),
+        clip=clipping(task, model, scales),
+        searched=task.arch.mode == "hs" and not cfg.QUANT.METHOD,
     )
+
+
+def fit(trainer: Trainer) -> bool:
+    """Train; return whether it came to its end, or else a signal stopped it, and it is saved."""
     try:
-        training.run()
+        trainer.fit()
     except Interrupted as stopped:
         logger.info(stopped)
         return False

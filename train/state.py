@@ -10,6 +10,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from repopt.checkpoint import load_weights, state_dict_of
 from repopt.errors import UserError, one_line, shown
@@ -21,7 +22,7 @@ from train.precision import Precision
 class TrainingState:
     """Everything that a run needs to go on where it stopped.
 
-    No generator of random numbers is among it: each batch seeds them all by its place in the training (`Training`).
+    No generator of random numbers is among it: each batch seeds them all by its place in the training.
 
     Attributes:
         model: not wrapped in DDP.
@@ -29,7 +30,7 @@ class TrainingState:
         ema: moving average of the weights, or None.
         epoch: epochs done.
         seen: what of the next epoch is done, as its loader says (``Loader.position_after``); empty at its beginning.
-        skipped: steps that were left out because something was not finite.
+        skipped: steps that were skipped because something was not finite.
         max_accuracy, max_ema_accuracy: best score so far (top-1 of a classifier), in percent.
         data: fingerprint of the training images; None where it is not known.
     """
@@ -58,62 +59,72 @@ class TrainingState:
             for key, model in self.models().items()
         }
 
-    def content(
-        self, config: Mapping[str, Any], buffers: Sequence[Mapping[str, Mapping[str, Tensor]]] = ()
-    ) -> dict[str, Any]:
-        """A checkpoint with the entries of the published release, and ours.
+    def parts(self) -> dict[str, Stateful]:
+        """Return what saves and loads its own state, by its entry in a checkpoint."""
+        parts: dict[str, Stateful] = {
+            "model": _Weights(self.model),
+            "optimizer": _OptimizerState(self.optimizer),
+            "scaler": self.precision.scaler,
+        }
+        if self.ema is not None:
+            parts["ema"] = _Weights(self.ema.module)
+        return parts
 
-        Args:
-            config: of the run.
-            buffers: those of all processes by rank, where they differ.
-        """
-        content = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.schedule.state_dict(),
-            "max_accuracy": self.max_accuracy,
+    def state_dict(self) -> dict[str, Any]:
+        """Return the entries of the published release's checkpoints, and ours; tensors are not copied."""
+        content = {key: part.state_dict() for key, part in self.parts().items()} | {
+            "lr_scheduler": self.schedule.state_dict(),  # for others: the learning rate is a function of the step
             "epoch": self.epoch - 1,  # the last one done, as the published release counts
-            "config": dict(config),
-            "scaler": self.precision.scaler.state_dict(),
+            "max_accuracy": self.max_accuracy,
             "max_ema_accuracy": self.max_ema_accuracy,
             "skipped": self.skipped,
             "data": self.data,
             "seen": list(self.seen),
-            "buffers": list(buffers),
         }
-        if self.scales is not None:
-            content["scales"] = dict(self.scales)
-        if self.ema is not None:
-            content["ema"] = self.ema.module.state_dict()
-        return content
+        return content if self.scales is None else content | {"scales": dict(self.scales)}
 
-    def restore(self, content: Mapping[str, Any], *, rank: int = 0, processes: int = 1) -> None:
+    def load_state_dict(self, content: Mapping[str, Any], *, rank: int = 0, processes: int = 1) -> None:
         """Take over a checkpoint: all of a run, or the weights alone where it holds no optimizer.
 
-        The learning rate is a function of the step, so the state of the schedule is not read. Where the checkpoint was
-        made within an epoch by another number of processes, each takes the mean of their batch-norm statistics.
+        Args:
+            content: of `state_dict`, and under "buffers" what `buffers` gave in every process, by rank; where it was
+                made within an epoch by another number of processes, each takes the mean of their statistics.
+            rank, processes: of this run.
 
         Raises:
             UserError: it is not one of this model and optimizer.
         """
-        load_weights(self.model, state_dict_of(content))
-        if self.ema is not None:
-            average = content if isinstance(content.get("ema"), Mapping) else {"ema": self.model.state_dict()}
-            load_weights(self.ema.module, state_dict_of(average, "ema"))
+        parts, weights = self.parts(), state_dict_of(content)
+        parts.pop("model").load_state_dict(weights)
+        if average := parts.pop("ema", None):
+            average.load_state_dict(
+                state_dict_of(content, "ema") if isinstance(content.get("ema"), Mapping) else weights
+            )
         if "optimizer" not in content:
             return
-        _load_optimizer(self.optimizer, content["optimizer"])
-        self.epoch = int(_number(content, "epoch", -1, least=-1, most=2**31)) + 1
-        self.skipped = int(_number(content, "skipped", 0, least=0, most=2**62))
-        self.max_accuracy = _number(content, "max_accuracy", 0.0, least=0, most=100)
-        self.max_ema_accuracy = _number(content, "max_ema_accuracy", 0.0, least=0, most=100)
+        parts.pop("optimizer").load_state_dict(content["optimizer"])
+        self.epoch = int(_number(content, "epoch", -1, minimum=-1, maximum=2**31)) + 1
+        self.skipped = int(_number(content, "skipped", 0, minimum=0, maximum=2**62))
+        self.max_accuracy = _number(content, "max_accuracy", 0.0, minimum=0, maximum=100)
+        self.max_ema_accuracy = _number(content, "max_ema_accuracy", 0.0, minimum=0, maximum=100)
         self.seen = content.get("seen", ())
         try:
             if content.get("scaler", {}) != {}:
-                self.precision.scaler.load_state_dict(dict(content["scaler"]))
+                parts["scaler"].load_state_dict(dict(content["scaler"]))
             self._load_buffers(content.get("buffers", ()), rank, processes)
         except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise UserError(f"the checkpoint's record of its training cannot be read: {one_line(error)}") from None
+
+    def new_bests(self, scores: Mapping[str, float]) -> list[str]:
+        """Remember scores, by the keys of `models`, that are the best so far; return names of checkpoints for them."""
+        names = []
+        if scores["val"] > self.max_accuracy:
+            self.max_accuracy = scores["val"]
+            names.append("best_ckpt.pth")
+        if "ema" in scores and scores["ema"] > self.max_ema_accuracy:
+            self.max_ema_accuracy = scores["ema"]
+            names.append("best_ema_ckpt.pth")
+        return names
 
     @torch.no_grad()
     def _load_buffers(self, of_ranks: Sequence[Mapping[str, Mapping[str, Tensor]]], rank: int, processes: int) -> None:
@@ -129,34 +140,63 @@ class TrainingState:
                 buffer.copy_(values.mean(0) if values.is_floating_point() else values[0])
 
 
-def _number(content: Mapping[str, Any], key: str, default: float, *, least: int, most: int) -> float:
-    value = content.get(key, default)
-    if type(value) not in (int, float) or not least <= value <= most:
-        raise UserError(f"the checkpoint's {key} is {shown(value)}, not a number from {least} to {most}")
-    return value
+def count_steps(batches: int, accumulation_steps: int) -> int:
+    """Return the optimizer steps of an epoch; the last one takes what is left."""
+    return -(-batches // accumulation_steps)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Take over momenta; the hyper-parameters stay those that this run is configured with.
+class _Weights:
+    """A model whose state dict has to fit in every name and shape."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._model.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        load_weights(self._model, state_dict)
+
+
+class _OptimizerState:
+    """Momenta of an optimizer; its hyper-parameters stay those that this run is configured with.
 
     torch pairs states with parameters by position and looks at neither names nor shapes, so both are compared first.
     """
-    configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    try:
-        if not isinstance(state, Mapping):
-            raise TypeError(f"it is {shown(state)}")
-        for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            if saved.get("param_names", own["param_names"]) != own["param_names"]:
-                raise ValueError("its parameters have other names or another order")
-            for name, param, index in zip(own["param_names"], own["params"], saved["params"], strict=True):
-                for key, value in state["state"].get(index, {}).items():
-                    if not _is_state(key, value, param):
-                        raise ValueError(f"what it keeps of {name!r} as {shown(key)} is nothing of its shape and kind")
-        optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(f"the checkpoint's optimizer is not that of this run: {one_line(error)}") from None
-    for group, settings in zip(optimizer.param_groups, configured, strict=True):
-        group.update(settings)
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        groups = self._optimizer.param_groups
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        try:
+            if not isinstance(state_dict, Mapping):
+                raise TypeError(f"it is {shown(state_dict)}")
+            for own, saved in zip(groups, state_dict["param_groups"], strict=True):
+                if saved.get("param_names", own["param_names"]) != own["param_names"]:
+                    raise ValueError("its parameters have other names or another order")
+                for name, param, index in zip(own["param_names"], own["params"], saved["params"], strict=True):
+                    for key, value in state_dict["state"].get(index, {}).items():
+                        if not _is_state(key, value, param):
+                            raise ValueError(
+                                f"what it keeps of {name!r} as {shown(key)} is nothing of its shape and kind"
+                            )
+            self._optimizer.load_state_dict(dict(state_dict))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise UserError(f"the checkpoint's optimizer is not that of this run: {one_line(error)}") from None
+        for group, settings in zip(self._optimizer.param_groups, configured, strict=True):
+            group.update(settings)
+
+
+def _number(content: Mapping[str, Any], key: str, default: float, *, minimum: int, maximum: int) -> float:
+    value = content.get(key, default)
+    if type(value) not in (int, float) or not minimum <= value <= maximum:
+        raise UserError(f"the checkpoint's {key} is {shown(value)}, not a number from {minimum} to {maximum}")
+    return value
 
 
 def _is_state(key: object, value: object, param: Tensor) -> bool:

@@ -16,6 +16,7 @@ from repopt import checkpoint
 from repopt.errors import UserError, shown
 from repopt.models import Arch, list_models, parse_arch, same_arch
 from train import config, tasks
+from train.distributed import World
 
 if TYPE_CHECKING:
     from repopt import quantize
@@ -29,7 +30,7 @@ OF_NETWORK = [
 ]
 
 
-class Trained(NamedTuple):
+class LoadedCheckpoint(NamedTuple):
     """A checkpoint, and whose it is.
 
     Attributes:
@@ -45,16 +46,16 @@ class Trained(NamedTuple):
     content: Mapping[str, Any]
 
     def setting(self, key: str) -> Any:
-        """What the run that wrote it was configured with; None where it does not say."""
+        """Return what the run that wrote it was configured with; None where it does not say."""
         return config.lookup(self.content.get("config"), key)
 
     @property
     def quantized(self) -> bool:
-        """Whether it is of scripts/quantize.py."""
+        """Return whether it is of scripts/quantize.py."""
         return self.setting("QUANT.METHOD") is not None
 
     def network(self, num_classes: int | None = None) -> nn.Module:
-        """The trained network, in eval mode.
+        """Return the trained network, in eval mode.
 
         Args:
             num_classes: outputs of its classifier; None = as many as its weights say.
@@ -64,14 +65,14 @@ class Trained(NamedTuple):
         """
         if self.quantized:
             raise UserError(f"{self.path!r} holds a quantized network: give the checkpoint that it was made of")
-        with naming(self.path):
+        with error_context(self.path):
             weights = checkpoint.state_dict_of(self.content)
-            model = self._fresh(self._classes(weights) if num_classes is None else num_classes)
+            model = self._build(self._classes(weights) if num_classes is None else num_classes)
             repopt.load_weights(model, weights)
         return model.eval()
 
     def int8_network(self) -> quantize.Int8:
-        """The quantized network, for images of `image_size`.
+        """Return the quantized network, for images of `image_size`.
 
         Raises:
             UserError: the content is not what scripts/quantize.py writes.
@@ -80,13 +81,13 @@ class Trained(NamedTuple):
 
         cfg = self.settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET")
         images = torch.zeros(1, 3, *self.image_size)
-        observed = quantize.prepare(self._fresh(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
+        observed = quantize.prepare(self._build(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
         quantize.load(observed, checkpoint.state_dict_of(self.content))
         return quantize.convert(observed)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of what the network saw in evaluation; the default where nothing says it.
+        """Return height and width of what the network saw in evaluation; the default where nothing says it.
 
         Raises:
             UserError: the content says something else; or a detector, which has no such size.
@@ -97,20 +98,20 @@ class Trained(NamedTuple):
                 raise UserError(f"{self.path!r} holds the image_size {shown(size)}, not a height and a width")
             return size[0], size[1]
         cfg = self.settings("TASK", "DATA.IMG_SIZE", "DATA.TEST_SIZE", "SEGMENT.CROP", "SEGMENT.WINDOW")
-        return tasks.of(cfg).image_size(cfg)
+        return self._task(cfg).image_size()
 
     @property
     def multiple(self) -> int:
-        """Of which height and width of an image have to be."""
-        return tasks.of(self.settings("TASK")).multiple
+        """Return the number that height and width of an image have to be multiples of."""
+        return tasks.task_class(self.settings("TASK").TASK).multiple
 
     def settings(self, *keys: str) -> CfgNode:
-        """The defaults, and these keys as the content says, checked."""
+        """Return the defaults, and these keys as the content says, checked."""
         kept = {key: self.setting(key) for key in keys}
         return config.build({key: value for key, value in kept.items() if value is not None}).cfg
 
     def _classes(self, weights: Mapping[str, Tensor]) -> int:
-        """As the run was configured; of a classifier as its weights have them.
+        """Return the number of classes: as the run was configured; of a classifier as its weights have them.
 
         The classifier alone is of another shape in a network that has one output.
         """
@@ -118,19 +119,23 @@ class Trained(NamedTuple):
             return self.settings("MODEL.NUM_CLASSES").MODEL.NUM_CLASSES
         # Some of the libraries' networks cannot be made without values: they compute their widths with tensors.
         with torch.device("meta" if self.arch.model in list_models() else "cpu"):
-            own = self._fresh(1).state_dict()
+            own = self._build(1).state_dict()
         other = (weights[name] for name in own if name in weights and weights[name].shape != own[name].shape)
         sizes = {len(weight) for weight in other if weight.dim()}
         return sizes.pop() if len(sizes) == 1 else 1
 
-    def _fresh(self, num_classes: int) -> nn.Module:
+    def _build(self, num_classes: int) -> nn.Module:
         cfg = self.settings(*OF_NETWORK)
         cfg.MODEL.NUM_CLASSES = num_classes
-        return tasks.of(cfg).network(self.arch, cfg)
+        cfg.MODEL.ARCH = self.name
+        return self._task(cfg).network()
+
+    def _task(self, cfg: CfgNode) -> tasks.Task:
+        return tasks.create(cfg, World(0, 1, torch.device("cpu")))
 
 
-def read(path: str | os.PathLike[str], name: str | None = None, *, fallback: str | None = None) -> Trained:
-    """A checkpoint, ours or one that holds weights alone.
+def read(path: str | os.PathLike[str], name: str | None = None, *, fallback: str | None = None) -> LoadedCheckpoint:
+    """Read a checkpoint, ours or one that holds weights alone.
 
     Args:
         path: of the file.
@@ -141,20 +146,20 @@ def read(path: str | os.PathLike[str], name: str | None = None, *, fallback: str
         UserError: it is no checkpoint, or one of another architecture; or nothing says of which.
     """
     path, content = os.fspath(path), checkpoint.read(path)
-    with naming(path):
-        return _of(path, content, name, fallback)
+    with error_context(path):
+        return _parse(path, content, name, fallback)
 
 
 @contextmanager
-def naming(path: str) -> Iterator[None]:
-    """A mistake in what a file holds names the file."""
+def error_context(path: str) -> Iterator[None]:
+    """Let a mistake in what a file holds name the file."""
     try:
         yield
     except UserError as error:
         raise error if path in str(error) else UserError(f"{path!r}: {error}") from None
 
 
-def _of(path: str, content: Mapping[str, Any], name: str | None, fallback: str | None) -> Trained:
+def _parse(path: str, content: Mapping[str, Any], name: str | None, fallback: str | None) -> LoadedCheckpoint:
     own = config.lookup(content.get("config"), "MODEL.ARCH")
     if own is None:
         name = name or fallback
@@ -163,4 +168,4 @@ def _of(path: str, content: Mapping[str, Any], name: str | None, fallback: str |
     arch = parse_arch(str(own) if name is None else name)
     if own is not None and not same_arch(str(own), arch):
         raise UserError(f"{path!r} is a checkpoint of {shown(own)}, not of {name}")
-    return Trained(path, str(own) if name is None else name, arch, content)
+    return LoadedCheckpoint(path, str(own) if name is None else name, arch, content)

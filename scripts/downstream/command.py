@@ -19,12 +19,13 @@ def run_program(program: config.Program, argv: Sequence[str] | None) -> int:
         settings = config.parse(argv, program)
         from train.run import start  # torch and timm take seconds
 
-        if not start(settings, argv, program):
+        cfg = start(settings, argv, program)
+        if cfg is None:
             return INTERRUPTED
         if os.environ.get("RANK", "0") == "0":
             from downstream.pictures import draw
 
-            draw(settings.cfg)
+            draw(cfg)
         return DONE
 
     return run_command(program.name, command)

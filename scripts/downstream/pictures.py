@@ -19,7 +19,6 @@ import repopt
 from data import detection as of_boxes
 from data import segmentation as of_labels
 from repopt import checkpoint, segmentation
-from repopt.models import parse_arch
 from train import config, tasks
 from train.distributed import World
 from train.files import PREDICTIONS
@@ -39,11 +38,11 @@ Rows = dict[str, list[Tensor]]  # uint8 (3, H, W) by what they show
 def draw(cfg: CfgNode) -> None:
     """Draw what the newest checkpoint of a run predicts, or the one that was evaluated."""
     here = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    task = tasks.of(cfg)
-    model = to_device(task.network(parse_arch(cfg.MODEL.ARCH), cfg), here)
+    task = tasks.create(cfg, here)
+    model = to_device(task.network(), here)
     path = cfg.MODEL.RESUME if cfg.EVAL_MODE else Path(cfg.OUTPUT, "latest.pth")
     repopt.load_weights(model, checkpoint.state_dict_of(checkpoint.read(path)))
-    rows = DRAWN[cfg.TASK](cfg, model.eval(), task.eval_loader(cfg, here, split="val", most=IMAGES))
+    rows = DRAWN[cfg.TASK](cfg, model.eval(), task.eval_loader(split="val", most=IMAGES))
     columns = len(next(iter(rows.values())))
     figure, axes = plt.subplots(len(rows), columns, figsize=(2.4 * columns, 2.6 * len(rows)), squeeze=False)
     for of_row, (title, pictures) in zip(axes, rows.items(), strict=True):

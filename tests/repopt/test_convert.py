@@ -11,11 +11,11 @@ import pytest
 import timm
 import torch
 from check_equivalency import BOUND, SETTINGS, SIGNS, largest_difference
-from test_engine import run_epoch
 from timm.models.byobnet import ByoBlockCfg, MobileOneBlock, RepVggBlock
 from timm.models.repghost import RepGhostModule
 from timm.utils import reparameterize_model
 from torch import nn
+from train_helpers import run_epoch
 
 import data
 import repopt

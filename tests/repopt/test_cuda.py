@@ -5,10 +5,10 @@ Tests that take the fixture `device` are true on a CPU as well: REPOPT_TEST_DEVI
 
 import copy
 import functools
-import itertools
 import re
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,16 +20,18 @@ from measure import device as of_the_device
 from measure.data import resident_loader
 from measure.infer import as_if_trained
 from torch import nn
+from train_helpers import run_epoch
 
 import repopt
 from main_repopt import DONE, INTERRUPTED, main
 from repopt import quantize
 from repopt.optim import RULES
 from train.compilation import COMPILE_MODES, compiled
-from train.epoch import train_one_epoch
+from train.distributed import World
+from train.nonfinite import NonFiniteGuard
 from train.parallel import average_statistics, data_parallel
 from train.precision import Precision
-from train.safeguard import Safeguard
+from train.trainer import Trainer
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
@@ -79,16 +81,10 @@ class Ingredients:
     def train(self, batches, called=None, **hooks):
         """The mean loss of so many batches of 32 images."""
         pixels = np.random.default_rng(0).integers(0, 256, (batches * 32, 32, 32, 3), dtype=np.uint8)
-        return train_one_epoch(
-            called or self.model,
-            resident_loader("cf100", pixels, self.precision.device, batch_size=32),
-            nn.CrossEntropyLoss(),
-            self.optimizer,
-            batches=batches,
-            precision=self.precision,
-            clip=self.clip,
-            **hooks,
-        )
+        loader = resident_loader("cf100", pixels, self.precision.device, batch_size=32)
+        world = World(0, 1, self.precision.device)
+        settings = {"model": called, "precision": self.precision, "clip": self.clip, "world": world}
+        return run_epoch(self.model, loader, self.optimizer, **settings, **hooks)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -149,21 +145,13 @@ def test_a_compiled_step_in_a_cuda_graph(rate):
 
 
 @pytest.mark.parametrize("mode", ["hs", "target"])
-def test_nothing_waits_for_the_device(mode):
+def test_nothing_waits_for_the_device(monkeypatch, mode):
     """Between two reports a training only gives the device work."""
-    batches, done = 8, itertools.count(1)
-
-    def before_batch(number):  # the first steps make state, and compile
-        torch.cuda.set_sync_debug_mode("error" if number >= 4 else "default")
-
-    def after_batch():
-        if next(done) == batches:
-            torch.cuda.set_sync_debug_mode("default")
-
+    schedule = mock.Mock()  # the first steps make state, and compile
+    schedule.step_update = lambda step: torch.cuda.set_sync_debug_mode("error" if step >= 4 else "default")
+    monkeypatch.setattr(Trainer, "report", lambda trainer, step: torch.cuda.set_sync_debug_mode("default"))
     try:
-        Ingredients(mode, CUDA, torch.bfloat16).train(
-            batches, before_batch=before_batch, after_batch=after_batch, report_every=100
-        )
+        Ingredients(mode, CUDA, torch.bfloat16).train(8, schedule=schedule, PRINT_FREQ=100)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -174,13 +162,13 @@ def test_a_step_that_is_not_finite_is_left_out(dtype, device):
         pytest.skip("CPUs have no fp16 training")
     of = Ingredients("target", device, dtype)
     model, scaler = of.model, of.precision.scaler
-    guard = Safeguard(model, of.optimizer, device)
+    guard = NonFiniteGuard(model, of.optimizer, device)
     images, labels = torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device)
     for bad in (False, False, True, False):
         before = copy.deepcopy(model.state_dict())
         with of.precision.autocast():
             loss = nn.functional.cross_entropy(model(images * (torch.inf if bad else 1.0)), labels)
-        scaler.scale(guard.poison(loss)).backward()
+        scaler.scale(guard.nan_if_not_finite(loss)).backward()
         scaler.unscale_(of.optimizer)
         guard.step(of.clip())
         scaler.update()
@@ -220,12 +208,12 @@ def test_quantization_by_training_on(device):
     observed = quantize.prepare(model, images, "qat", "default")
     quantize.calibrate(observed, [images])
     optimizer = repopt.build_optimizer("sgd", observed, scales_of(model, torch.float32), **SETTINGS)
-    guard = Safeguard(observed, optimizer, device)
+    guard = NonFiniteGuard(observed, optimizer, device)
     losses = []
     for bad in (False, True, False):
         before = copy.deepcopy(observed.state_dict())
         loss = nn.functional.cross_entropy(observed.train()(images * (torch.inf if bad else 1.0)), labels)
-        guard.poison(loss).backward()
+        guard.nan_if_not_finite(loss).backward()
         guard.step(None)
         optimizer.zero_grad()
         losses.append(loss.item())

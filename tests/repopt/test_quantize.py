@@ -16,8 +16,8 @@ from torch import nn
 import repopt
 from repopt import export, quantize
 from repopt.errors import UserError
+from train.nonfinite import NonFiniteGuard
 from train.parallel import average_statistics, data_parallel
-from train.safeguard import Safeguard
 
 CPU = torch.device("cpu")
 SMALL = {"layers": (2, 1, 1, 1), "widths": (0.2, 0.2, 0.2, 0.2)}
@@ -254,13 +254,13 @@ class TestTraining:
         """A step is done, or left out, with images that are channels_last."""
         x = images().contiguous(memory_format=torch.channels_last)
         observed = calibrated(network().to(memory_format=torch.channels_last), "qat", x=x).train()
-        safeguard = Safeguard(observed, optimizer := repopt.build_optimizer("sgd", observed, lr=0.1), CPU)
+        guard = NonFiniteGuard(observed, optimizer := repopt.build_optimizer("sgd", observed, lr=0.1), CPU)
         before = copy.deepcopy(observed.state_dict())
         for loss_of, skipped in ((lambda y: y.mean() + math.inf, 1), (torch.mean, 0)):
-            safeguard.poison(loss_of(observed(x))).backward()
-            safeguard.step(None)
+            guard.nan_if_not_finite(loss_of(observed(x))).backward()
+            guard.step(None)
             optimizer.zero_grad()
-            assert safeguard.skipped() == (1, skipped)
+            assert guard.skipped() == (1, skipped)
             changed = any(not torch.equal(value, before[name]) for name, value in observed.state_dict().items())
             assert changed is not bool(skipped)
 

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 import repopt
 from repopt import checkpoint
 from repopt.errors import UserError
-from train.run_folder import RunFolder
+from train.checkpoint import RunFolder
 
 NANO = "RepOpt-VGG-nano"
 
@@ -202,13 +202,13 @@ def test_a_changed_bit_is_found(tmp_path, weights, place):
 
 def test_the_newest_whole_checkpoint_is_found_through_gaps(tmp_path):
     folder = RunFolder(tmp_path)
-    assert folder.resumable() is None
+    assert folder.newest() is None
     for number in (7, 3):
         checkpoint.write({"epoch": number}, tmp_path / f"latest_{number}.pth")
     (tmp_path / "latest_x.pth").write_bytes(b"of somebody else")
-    assert folder.resumable() == tmp_path / "latest_3.pth"
+    assert folder.newest()[0] == tmp_path / "latest_3.pth"
     (tmp_path / "latest_1.pth").write_bytes(b"damaged")
-    assert folder.resumable() == tmp_path / "latest_3.pth"
+    assert folder.newest()[0] == tmp_path / "latest_3.pth"
     assert (tmp_path / "latest_1.pth.damaged").read_bytes() == b"damaged"
 
 

@@ -121,16 +121,16 @@ def test_two_processes_are_one_that_accumulates(search, tmp_path):
             assert (value - two[name]).abs().max() < 2e-3 * scale, name
 
 
-def entrance(monkeypatch, *arguments):
-    """What a command line hands to `engine.Training`."""
-    handed = {}
-    monkeypatch.setattr("train.training.Training.run", lambda training: handed.update(vars(training)))
+def trainer_of(monkeypatch, *arguments):
+    """The trainer that a command line makes, which does not train."""
+    made = []
+    monkeypatch.setattr("train.trainer.Trainer.fit", lambda trainer: made.append(trainer))
     assert main(*arguments) == 0
-    return handed
+    return made[0]
 
 
 @pytest.mark.parametrize("identity", ["searched", "one"])
-def test_what_the_entrance_hands_over(monkeypatch, search, tmp_path, identity):
+def test_what_a_command_line_makes(monkeypatch, search, tmp_path, identity):
     options = [*DIGITS, "DATA.BATCH_SIZE", 30, "TRAIN.EPOCHS", 6, "TRAIN.BASE_LR", 0.5, "TRAIN.WARMUP_LR", 0.1]
     options += [
         "TRAIN.MIN_LR",
@@ -144,13 +144,12 @@ def test_what_the_entrance_hands_over(monkeypatch, search, tmp_path, identity):
     ]
     options += ["TRAIN.OPTIMIZER.MOMENTUM", 0.8, "TRAIN.CLIP_GRAD", 2.0, "TRAIN.EMA_ALPHA", 0.001, "SEED", 5]
     options += ["TRAIN.IDENTITY_INIT", identity, "TRAIN.EMA_UPDATE_PERIOD", 4, "SAVE_FREQ", 3, "TEST.PERIOD", 2]
-    options += ["SAVE_LATEST_FREQ", 7]
     scales_path = search / "scales.pth"
-    handed = entrance(
+    trainer = trainer_of(
         monkeypatch, "--arch", TARGET, "--output", tmp_path, "--scales-path", scales_path, "--accumulation-steps", 3,
         "--opts", *options,
     )  # fmt: skip
-    state, per_256 = handed["state"], 90 / 256
+    state, per_256 = trainer.state, 90 / 256
     assert isinstance(state.optimizer, repopt.RepSGD)
     decayed, rest = state.optimizer.param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.01, 0.0)
@@ -159,11 +158,9 @@ def test_what_the_entrance_hands_over(monkeypatch, search, tmp_path, identity):
     assert decayed["initial_lr"] == pytest.approx(0.5 * per_256)
     assert (schedule.warmup_lr_init, schedule.lr_min) == pytest.approx((0.1 * per_256, 0.05 * per_256))
     assert (schedule.t_initial, schedule.warmup_t) == (6 * 4, 2 * 4)  # 10 batches an epoch are 4 steps
-    assert handed["criterion"].label_smoothing == 0.2
+    assert trainer.task.criterion.label_smoothing == 0.2
     assert state.ema.decay == pytest.approx(1 - 0.001 * 90 * 4 / 6)
-    names = ("epochs", "accumulation_steps", "ema_update_period", "eval_period", "save_period", "save_latest_period")
-    assert [handed[name] for name in names] == [6, 3, 4, 2, 3, 7]
-    assert not handed["searching"]
+    assert not trainer.searched
     scales = repopt.load_scales(scales_path)
     torch.manual_seed(5)
     expected = repopt.create_model("RepOpt-VGG-nano", mode="target", num_classes=10)
@@ -175,7 +172,7 @@ def test_what_the_entrance_hands_over(monkeypatch, search, tmp_path, identity):
     for parameter, other in zip(state.model.parameters(), expected.parameters(), strict=True):
         other.grad = parameter.grad.clone()
     mults = repopt.grad_mults(expected, scales, degree=1)
-    torch.testing.assert_close(handed["clip"](), repopt.clip_grad_norm_(expected.named_parameters(), 2.0, mults))
+    torch.testing.assert_close(trainer.clip(), repopt.clip_grad_norm_(expected.named_parameters(), 2.0, mults))
     for parameter, other in zip(state.model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad)
 
@@ -200,17 +197,17 @@ def test_adamw_search_and_evaluation_settings(monkeypatch, tmp_path):
         "DATA.NUM_WORKERS",
         0,
     ]
-    handed = entrance(
+    trainer = trainer_of(
         monkeypatch, "--arch", HS, "--output", tmp_path, "--data-path", root, "--batch-size", 4, "--opts", *options
     )
     assert (calls["image_size"], calls["crop"], calls["batch_size"]) == (96, True, 3)
     assert (calls["interpolation"], calls["num_classes"], calls["source"].root) == ("bicubic", 2, str(root))
-    group = handed["state"].optimizer.param_groups[0]
-    assert type(handed["state"].optimizer) is torch.optim.AdamW
+    group = trainer.state.optimizer.param_groups[0]
+    assert type(trainer.state.optimizer) is torch.optim.AdamW
     assert (group["eps"], group["betas"]) == (1e-6, (0.8, 0.9))
-    assert handed["criterion"].label_smoothing == 0.0  # mixup's targets are smoothed already
-    assert handed["searching"]
-    assert handed["clip"] is None
+    assert trainer.task.criterion.label_smoothing == 0.0  # mixup's targets are smoothed already
+    assert trainer.searched
+    assert trainer.clip is None
 
 
 def test_a_run_keeps_the_scales_that_it_began_with(search, tmp_path, capsys):

@@ -356,9 +356,10 @@ def test_several_processes_train_networks_of_timm(monkeypatch, arch):
     """One has no buffers; the batch norms of the other hold its activations, which synchronised ones have to keep."""
     monkeypatch.setattr(build, "data_parallel", lambda model, device: model)
     cfg = config.build({"TASK": "classify", "DATA.IMG_SIZE": 64, "MODEL.NUM_CLASSES": 3}).cfg
-    task, model = tasks.of(cfg), repopt.create_model(arch, mode="plain", num_classes=3)
+    task = tasks.create(cfg, World(0, 2, torch.device("cpu")))
+    model = repopt.create_model(arch, mode="plain", num_classes=3)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    trained = build.distribute(task, cfg, World(0, 2, torch.device("cpu")), model)
+    trained = build.distribute(task, model)
     assert trained is model
     assert same(before, dict(model.named_buffers()))
     synchronised = build.convert_sync_batchnorm(repopt.create_model(arch, mode="plain", num_classes=3))

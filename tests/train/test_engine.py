@@ -9,33 +9,30 @@ import random
 import shutil
 import signal
 from pathlib import Path
-from typing import ClassVar
+from unittest import mock
 
 import numpy
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from train_helpers import CPU, Batches, Listed, Reports, run_epoch, trainer
 
 import repopt
 from repopt import checkpoint
 from repopt.errors import UserError
 from train import interruption
+from train.checkpoint import RunFolder
 from train.compilation import compiled
 from train.distributed import Vote, World
-from train.epoch import train_one_epoch
 from train.evaluation.classification import evaluate
 from train.interruption import Interrupted
 from train.logging import Metrics
+from train.nonfinite import NonFiniteGuard
 from train.precision import Precision
-from train.run_folder import RunFolder
-from train.safeguard import Safeguard
 from train.schedule import build_schedule
 from train.state import TrainingState
 from train.throughput import measure_throughput
-from train.training import Training
-
-CPU = torch.device("cpu")
 
 
 def network(seed=0, dropout=0.0):
@@ -44,59 +41,16 @@ def network(seed=0, dropout=0.0):
     return nn.Sequential(*layers).double()
 
 
-class Batches:
-    """A loader whose batches depend on the epoch; where it stands in it is the number of batches done."""
-
-    unreadable: ClassVar = {}
-
-    def __init__(self, count=5, size=6, classes=4):
-        self.count, self.size, self.classes, self.epoch, self.done = count, size, classes, 0, 0
-        self.images_per_batch = size
-
-    def __len__(self):
-        return self.count - self.done
-
-    def set_epoch(self, epoch, seen=()):
-        self.epoch, self.done = epoch, sum(seen)
-
-    @property
-    def images_seen(self):
-        return self.done * self.size
-
-    def position_after(self, batches):
-        return [self.done + batches]
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.epoch)
-        for batch in range(self.count):
-            images = torch.randn(self.size, 3, 2, 2, generator=generator, dtype=torch.float64)
-            targets = torch.randint(self.classes, (self.size,), generator=generator)
-            if batch >= self.done:
-                yield images, targets
-
-
 def assert_same(a, b):
     for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14, msg=name)
 
 
-def run_epoch(model, loader, optimizer, **arguments):
-    return train_one_epoch(
-        model,
-        loader,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        batches=len(loader),
-        precision=Precision(CPU),
-        **arguments,
-    )
-
-
 def test_an_epoch_is_the_plain_loop():
     a, b, loader = network(), network(), Batches()
-    reports = []
+    reports = Reports()
     optimizer = torch.optim.SGD(a.parameters(), lr=0.1, momentum=0.9)
-    mean = run_epoch(a, loader, optimizer, report=reports.append, report_every=2)
+    mean = run_epoch(a, loader, optimizer, reports=reports, PRINT_FREQ=2)
     optimizer, losses = torch.optim.SGD(b.parameters(), lr=0.1, momentum=0.9), []
     for images, targets in loader:
         loss = nn.functional.cross_entropy(b(images), targets)
@@ -106,22 +60,17 @@ def test_an_epoch_is_the_plain_loop():
         losses.append(loss.item())
     assert_same(a, b)
     assert mean == pytest.approx(sum(losses) / 5, rel=1e-6)
-    assert [r.batch for r in reports] == [2, 4, 5]
-    for report, part in zip(reports, (losses[:2], losses[2:4], losses[4:]), strict=True):
-        assert report.loss == pytest.approx(sum(part) / len(part), rel=1e-6)
+    assert reports.steps == [2, 4, 5]
+    for report, part in zip(reports.numbers, (losses[:2], losses[2:4], losses[4:]), strict=True):
+        assert report["loss"] == pytest.approx(sum(part) / len(part), rel=1e-6)
 
 
 @pytest.mark.parametrize("accumulation", [2, 3, 4, 7])
 def test_accumulated_gradients_are_means_over_their_window(accumulation):
     a, b, loader = network(), network(), Batches(count=5)
-    steps = []
-    run_epoch(
-        a,
-        loader,
-        torch.optim.SGD(a.parameters(), lr=0.1),
-        accumulation_steps=accumulation,
-        after_step=lambda *numbers: steps.append(numbers),
-    )
+    schedule = mock.Mock()
+    optimizer = torch.optim.SGD(a.parameters(), lr=0.1)
+    run_epoch(a, loader, optimizer, schedule=schedule, TRAIN__ACCUMULATION_STEPS=accumulation)
     optimizer, batches = torch.optim.SGD(b.parameters(), lr=0.1), list(loader)
     windows = [batches[i : i + accumulation] for i in range(0, 5, accumulation)]
     for window in windows:
@@ -129,33 +78,26 @@ def test_accumulated_gradients_are_means_over_their_window(accumulation):
         torch.stack([nn.functional.cross_entropy(b(x), y) for x, y in window]).mean().backward()
         optimizer.step()
     assert_same(a, b)
-    ends = [min(5, accumulation * number) for number in range(1, len(windows) + 1)]
-    assert steps == list(zip(range(1, len(windows) + 1), ends, strict=True))
+    assert schedule.step_update.mock_calls == [mock.call(step) for step in range(len(windows))]
 
 
 def test_clip_and_schedule_are_called_in_order():
-    model, calls = network(), []
+    model, calls, reports = network(), [], Reports()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    reports = []
 
     def clip():
         calls.append("clip")
         return torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
 
-    run_epoch(
-        model,
-        Batches(count=2),
-        optimizer,
-        first_step=10,
-        clip=clip,
-        before_step=lambda step: calls.append(f"before {step}"),
-        after_step=lambda step, done: calls.append(f"after {step}"),
-        after_batch=lambda: calls.append("batch"),
-        report=reports.append,
-    )
-    assert calls == ["before 10", "clip", "batch", "after 11", "before 11", "clip", "batch", "after 12"]
-    assert reports[-1].grad_norm > 0.01
-    assert reports[-1].step == 12
+    schedule = mock.Mock()
+    schedule.step_update.side_effect = lambda step: calls.append(f"schedule {step}")
+    state = TrainingState(model, optimizer, schedule, Precision(CPU), epoch=5)
+    training = trainer(state, Batches(count=2), clip=clip)
+    training.metrics = reports
+    training.train_epoch()
+    assert calls == ["schedule 10", "clip", "schedule 11", "clip"]
+    assert reports.numbers[-1]["grad_norm"] > 0.01
+    assert reports.steps[-1] == 12
 
 
 @pytest.mark.parametrize("classes", [4, 10])
@@ -220,32 +162,22 @@ def make_state(model, *, average=True):
     return TrainingState(model, optimizer, schedule, Precision(CPU), ema=ema)
 
 
-def fit(state, folder, epochs, *, loader=None, val_loader=None, criterion=nn.functional.cross_entropy, **arguments):
+def fit(state, folder, epochs, **arguments):
     folder.mkdir(exist_ok=True)
-    Training(
-        state,
-        state.model,
-        loader or Batches(),
-        val_loader or Batches(count=2),
-        criterion,
-        epochs=epochs,
-        folder=RunFolder(folder),
-        config={"TAG": "t"},
-        **{"world": World(0, 1, CPU), **arguments},
-    ).run()
+    trainer(state, folder=folder, TRAIN__EPOCHS=epochs, **arguments).fit()
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
     whole = make_state(network(dropout=0.3))
-    fit(whole, tmp_path / "whole", 4, ema_update_period=2)
+    fit(whole, tmp_path / "whole", 4, TRAIN__EMA_UPDATE_PERIOD=2)
     first = make_state(network(dropout=0.3))
-    fit(first, tmp_path / "part", 2, ema_update_period=2)
+    fit(first, tmp_path / "part", 2, TRAIN__EMA_UPDATE_PERIOD=2)
     with (tmp_path / "part" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "tra')  # it was killed while writing
     second = make_state(network(seed=9, dropout=0.3))
-    second.restore(checkpoint.read(tmp_path / "part" / "latest.pth"))
+    second.load_state_dict(checkpoint.read(tmp_path / "part" / "latest.pth"))
     assert second.epoch == 2
-    fit(second, tmp_path / "part", 4, ema_update_period=2)
+    fit(second, tmp_path / "part", 4, TRAIN__EMA_UPDATE_PERIOD=2)
     for a, b in ((whole.model, second.model), (whole.ema.module, second.ema.module)):
         for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
             assert torch.equal(p, q), name
@@ -255,7 +187,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
 
 
 def test_randomness_differs_by_batch_epoch_and_process(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.training.average_statistics", lambda model: None)
+    monkeypatch.setattr("train.trainer.average_statistics", lambda model: None)
     drawn = []
 
     def draw():
@@ -268,31 +200,32 @@ def test_randomness_differs_by_batch_epoch_and_process(tmp_path, monkeypatch):
 
 
 def test_the_moving_average():
-    model = network()
-    state = make_state(model)
-    expected = [value.clone() for value in model.state_dict().values()]
-    optimizer = state.optimizer
-
-    def update(step, done):
+    a, b = network(), network()
+    state = make_state(a)
+    expected = [value.clone() for value in b.state_dict().values()]
+    run_epoch(a, Batches(count=6), state.optimizer, ema=state.ema, TRAIN__EMA_UPDATE_PERIOD=2)
+    optimizer = torch.optim.SGD(b.parameters(), lr=0.0, momentum=0.9)
+    optimizer.param_groups[0]["lr"] = state.optimizer.param_groups[0]["lr"]
+    for step, (images, targets) in enumerate(Batches(count=6), start=1):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(b(images), targets).backward()
+        optimizer.step()
         if step % 2 == 0:
-            state.ema.update(model)
-            for average, value in zip(expected, model.state_dict().values(), strict=True):
+            for average, value in zip(expected, b.state_dict().values(), strict=True):
                 average.copy_(0.8 * average + 0.2 * value if value.is_floating_point() else value)
-
-    run_epoch(model, Batches(count=6), optimizer, after_step=update)
     for found, average in zip(state.ema.module.state_dict().values(), expected, strict=True):
         torch.testing.assert_close(found, average, rtol=1e-12, atol=1e-14)
 
 
 def test_files_of_a_run(tmp_path):
     state = make_state(network(), average=False)
-    fit(state, tmp_path / "run", 4, save_period=3, eval_period=3)
+    fit(state, tmp_path / "run", 4, SAVE_FREQ=3, TEST__PERIOD=3)
     names = {path.name for path in Path(tmp_path / "run").iterdir() if "tfevents" not in path.name}
     checkpoints = {"latest.pth", "latest_1.pth", "best_ckpt.pth", "ckpt_epoch_2.pth", "ckpt_epoch_3.pth"}
     assert names == checkpoints | {"metrics.jsonl"}
     content = checkpoint.read(tmp_path / "run" / "latest.pth")
     assert {"model", "optimizer", "lr_scheduler", "max_accuracy", "epoch", "config"} <= content.keys()
-    assert (content["epoch"], content["config"]) == (3, {"TAG": "t"})
+    assert (content["epoch"], content["config"]["TEST"]) == (3, {"CROP": False, "PERIOD": 3})
     assert any("tfevents" in path.name for path in (tmp_path / "run").iterdir())
 
 
@@ -306,7 +239,7 @@ def test_a_training_that_is_saved_less_often_goes_on_from_the_last_time(tmp_path
         return losses[-1]
 
     def train(name, state, **arguments):
-        fit(state, tmp_path / name, 5, save_latest_period=2, eval_period=5, **arguments)
+        fit(state, tmp_path / name, 5, SAVE_EVERY_MINUTES=1e4, SAVE_FREQ=2, TEST__PERIOD=5, **arguments)
 
     def saved(name):
         return checkpoint.read(tmp_path / name / "latest.pth")
@@ -316,7 +249,7 @@ def test_a_training_that_is_saved_less_often_goes_on_from_the_last_time(tmp_path
         train("part", make_state(network(dropout=0.3)), criterion=killed_in_the_fourth_epoch)
     assert not (tmp_path / "part" / "latest_1.pth").exists()
     state = make_state(network(seed=9, dropout=0.3))
-    state.restore(saved("part"))
+    state.load_state_dict(saved("part"))
     assert state.epoch == 2
     train("part", state)
     whole, part = saved("whole"), saved("part")
@@ -327,10 +260,10 @@ def test_a_training_that_is_saved_less_often_goes_on_from_the_last_time(tmp_path
 
 def test_checkpoints_of_another_training_are_refused(tmp_path):
     state = make_state(network())
-    content = state.content({})
+    content = state.state_dict()
     adam = torch.optim.AdamW([{"params": [p]} for p in network().parameters()])
     with pytest.raises(UserError, match="optimizer is not that of this run"):
-        make_state(network()).restore(content | {"optimizer": adam.state_dict()})
+        make_state(network()).load_state_dict(content | {"optimizer": adam.state_dict()})
 
 
 @pytest.mark.parametrize(
@@ -353,11 +286,11 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
 def test_damaged_optimizer_states_are_refused(damage):
     state = make_state(network())
     run_epoch(state.model, Batches(), state.optimizer)
-    content = copy.deepcopy(state.content({}))
-    make_state(network()).restore(copy.deepcopy(content))
+    content = copy.deepcopy(state.state_dict())
+    make_state(network()).load_state_dict(copy.deepcopy(content))
     damage(content["optimizer"])
     with pytest.raises(UserError, match="optimizer is not that of this run"):
-        make_state(network()).restore(content)
+        make_state(network()).load_state_dict(content)
 
 
 @pytest.mark.parametrize(
@@ -384,16 +317,16 @@ def test_damaged_optimizer_states_are_refused(damage):
 )
 def test_odd_records_of_a_training_are_refused_in_one_line(odd):
     with pytest.raises(UserError) as error:
-        make_state(network()).restore(make_state(network()).content({}) | odd)
+        make_state(network()).load_state_dict(make_state(network()).state_dict() | odd)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
 
 
 def test_the_configuration_wins_over_the_checkpoint():
-    content = make_state(network()).content({})
+    content = make_state(network()).state_dict()
     state = make_state(network())
     state.optimizer.param_groups[0]["weight_decay"] = 0.3
-    state.restore(content)
+    state.load_state_dict(content)
     assert state.optimizer.param_groups[0]["weight_decay"] == 0.3
 
 
@@ -401,7 +334,7 @@ def test_the_configuration_wins_over_the_checkpoint():
 def test_weights_alone_start_a_training(key):
     weights = network(seed=3).state_dict()
     state = make_state(network())
-    state.restore({key: weights, "ema": None})
+    state.load_state_dict({key: weights, "ema": None})
     assert state.epoch == 0
     for model in state.models().values():
         assert torch.equal(model[1].weight, weights["1.weight"])
@@ -415,7 +348,7 @@ def test_a_diverged_training_stops_and_keeps_what_was_good(tmp_path):
         fit(state, tmp_path / "run", 4)
     state.epoch = 1
     with pytest.raises(UserError, match=r"diverged in epoch 2: .* in 5 steps in a row, .* good checkpoint is .*latest"):
-        fit(state, tmp_path / "run", 4, most_skipped=5)
+        fit(state, tmp_path / "run", 4, TRAIN__MOST_SKIPPED_STEPS=5)
     kept = checkpoint.read(tmp_path / "run" / "latest.pth")
     assert kept["epoch"] == 0
     assert torch.isfinite(kept["model"]["1.weight"]).all()
@@ -441,6 +374,11 @@ class Spoiled(Batches):
                 yield images * math.inf, targets
 
 
+class SpoiledFloats(Spoiled):
+    def __iter__(self):
+        return ((images.float(), targets) for images, targets in super().__iter__())
+
+
 def build(name, model):
     settings = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
     if name == "torch, not fused":
@@ -452,15 +390,14 @@ def build(name, model):
 @pytest.mark.parametrize("clips", [False, True])
 def test_steps_that_are_not_finite_are_as_if_they_had_not_been(name, clips):
     a, b = network(), network()
-    reports = []
     for model, missing in ((a, True), (b, False)):
         clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), 0.5) if clips else None
-        loader = Spoiled({0, 3, 4, 7}, missing)
-        mean = run_epoch(model, loader, build(name, model), clip=clip, report=reports.append, report_every=3)
+        loader, reports = Spoiled({0, 3, 4, 7}, missing), Reports()
+        mean = run_epoch(model, loader, build(name, model), clip=clip, reports=reports, PRINT_FREQ=3)
     for (key, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert torch.equal(p, q), key
     assert math.isfinite(mean)
-    assert [(r.skipped, r.skipped_in_a_row) for r in reports[-3:]] == [(1, 0), (3, 0), (4, 1)]
+    assert [numbers["skipped_steps"] for numbers in reports.numbers] == [1, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "torch, not fused"])
@@ -477,7 +414,7 @@ def test_the_device_is_asked_only_where_something_is_reported(monkeypatch, name)
         clip = functools.partial(repopt.clip_grad_norm_, list(model.named_parameters()), 0.5, {})
         optimizer = build(name, model)
         asked.clear()
-        run_epoch(model, loader, optimizer, clip=clip, report_every=100)
+        run_epoch(model, loader, optimizer, clip=clip, PRINT_FREQ=100)
         counts.append(len(asked))
     assert (counts[0] == counts[1]) is (name != "torch, not fused")
 
@@ -489,9 +426,9 @@ def test_a_loss_that_is_not_finite_counts_though_its_gradients_are():
         calls.append(1)
         return nn.functional.cross_entropy(logits, targets) + (math.inf if len(calls) == 2 else 0.0)
 
-    safeguard = Safeguard(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1), CPU)
-    train_one_epoch(model, Batches(), criterion, optimizer, batches=5, precision=Precision(CPU), safeguard=safeguard)
-    assert safeguard.skipped() == (1, 0)
+    reports = Reports()
+    run_epoch(model, Batches(), torch.optim.SGD(model.parameters(), lr=0.1), criterion=criterion, reports=reports)
+    assert reports.numbers[-1]["skipped_steps"] == 1
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -499,7 +436,7 @@ def test_buffers_of_any_layout_stay_what_the_last_good_step_left(layout):
     """As they are now, not as they were when the training began."""
     model = nn.Linear(2, 2)
     model.register_buffer("seen", torch.randn(2, 3, 4, 5).contiguous(memory_format=layout))
-    safeguard = Safeguard(model, torch.optim.SGD(model.parameters(), fused=True), CPU)
+    safeguard = NonFiniteGuard(model, torch.optim.SGD(model.parameters(), fused=True), CPU)
     for norm in (1.0, math.inf, 1.0):
         before = model.seen.clone()
         model.seen += 1
@@ -512,7 +449,7 @@ def test_skipped_steps_are_counted_through_restarts(tmp_path):
     state = make_state(network())
     fit(state, tmp_path / "run", 1, loader=Spoiled({1, 2}, missing=False))
     resumed = make_state(network())
-    resumed.restore(checkpoint.read(tmp_path / "run" / "latest.pth"))
+    resumed.load_state_dict(checkpoint.read(tmp_path / "run" / "latest.pth"))
     fit(resumed, tmp_path / "run", 2, loader=Spoiled({1, 2}, missing=False))
     assert (state.skipped, resumed.skipped) == (2, 4)
 
@@ -536,7 +473,7 @@ def stop_after(step, number=signal.SIGTERM):
 def test_a_training_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path, request, number, batch, accumulation):
     # In the background of a shell SIGINT is ignored, and stays so.
     request.addfinalizer(functools.partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))
-    settings = {"ema_update_period": 2, "accumulation_steps": accumulation}
+    settings = {"TRAIN__EMA_UPDATE_PERIOD": 2, "TRAIN__ACCUMULATION_STEPS": accumulation}
     whole = make_state(network(dropout=0.3))
     fit(whole, tmp_path / "whole", 3, **settings)
     first = make_state(network(dropout=0.3))
@@ -546,7 +483,7 @@ def test_a_training_stopped_by_a_signal_goes_on_as_if_it_had_not_been(tmp_path, 
     epoch, within = divmod(batch - 1, 5)
     assert (first.epoch, sum(first.seen)) == (epoch, min(-(-(within + 1) // accumulation) * accumulation, 5))
     second = make_state(network(seed=9, dropout=0.3))
-    second.restore(checkpoint.read(tmp_path / "part" / "latest.pth"))
+    second.load_state_dict(checkpoint.read(tmp_path / "part" / "latest.pth"))
     fit(second, tmp_path / "part", 3, **settings)
     for a, b in ((whole.model, second.model), (whole.ema.module, second.ema.module)):
         for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
@@ -568,7 +505,7 @@ def test_a_signal_during_an_evaluation(tmp_path):
     with pytest.raises(Interrupted):
         fit(first, tmp_path / "part", 2, val_loader=Stopping(count=2))
     assert (first.epoch, first.seen) == (0, [5])
-    second.restore(checkpoint.read(tmp_path / "part" / "latest.pth"))
+    second.load_state_dict(checkpoint.read(tmp_path / "part" / "latest.pth"))
     fit(second, tmp_path / "part", 2)
     assert_same(whole.model, second.model)
     assert whole.max_accuracy == second.max_accuracy
@@ -588,31 +525,47 @@ def test_a_late_answer_to_a_vote_saves_once(tmp_path, monkeypatch):
             return max(self.say(number), self.say(0))
 
     saved, clock = [], iter(range(10**6))
-    monkeypatch.setattr("train.training.Vote", Late)
-    monkeypatch.setattr("train.training.time.monotonic", lambda: 60.0 * next(clock))
+    monkeypatch.setattr("train.trainer.Vote", Late)
+    monkeypatch.setattr("train.trainer.time.monotonic", lambda: 60.0 * next(clock))
     save = RunFolder.save
     monkeypatch.setattr(
         RunFolder, "save", lambda folder, content, names=(): (saved.append(sum(content["seen"])), save(folder, content))
     )
-    fit(make_state(network()), tmp_path / "run", 1, loader=Batches(count=12), save_every_minutes=4)
+    fit(make_state(network()), tmp_path / "run", 1, loader=Batches(count=12), SAVE_EVERY_MINUTES=4.0)
     assert saved == [5, 10, 0]
 
 
 def test_an_average_that_begins_when_a_run_of_several_processes_is_resumed():
     state = make_state(network(), average=False)
-    content = state.content({}, [state.buffers(), state.buffers()])
-    make_state(network(), average=True).restore(content, rank=1, processes=2)
+    content = state.state_dict() | {"buffers": [state.buffers(), state.buffers()]}
+    make_state(network(), average=True).load_state_dict(content, rank=1, processes=2)
 
 
 def test_what_was_written_after_the_checkpoint_is_dropped(tmp_path):
-    lines = ['{"step": 4, "a": 1}', '{"step": 5, "epoch": 1}', '{"step": 5, "epoch": 2}', '{"step": 6}', "[]", '{"st']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    with Metrics(tmp_path, 5, 1):
+    kept = [
+        '{"step": 4, "a": 1}',  # as it was written before images were noted
+        '{"step": 9, "images": 40}',
+        '{"step": 9, "images": 40, "epoch": 1}',
+    ]
+    dropped = ['{"step": 5, "images": 50, "epoch": 2}', '{"step": 5, "images": 41}', '{"step": 6}', "[]", '{"st']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(kept + dropped))
+    with Metrics(tmp_path, epochs=1, images=40, step=5):
         pass
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == kept
 
 
-@pytest.mark.parametrize("settings", [{"save_every_steps": 2}, {"save_every_minutes": 1e-9}])
+def test_what_was_recorded_outlives_another_number_of_images_per_step(tmp_path):
+    """Steps are counted anew then: 5 an epoch of 6 images each before, 3 of 10 each after."""
+    state = make_state(network())
+    fit(state, tmp_path / "run", 2, PRINT_FREQ=2)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    fit(state, tmp_path / "run", 3, loader=Batches(count=3, size=10), PRINT_FREQ=2)
+    after = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before
+    assert [record["epoch"] for line in after if "epoch" in (record := json.loads(line))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("settings", [{"SAVE_EVERY_STEPS": 2}, {"SAVE_EVERY_MINUTES": 1e-9}])
 def test_checkpoints_within_epochs(tmp_path, monkeypatch, settings):
     positions = []
     save = RunFolder.save
@@ -623,7 +576,7 @@ def test_checkpoints_within_epochs(tmp_path, monkeypatch, settings):
 
     monkeypatch.setattr(RunFolder, "save", kept)
     fit(make_state(network()), tmp_path / "run", 2, **settings)
-    steps = (2, 4, 6, 8, 10) if "save_every_steps" in settings else range(1, 11)
+    steps = (2, 4, 6, 8, 10) if "SAVE_EVERY_STEPS" in settings else range(1, 11)
     within = [((step - 1) // 5, (step - 1) % 5 + 1) for step in steps]
     assert positions == sorted([*within, (1, 0), (2, 0)])
 
@@ -632,18 +585,18 @@ def test_fp16_gradients_are_clipped_unscaled():
     """The norm that clipping sees is that of the true gradients, not of the scaled ones."""
     norms = []
     for dtype in (None, torch.float16):
-        model = network().float()
-        batches = [(images.float(), targets) for images, targets in Batches(count=1)]
-        train_one_epoch(
+        model, reports = network().float(), Reports()
+        clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1e9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run_epoch(
             model,
-            batches,
-            nn.CrossEntropyLoss(),
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            batches=1,
+            SpoiledFloats(set(), missing=False),
+            optimizer,
             precision=Precision(CPU, dtype),
-            clip=lambda model=model: nn.utils.clip_grad_norm_(model.parameters(), 1e9),
-            report=lambda progress: norms.append(progress.grad_norm),
+            clip=clip,
+            reports=reports,
         )
+        norms.append(reports.numbers[-1]["grad_norm"])
     assert norms[1] == pytest.approx(norms[0], rel=0.02)
 
 
@@ -651,11 +604,9 @@ def test_fp16_gradients_are_clipped_unscaled():
 def test_fp16_steps_are_those_of_a_grad_scaler(name):
     """Overflows too: the steps that it leaves out, and the scale that it goes on with."""
     a, b = network().float(), network().float()
-    batches = [(images.float(), targets) for images, targets in Spoiled({2, 3}, missing=False)]
-    precision = Precision(CPU, torch.float16)
-    safeguard = Safeguard(a, optimizer := build(name, a), CPU)
-    criterion = nn.functional.cross_entropy
-    train_one_epoch(a, batches, criterion, optimizer, batches=len(batches), precision=precision, safeguard=safeguard)
+    batches, reports = SpoiledFloats({2, 3}, missing=False), Reports()
+    precision, criterion = Precision(CPU, torch.float16), nn.functional.cross_entropy
+    run_epoch(a, batches, build(name, a), precision=precision, reports=reports)
     optimizer, scaler, skipped = build(name, b), torch.amp.GradScaler("cpu"), 0
     for images, targets in batches:
         with torch.autocast("cpu", torch.float16):
@@ -668,7 +619,7 @@ def test_fp16_steps_are_those_of_a_grad_scaler(name):
         scaler.update()
         skipped += scaler.get_scale() < before
     assert skipped >= 2
-    assert safeguard.skipped()[0] == skipped
+    assert reports.numbers[-1]["skipped_steps"] == skipped
     assert precision.scaler.state_dict() == scaler.state_dict()
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -697,14 +648,7 @@ class TestCompiled:
             images = torch.randn(4, 8, 3, 32, 32, dtype=torch.float64)
             targets = torch.randint(10, (4, 8))
             own = [
-                train_one_epoch(
-                    trained,
-                    [batch],
-                    nn.functional.cross_entropy,
-                    optimizer,
-                    batches=1,
-                    precision=Precision(CPU),
-                )
+                run_epoch(model, Listed([batch]), optimizer, model=trained)
                 for batch in zip(images, targets, strict=True)
             ]
             losses.append(torch.tensor([*own, model.eval()(images[0]).sum().item()]))

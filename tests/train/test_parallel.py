@@ -5,15 +5,11 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from train_helpers import CPU, Listed, run_epoch
 
 import repopt
 from train.compilation import compiled
-from train.epoch import train_one_epoch
 from train.parallel import data_parallel
-from train.precision import Precision
-
-CPU = torch.device("cpu")
 
 
 def gradients(rank, compile_, accumulated):
@@ -29,16 +25,13 @@ def gradients(rank, compile_, accumulated):
         for _ in range(accumulated)
     ]
     kept = {}
-    train_one_epoch(
-        trained,
-        batches,
-        nn.functional.cross_entropy,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        batches=accumulated,
-        precision=Precision(CPU),
-        accumulation_steps=accumulated,
-        before_step=lambda step: kept.update({name: p.grad.clone() for name, p in model.named_parameters()}),
-    )
+
+    def keep_gradients():
+        kept.update({name: p.grad.clone() for name, p in model.named_parameters()})
+        return torch.ones(())
+
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.1), Listed(batches)
+    run_epoch(model, loader, optimizer, model=trained, clip=keep_gradients, TRAIN__ACCUMULATION_STEPS=accumulated)
     return kept
 
 

@@ -13,14 +13,20 @@ import importlib
 from yacs.config import CfgNode
 
 from train import config
+from train.distributed import World
 from train.tasks.base import Task
 
-__all__ = ["Task", "of"]
+__all__ = ["Task", "create", "task_class"]
 
 # Imported when they are needed: their packages are extras.
 MODULES = {task: f"train.tasks.{task}" for task in config.TASKS}
 
 
-def of(cfg: CfgNode) -> Task:
-    """The task of a configuration."""
-    return importlib.import_module(MODULES[cfg.TASK]).TASK
+def task_class(name: str) -> type[Task]:
+    """Return the class of a TASK."""
+    return importlib.import_module(MODULES[name]).TASK
+
+
+def create(cfg: CfgNode, world: World) -> Task:
+    """Return the task of a configuration in this process."""
+    return task_class(cfg.TASK)(cfg, world)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import data
 from repopt.errors import UserError
-from repopt.models import Arch
+from repopt.models import parse_arch
 from train import config
 from train.distributed import World
 from train.evaluation.base import Evaluate
+from train.files import COLUMNS
 from train.placement import memory_format_of
 
 OF_BACKBONE = {
@@ -26,95 +27,129 @@ OF_BACKBONE = {
 
 
 class Task(ABC):
-    """What differs from one task to another.
+    """What differs from one task to another, bound to a configuration and to this process.
+
+    Args:
+        cfg: resolved; or as it is, where no images are read.
+        world: this process among those of the run.
 
     Attributes:
-        body: the module that is the backbone; "" where the network is a classifier.
+        cfg, world: as given.
+        arch: of the network, or of its backbone.
+        backbone_path: the module that is the backbone; "" where the network is a classifier.
         multiple: of which height and width of an image have to be.
     """
 
-    body: ClassVar[str] = ""
+    backbone_path: ClassVar[str] = ""
     multiple: ClassVar[int] = 1
 
+    def __init__(self, cfg: CfgNode, world: World) -> None:
+        self.cfg, self.world = cfg, world
+        self.arch = parse_arch(cfg.MODEL.ARCH)
+
+    @classmethod
     @abstractmethod
-    def settle(self, cfg: CfgNode, given: set[str]) -> None:
-        """Fill in what follows from the data set, and refuse what contradicts it; `given` are the keys a user set."""
+    def finalize(cls, cfg: CfgNode, given: Set[str]) -> dict[str, Any]:
+        """Return keys that follow from the data set, with their values.
 
-    @abstractmethod
-    def network(self, arch: Arch, cfg: CfgNode) -> nn.Module:
-        """The network that an architecture and the configuration describe, freshly initialized."""
+        Args:
+            cfg: read, not changed.
+            given: the keys that a user set.
 
-    def check(self, arch: Arch, cfg: CfgNode, model: nn.Module) -> None:  # noqa: B027 (most take them all)
-        """UserError where a fresh network does not take the images."""
+        Raises:
+            UserError: a key contradicts the data set or another one.
+        """
 
-    @abstractmethod
-    def train_loader(self, cfg: CfgNode, world: World) -> data.Loader:
-        """Augmented training batches of this process."""
-
-    @abstractmethod
-    def eval_loader(self, cfg: CfgNode, world: World, **chosen: Any) -> data.Loader:
-        """Evaluation batches of this process; `chosen`: images other than those of the split "val"."""
-
-    def calibration_loader(self, cfg: CfgNode, world: World) -> data.Loader:
-        """Training images as in evaluation, the same in every process."""
-        return self.eval_loader(
-            cfg, World(0, 1, world.device), split="train", most=cfg.QUANT.CALIBRATION_IMAGES, seed=cfg.SEED
-        )
+    @property
+    def metric_name(self) -> str:
+        """Return the name of the score by which networks are compared."""
+        return COLUMNS[self.cfg.TASK][0].title
 
     @abstractmethod
-    def example(self, cfg: CfgNode, device: torch.device) -> tuple[Any, Any]:
-        """A small training batch of no content."""
+    def network(self) -> nn.Module:
+        """Return the network that the configuration describes, freshly initialized."""
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027 (most take them all)
+        """Raise a UserError where a fresh network does not take the images."""
 
     @abstractmethod
-    def criterion(self, cfg: CfgNode) -> Callable[[Any, Any], Tensor]:
-        """The mean loss of a training batch, from what `forward` gives and the targets."""
+    def train_loader(self) -> data.Loader:
+        """Return the augmented training batches of this process."""
+
+    @abstractmethod
+    def eval_loader(self, **subset: Any) -> data.Loader:
+        """Return the evaluation batches of this process; `subset`: images other than those of the split "val"."""
+
+    def calibration_loader(self) -> data.Loader:
+        """Return training images as in evaluation, the same in every process."""
+        alone = type(self)(self.cfg, World(0, 1, self.world.device))
+        return alone.eval_loader(split="train", most=self.cfg.QUANT.CALIBRATION_IMAGES, seed=self.cfg.SEED)
+
+    @abstractmethod
+    def example(self) -> tuple[Any, Any]:
+        """Return a small training batch of no content, on this process's device."""
+
+    @cached_property
+    @abstractmethod
+    def criterion(self) -> Callable[[Any, Any], Tensor]:
+        """Return what gives the mean loss of a training batch, from what `forward` gives and the targets."""
 
     def forward(self, model: nn.Module, images: Any, targets: Any) -> Any:
         """Call the network in training."""
         return model(images)
 
-    def image_size(self, cfg: CfgNode) -> tuple[int, int]:
-        """Height and width at which a network is exported; UserError where it has none."""
-        raise UserError(f"a network of TASK {cfg.TASK} takes images of any size, and cannot be exported for one")
+    def image_size(self) -> tuple[int, int]:
+        """Return height and width at which a network is exported.
 
-    def seen(self, cfg: CfgNode, images: Any) -> Any:
-        """What the network sees at once of a batch of evaluation."""
+        Raises:
+            UserError: it has none.
+        """
+        raise UserError(f"a network of TASK {self.cfg.TASK} takes images of any size, and cannot be exported for one")
+
+    def network_input(self, images: Any) -> Any:
+        """Return what the network sees at once of a batch of evaluation."""
         return images
 
+    @cached_property
     @abstractmethod
-    def evaluate(self, cfg: CfgNode) -> Evaluate:
-        """What evaluates a network."""
+    def evaluate(self) -> Evaluate:
+        """Return what evaluates a network."""
+
+    def source(self, **zipped: Any) -> data.Source:
+        """Return where the images come from."""
+        return source_of(self.cfg, **zipped)
+
+    def of_backbone(self) -> dict[str, Any]:
+        """Return arguments of the backbone that are not its defaults, which other libraries' networks may not take."""
+        return {
+            name: value
+            for name, key in OF_BACKBONE.items()
+            if (value := config.lookup(self.cfg, key)) != config.KEYS[key].default
+        }
+
+    def loading(self) -> dict[str, Any]:
+        """Return what all loaders have in common."""
+        return {
+            "device": self.world.device,
+            "rank": self.world.rank,
+            "world_size": self.world.size,
+            "num_workers": self.cfg.DATA.NUM_WORKERS,
+            "pin_memory": self.cfg.DATA.PIN_MEMORY,
+            "memory_format": memory_format_of(self.world),
+        }
 
 
 def source_of(cfg: CfgNode, **zipped: Any) -> data.Source:
-    """Where the images come from."""
+    """Return where the images of a configuration come from."""
     return data.Source(cfg.DATA.DATASET, cfg.DATA.DATA_PATH, on_bad_image=cfg.DATA.ON_BAD_IMAGE, **zipped)
 
 
-def of_backbone(cfg: CfgNode) -> dict[str, Any]:
-    """Arguments of the backbone that are not its defaults, which other libraries' networks may not take."""
-    return {
-        name: value
-        for name, key in OF_BACKBONE.items()
-        if (value := config.lookup(cfg, key)) != config.KEYS[key].default
-    }
+def agreed(cfg: CfgNode, given: Set[str], key: str, value: int) -> dict[str, int]:
+    """Return what the data set says of a key.
 
-
-def fill_in(cfg: CfgNode, given: set[str], key: str, value: int) -> None:
-    """Set a key to what the data set says; UserError where a user said otherwise."""
-    section, name = key.split(".")
-    if key in given and cfg[section][name] != value:
-        raise UserError(f"{key} is {cfg[section][name]}, but the data set's is {value}")
-    cfg[section][name] = value
-
-
-def loading(cfg: CfgNode, world: World) -> dict[str, Any]:
-    """What all loaders have in common."""
-    return {
-        "device": world.device,
-        "rank": world.rank,
-        "world_size": world.size,
-        "num_workers": cfg.DATA.NUM_WORKERS,
-        "pin_memory": cfg.DATA.PIN_MEMORY,
-        "memory_format": memory_format_of(world),
-    }
+    Raises:
+        UserError: a user said otherwise.
+    """
+    if key in given and config.lookup(cfg, key) != value:
+        raise UserError(f"{key} is {config.lookup(cfg, key)}, but the data set's is {value}")
+    return {key: value}

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 from yacs.config import CfgNode
 
 import data
 import repopt
-from repopt.models import Arch, zoo
-from train.distributed import World
+from repopt.models import zoo
+from train import config
 from train.evaluation.base import Evaluate
 from train.evaluation.classification import evaluate
-from train.tasks.base import Task, fill_in, loading, of_backbone, source_of
+from train.tasks.base import Task, agreed, source_of
 
 
 class Classify(Task):
     """Of one class per image."""
 
-    def settle(self, cfg: CfgNode, given: set[str]) -> None:  # noqa: D102
+    @override
+    @classmethod
+    def finalize(cls, cfg: CfgNode, given: Set[str]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         if not cfg.THROUGHPUT_MODE:
             info = data.describe(_source(cfg), splits=("val",) if cfg.EVAL_MODE else ("train", "val"))
             for key, value in (
@@ -30,59 +35,72 @@ class Classify(Task):
                 ("DATA.IMG_SIZE", info.image_size),
                 ("DATA.TEST_SIZE", info.image_size),
             ):
-                section, name = key.split(".")
-                if value is None or (cfg.DATA.ZIP_MODE and key in given and cfg[section][name] > value):
+                if value is None or (cfg.DATA.ZIP_MODE and key in given and config.lookup(cfg, key) > value):
                     continue  # a map file names the classes that occur, and there may be more
-                fill_in(cfg, given, key, value)
-        cfg.DATA.TEST_SIZE = cfg.DATA.TEST_SIZE or cfg.DATA.IMG_SIZE
+                values |= agreed(cfg, given, key, value)
+        test_size = values.get("DATA.TEST_SIZE", cfg.DATA.TEST_SIZE)
+        return values | {"DATA.TEST_SIZE": test_size or values.get("DATA.IMG_SIZE", cfg.DATA.IMG_SIZE)}
 
-    def network(self, arch: Arch, cfg: CfgNode) -> nn.Module:  # noqa: D102
-        return repopt.create_model(arch.model, mode=arch.mode, num_classes=cfg.MODEL.NUM_CLASSES, **of_backbone(cfg))
+    @override
+    def network(self) -> nn.Module:
+        return repopt.create_model(
+            self.arch.model, mode=self.arch.mode, num_classes=self.cfg.MODEL.NUM_CLASSES, **self.of_backbone()
+        )
 
-    def check(self, arch: Arch, cfg: CfgNode, model: nn.Module) -> None:  # noqa: D102
-        if arch.mode == zoo.MODE:  # ours take images of every size
-            trains = not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE)
-            for size in {cfg.DATA.TEST_SIZE, *((cfg.DATA.IMG_SIZE,) if trains else ())}:
-                zoo.check_image_size(arch.model, model, size)
+    @override
+    def check(self, model: nn.Module) -> None:
+        if self.arch.mode == zoo.MODE:  # ours take images of every size
+            trains = not (self.cfg.EVAL_MODE or self.cfg.THROUGHPUT_MODE)
+            for size in {self.cfg.DATA.TEST_SIZE, *((self.cfg.DATA.IMG_SIZE,) if trains else ())}:
+                zoo.check_image_size(self.arch.model, model, size)
 
-    def train_loader(self, cfg: CfgNode, world: World) -> data.Loader:  # noqa: D102
+    @override
+    def train_loader(self) -> data.Loader:
         return data.train_loader(
-            _source(cfg),
-            _augmentation(cfg),
-            image_size=cfg.DATA.IMG_SIZE,
-            interpolation=cfg.DATA.INTERPOLATION,
-            batch_size=cfg.DATA.BATCH_SIZE,
-            num_classes=cfg.MODEL.NUM_CLASSES,
-            label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
-            seed=cfg.SEED,
-            **loading(cfg, world),
+            _source(self.cfg),
+            _augmentation(self.cfg),
+            image_size=self.cfg.DATA.IMG_SIZE,
+            interpolation=self.cfg.DATA.INTERPOLATION,
+            batch_size=self.cfg.DATA.BATCH_SIZE,
+            num_classes=self.cfg.MODEL.NUM_CLASSES,
+            label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING,
+            seed=self.cfg.SEED,
+            **self.loading(),
         )
 
-    def eval_loader(self, cfg: CfgNode, world: World, **chosen: Any) -> data.Loader:  # noqa: D102
-        source = _source(cfg)
+    @override
+    def eval_loader(self, **subset: Any) -> data.Loader:
+        source = _source(self.cfg)
         return data.eval_loader(
-            replace(source, cache_mode="no") if chosen else source,  # a few are read but once
-            image_size=cfg.DATA.TEST_SIZE,
-            interpolation=cfg.DATA.INTERPOLATION,
-            crop=cfg.TEST.CROP,
-            batch_size=cfg.DATA.TEST_BATCH_SIZE,
-            num_classes=cfg.MODEL.NUM_CLASSES,
-            **chosen,
-            **loading(cfg, world),
+            replace(source, cache_mode="no") if subset else source,  # a few are read but once
+            image_size=self.cfg.DATA.TEST_SIZE,
+            interpolation=self.cfg.DATA.INTERPOLATION,
+            crop=self.cfg.TEST.CROP,
+            batch_size=self.cfg.DATA.TEST_BATCH_SIZE,
+            num_classes=self.cfg.MODEL.NUM_CLASSES,
+            **subset,
+            **self.loading(),
         )
 
-    def example(self, cfg: CfgNode, device: torch.device) -> tuple[Tensor, Tensor]:  # noqa: D102
-        images = torch.zeros(2, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, device=device)
-        return images, torch.zeros(2, dtype=torch.int64, device=device)
+    @override
+    def example(self) -> tuple[Tensor, Tensor]:
+        images = torch.zeros(2, 3, self.cfg.DATA.IMG_SIZE, self.cfg.DATA.IMG_SIZE, device=self.world.device)
+        return images, torch.zeros(2, dtype=torch.int64, device=self.world.device)
 
-    def criterion(self, cfg: CfgNode) -> Callable[[Any, Any], Tensor]:  # noqa: D102
+    @cached_property
+    @override
+    def criterion(self) -> Callable[[Any, Any], Tensor]:
         # What is mixed has smoothed targets already.
-        return nn.CrossEntropyLoss(label_smoothing=0.0 if _augmentation(cfg).mixes else cfg.MODEL.LABEL_SMOOTHING)
+        smoothing = 0.0 if _augmentation(self.cfg).mixes else self.cfg.MODEL.LABEL_SMOOTHING
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
-    def image_size(self, cfg: CfgNode) -> tuple[int, int]:  # noqa: D102
-        return (cfg.DATA.TEST_SIZE or cfg.DATA.IMG_SIZE,) * 2
+    @override
+    def image_size(self) -> tuple[int, int]:
+        return (self.cfg.DATA.TEST_SIZE or self.cfg.DATA.IMG_SIZE,) * 2
 
-    def evaluate(self, cfg: CfgNode) -> Evaluate:  # noqa: D102
+    @cached_property
+    @override
+    def evaluate(self) -> Evaluate:
         return evaluate
 
 
@@ -94,4 +112,4 @@ def _augmentation(cfg: CfgNode) -> data.Augmentation:
     return data.Augmentation(**{field.name: cfg.AUG[field.name.upper()] for field in fields(data.Augmentation)})
 
 
-TASK = Classify()
+TASK = Classify

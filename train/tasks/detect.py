@@ -3,86 +3,97 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 from yacs.config import CfgNode
 
 import data
 from data import detection as images_and_boxes
 from repopt import detection
 from repopt.errors import UserError
-from repopt.models import Arch
-from train.distributed import World
 from train.evaluation import detection as evaluation
 from train.evaluation.base import Evaluate
-from train.tasks.base import Task, fill_in, loading, of_backbone, source_of
+from train.tasks.base import Task, agreed, source_of
 
 
 class Detect(Task):
     """Faster, Mask or Cascade Mask R-CNN on the backbone."""
 
-    body = detection.BODY
+    backbone_path = detection.BODY
 
-    def settle(self, cfg: CfgNode, given: set[str]) -> None:  # noqa: D102
+    @override
+    @classmethod
+    def finalize(cls, cfg: CfgNode, given: Set[str]) -> dict[str, Any]:
         if cfg.TRAIN.COMPILE not in ("auto", "off"):
             raise UserError(f"a detector's images differ in size, so TRAIN.COMPILE is off, not {cfg.TRAIN.COMPILE}")
-        cfg.TRAIN.COMPILE = "off"
-        fill_in(cfg, given, "MODEL.NUM_CLASSES", len(_described(source_of(cfg)).class_names))
+        classes = len(_described(source_of(cfg)).class_names)
+        return {"TRAIN.COMPILE": "off"} | agreed(cfg, given, "MODEL.NUM_CLASSES", classes)
 
-    def network(self, arch: Arch, cfg: CfgNode) -> nn.Module:  # noqa: D102
+    @override
+    def network(self) -> nn.Module:
         return detection.create_detector(
-            arch.model,
-            mode=arch.mode,
-            num_classes=cfg.MODEL.NUM_CLASSES,
-            head=cfg.DETECT.HEAD,
-            neck=cfg.DETECT.NECK,
-            channels=cfg.MODEL.CHANNELS,
-            hidden=cfg.DETECT.HIDDEN,
-            rois=cfg.DETECT.ROIS,
-            sizes=cfg.DETECT.SIZES,
-            max_size=cfg.DETECT.MAX_SIZE,
-            anchor_scale=cfg.DETECT.ANCHOR_SCALE,
-            freeze_batch_norm=cfg.MODEL.FREEZE_BN,
-            **images_and_boxes.statistics(source_of(cfg)),
-            **of_backbone(cfg),
+            self.arch.model,
+            mode=self.arch.mode,
+            num_classes=self.cfg.MODEL.NUM_CLASSES,
+            head=self.cfg.DETECT.HEAD,
+            neck=self.cfg.DETECT.NECK,
+            channels=self.cfg.MODEL.CHANNELS,
+            hidden=self.cfg.DETECT.HIDDEN,
+            rois=self.cfg.DETECT.ROIS,
+            sizes=self.cfg.DETECT.SIZES,
+            max_size=self.cfg.DETECT.MAX_SIZE,
+            anchor_scale=self.cfg.DETECT.ANCHOR_SCALE,
+            freeze_batch_norm=self.cfg.MODEL.FREEZE_BN,
+            **images_and_boxes.statistics(self.source()),
+            **self.of_backbone(),
         )
 
-    def train_loader(self, cfg: CfgNode, world: World) -> data.Loader:  # noqa: D102
+    @override
+    def train_loader(self) -> data.Loader:
         return images_and_boxes.train_loader(
-            source_of(cfg),
-            masks=_with_masks(cfg),
-            batch_size=cfg.DATA.BATCH_SIZE,
-            seed=cfg.SEED,
-            **loading(cfg, world),
+            self.source(),
+            masks=_with_masks(self.cfg),
+            batch_size=self.cfg.DATA.BATCH_SIZE,
+            seed=self.cfg.SEED,
+            **self.loading(),
         )
 
-    def eval_loader(self, cfg: CfgNode, world: World, **chosen: Any) -> data.Loader:  # noqa: D102
+    @override
+    def eval_loader(self, **subset: Any) -> data.Loader:
         return images_and_boxes.eval_loader(
-            source_of(cfg), batch_size=cfg.DATA.TEST_BATCH_SIZE, **chosen, **loading(cfg, world)
+            self.source(), batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading()
         )
 
-    def example(self, cfg: CfgNode, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:  # noqa: D102
+    @override
+    def example(self) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         target = {
-            "boxes": torch.tensor([[8.0, 8.0, 56.0, 56.0]], device=device),
-            "labels": torch.ones(1, dtype=torch.int64, device=device),
-            "masks": torch.ones(1, 64, 64, dtype=torch.uint8, device=device),
+            "boxes": torch.tensor([[8.0, 8.0, 56.0, 56.0]], device=self.world.device),
+            "labels": torch.ones(1, dtype=torch.int64, device=self.world.device),
+            "masks": torch.ones(1, 64, 64, dtype=torch.uint8, device=self.world.device),
         }
-        return [torch.zeros(3, 64, 64, device=device)] * 2, [target] * 2
+        return [torch.zeros(3, 64, 64, device=self.world.device)] * 2, [target] * 2
 
-    def criterion(self, cfg: CfgNode) -> Callable[[Any, Any], Tensor]:  # noqa: D102
+    @cached_property
+    @override
+    def criterion(self) -> Callable[[Any, Any], Tensor]:
         return _sum_of_losses
 
-    def forward(self, model: nn.Module, images: Any, targets: Any) -> Any:  # noqa: D102
+    @override
+    def forward(self, model: nn.Module, images: Any, targets: Any) -> Any:
         return model(images, targets)
 
-    def evaluate(self, cfg: CfgNode) -> Evaluate:  # noqa: D102
-        source = source_of(cfg)
+    @cached_property
+    @override
+    def evaluate(self) -> Evaluate:
+        source = self.source()
         return functools.partial(
             evaluation.evaluate,
-            ground_truth=images_and_boxes.ground_truth(source, masks=_with_masks(cfg)),
+            ground_truth=images_and_boxes.ground_truth(source, masks=_with_masks(self.cfg)),
             category_ids=_described(source).category_ids,
         )
 
@@ -97,4 +108,4 @@ def _sum_of_losses(losses: dict[str, Tensor], targets: Any) -> Tensor:
 
 _described = functools.cache(images_and_boxes.describe)
 
-TASK = Detect()
+TASK = Detect

@@ -1,4 +1,4 @@
-"""The folder of a run: one process writes to it, and its newest whole checkpoint is resumed."""
+"""The folder of a run: one process writes to it, by a thread, and its newest whole checkpoint is resumed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
+
+from torch import Tensor
 
 from repopt import checkpoint
 from repopt.errors import UserError
@@ -20,17 +23,21 @@ class RunFolder:
 
     Args:
         path: of the folder, which exists.
+        command: the command line of this start.
         keep: how many of the last checkpoints are kept: ``latest.pth``, ``latest_1.pth`` ...
 
     Attributes:
-        path: of the folder.
+        path, command: as given.
+        latest: path of the newest checkpoint.
     """
 
-    def __init__(self, path: Path, *, keep: int = 2) -> None:
-        self.path = path
+    def __init__(self, path: Path, command: str = "", *, keep: int = 2) -> None:
+        self.path, self.command = path, command
         self.latest = path / "latest.pth"
         self._keep = keep
         self._lock: IO[str] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # the interpreter does not end before it has written
+        self._writing: Future[None] | None = None
 
     def lock(self) -> None:
         """Be the one process that writes here, until it ends.
@@ -56,8 +63,8 @@ class RunFolder:
         file.flush()
         self._lock = file
 
-    def resumable(self) -> Path | None:
-        """The newest checkpoint of the last ones that is whole, or None where there are none at all.
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest checkpoint of the last ones that is whole, and its content; None where there are none.
 
         Damaged ones get another name, so that the next checkpoints do not push the whole ones out. Call it when locked.
 
@@ -69,7 +76,7 @@ class RunFolder:
         found = {int(match[1] or 0): path for path in self.path.iterdir() if (match := pattern.fullmatch(path.name))}
         for _, path in sorted(found.items()):
             try:
-                checkpoint.read(path)
+                content = checkpoint.read(path)
             except UserError as error:
                 damaged.append((path, error))
                 continue
@@ -77,7 +84,7 @@ class RunFolder:
                 aside = bad.with_name(f"{bad.name}.damaged")
                 bad.replace(aside)
                 logger.warning(f"{error}; it is {aside.name} now, and the one before it is used: {path.name}")
-            return path
+            return path, content
         if damaged:
             raise UserError(
                 f"{damaged[0][1]}; no checkpoint of this run is whole: start with another --tag, anew or from another "
@@ -86,9 +93,38 @@ class RunFolder:
         return None
 
     def save(self, content: Mapping[str, Any], names: Sequence[str] = ()) -> None:
-        """Write ``latest.pth``, and before it stands there, the same file under more names.
+        """Copy a checkpoint to the host's memory, and let the thread write it while training goes on.
+
+        It becomes ``latest.pth``, and before it stands there, the same file has its other names. The one before is
+        waited for. `wait` tells that it is written.
 
         Raises:
-            UserError: it cannot be written; what was saved before is whole.
+            UserError: the one before could not be written; what was saved before that is whole.
         """
-        checkpoint.write(content, self.latest, also=[self.path / name for name in names], keep=self._keep)
+        self.wait()
+        also = [self.path / name for name in names]
+        self._writing = self._thread.submit(
+            checkpoint.write, snapshot(content), self.latest, also=also, keep=self._keep
+        )
+
+    def _write(self, content: Mapping[str, Any], names: Sequence[Path]) -> None:
+        checkpoint.write(content, self.latest, also=names, keep=self._keep)
+
+    def wait(self) -> None:
+        """Return when what was saved is on the disk.
+
+        Raises:
+            UserError: it could not be written; what was saved before is whole.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def snapshot(value: Any) -> Any:
+    """Return nested dicts, lists and tuples with a copy of every tensor in the host's memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: snapshot(item) for key, item in value.items()}
+    return type(value)(map(snapshot, value)) if isinstance(value, (list, tuple)) else value
