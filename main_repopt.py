@@ -13,8 +13,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from repopt.errors import run_command
-from train import config
+from repopt.errors import MISTAKE, run_command
+
+try:
+    from train import config
+except ModuleNotFoundError as missing:  # the command `repopt` of an installed library
+    print(f'repopt: the command line needs {missing.name}: in a checkout, pip install -e ".[train]"', file=sys.stderr)
+    sys.exit(MISTAKE)
 
 DONE = 0
 INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: saved after SIGTERM, SIGUSR1 or SIGINT; the same command goes on from there

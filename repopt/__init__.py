@@ -26,6 +26,8 @@ from repopt.reparam import (
 )
 from repopt.scales import load_scales, save_scales
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Block",
     "Branch",

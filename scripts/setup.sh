@@ -16,8 +16,8 @@ elif ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11)
 fi
 
 stamp=.venv/installed-$1
-if ! cat requirements*.txt | cmp -s - "$stamp"; then
+if ! cat pyproject.toml requirements*.txt | cmp -s - "$stamp"; then
   echo "installing $1 into .venv (once)" >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
-  cat requirements*.txt > "$stamp"
+  cat pyproject.toml requirements*.txt > "$stamp"
 fi

@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
-# Everything that is checked: sets itself up, then lints and tests. Arguments go to pytest.
+# Everything that is checked: sets itself up, then lints, checks types and tests. Arguments go to pytest.
+# `bash scripts/test.sh fast` lints and runs the tests that most changes need, in under 90 seconds on 2 cores.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+if [ "${1:-}" = fast ]; then
+  shift
+  set -- -m "fast and not soak" "$@"
+else
+  .venv/bin/mypy
+fi
 exec .venv/bin/python -m pytest --numprocesses auto --dist loadscope "$@"
