@@ -1,158 +1,81 @@
-"""Makes one HTML page of results: tables beside the paper's, curves, scales, kernels, and how they came about.
+"""Makes a page of results: tables beside the paper's, curves, scales, kernels, and how they came about.
 
     python scripts/report.py RUN_OR_TABLE [RUN_OR_TABLE ...] [--out FILE]
 
 RUN_OR_TABLE is the folder of a run or of a quantization (<output>/<arch>/<tag>), or the JSON of a reproduced table or
-figure, whose runs are looked for from the working directory. The page needs no other file, no network and no scripts.
+figure, whose runs are looked for from the working directory. The page is Markdown, with its pictures in a folder
+beside it; with `--out FILE.html` it is one file for a browser, with the pictures in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import itertools
+import html
 import json
 import re
+import shutil
 import statistics
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import _root  # noqa: F401
 import analyse_kernels
-import jinja2
 import plots
-import svg
 from inspect_scales import of_backbone, search_model
-from markupsafe import Markup
-from runs import METRICS, Log, Run, number, read_json, steps_of
+from runs import METRICS, NONE, RunFolderSummary, number, read_json, steps_of
 from torch import Tensor
 
 import repopt
-from repopt.errors import UserError, run_command, shown
+from repopt.errors import UserError, one_line, run_command, shown
 from repopt.models import parse_arch, zoo
 from train import config, files, trained
 from train.files import CONFIG, PREDICTIONS, Column
 
 RESULTS, SIGNAL_TO_NOISE = (f"{files.ARTIFACTS}/{name}" for name in (files.RESULTS, files.SIGNAL_TO_NOISE))
 IMAGES = Column("images", "images", 0, "")
-NONE = "–"
-NARROW, WIDE = (4.5, 3.3), (8.4, 4.4)
-"""Inches of pictures: the narrow ones stand side by side where there is room, and are as wide as a phone."""
-MOST_POINTS = 400  # of a curve by step; more are not seen
-UNPRINTABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+MAX_POINTS = 400  # of a curve by step; more are not seen
+STYLE = """<meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<style>body { max-width: 70rem; margin: auto; padding: 1rem; font-family: sans-serif } img { max-width: 100% }
+table { border-collapse: collapse; display: block; overflow-x: auto } th, td { padding: .3rem; border: 1px solid #ccc }
+pre { overflow-x: auto; background: #f4f4f4; padding: 1rem }</style>"""
 
-NUMBER = (float, int, type(None))  # or that there is none
-CELL = {
-    "quantity": str,
-    "paper": (str, *NUMBER),
-    "mean": (str, *NUMBER),
-    "std": NUMBER,
-    "values": [(str, *NUMBER)],
-    "difference": NUMBER,
-}
-TABLE = {
-    "name": str,
-    "title": str,
-    "scale": str,
-    "notes": [str],
-    "labels": [str],
-    "rows": [{"labels": [(str, type(None))], "cells": [CELL]}],
-    "orderings": [str],
-    "pictures": [{"title": str, "file": str}],
-    "runs": {str: [str]},
-    "commands": [str],
-    "environment": {str: (str, *NUMBER)},
-}
-"""The JSON of a reproduced table or figure."""
+Runs = Mapping[str, RunFolderSummary]
+Blocks = Iterator[str]
+"""Pieces of Markdown: paragraphs, tables, pictures."""
 
 
-class Head(NamedTuple):
-    """What stands above some columns of a table."""
+class Pictures(NamedTuple):
+    """Pictures of the page, as PNG files in a folder that is called `name` beside the page."""
 
-    text: str
-    columns: int = 1
-    rows: int = 1
+    folder: Path
+    name: str
 
+    def draw(self, caption: str, plot: Callable[..., None], *data: Any, **options: Any) -> str:
+        """Return the Markdown of what a function of plots.py draws of some data."""
+        return self._show(caption, lambda path: plot(*data, path, **options))
 
-class Cell(NamedTuple):
-    """What a table says in large and in small type."""
+    def copy(self, caption: str, file: Path) -> str:
+        """Return the Markdown of a PNG file.
 
-    text: str
-    detail: str = ""
+        Raises:
+            UserError: it is not there, or no PNG.
+        """
+        if not file.is_file():
+            raise UserError(f"there is no picture {shown(str(file))}")
+        if not file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n"):
+            raise UserError(f"{str(file)!r} is no picture: it is not a PNG")
+        return self._show(caption, lambda path: shutil.copyfile(file, path))
 
-
-class Table(NamedTuple):
-    """Rows of text: first the columns that name them, then numbers, or words where `prose`."""
-
-    title: str
-    heads: Sequence[Sequence[Head]]
-    rows: Sequence[Sequence[str | Cell]]
-    names: int = 1
-    prose: bool = False
-    folded: bool = False
-    kind = "table"
-
-
-class Chart(NamedTuple):
-    """A picture in the colours of the page."""
-
-    title: str
-    svg: ElementTree.Element
-    description: str
-    narrow: bool = False
-    kind = "chart"
-
-
-class Picture(NamedTuple):
-    """A picture in its own colours, as a data URI."""
-
-    title: str
-    source: str
-    kind = "picture"
-
-
-class Lines(NamedTuple):
-    """Sentences."""
-
-    title: str
-    lines: Sequence[str]
-    kind = "lines"
-
-
-class Code(NamedTuple):
-    """Lines that are typed."""
-
-    lines: Sequence[str]
-    kind = "code"
-
-
-class Facts(NamedTuple):
-    """Short values by name."""
-
-    facts: Mapping[str, str]
-    kind = "facts"
-
-
-Block = Table | Chart | Picture | Lines | Code | Facts
-
-
-class Part(NamedTuple):
-    """Blocks under a heading."""
-
-    title: str
-    blocks: Sequence[Block]
-
-
-class Section(NamedTuple):
-    """What one argument of the command line shows."""
-
-    title: str
-    source: str
-    parts: Sequence[Part]
+    def _show(self, caption: str, write: Callable[[Path], object]) -> str:
+        path = self.folder / f"{sum(1 for _ in self.folder.iterdir()) + 1}.png"
+        write(path)
+        return f"{text(caption)}\n\n![{text(caption)}]({self.name}/{path.name})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", metavar="RUN_OR_TABLE", nargs="+", type=Path)
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, default=Path("output/report.html"), help="default: %(default)s"
+        "--out", metavar="FILE", type=Path, default=Path("output/report.md"), help="default: %(default)s"
     )
     arguments = parser.parse_args(argv)
     return run_command("report.py", lambda: report(arguments.sources, arguments.out))
@@ -172,183 +95,145 @@ def report(sources: Iterable[Path], out: Path) -> None:
     Raises:
         UserError: a source that is neither a run nor a table, or damaged.
     """
-    try:
-        page = rendered([section_of(source) for source in sources]).encode()
-    except RecursionError:
-        raise UserError("a file is nested too deeply") from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(page)
-    print(f"{out} ({len(page) / 1e6:.2f} MB)")
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Pictures(Path(folder), f"{out.stem}_pictures".replace(" ", "_"))
+        page = "\n\n".join(["# RepOpt: results", *(section_of(source, pictures) for source in sources)]) + "\n"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".html":
+            out.write_text(as_html(page, pictures), encoding="utf-8")
+        else:
+            out.write_text(page, encoding="utf-8")
+            shutil.copytree(folder, out.parent / pictures.name, dirs_exist_ok=True)
+    print(out)
 
 
-def rendered(sections: Sequence[Section]) -> str:
-    """The page of some sections."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    numbers = itertools.count()
-    environment.filters["inline"] = lambda chart: Markup(
-        svg.inline_svg(chart.svg, f"p{next(numbers)}-", chart.description)
-    )
-    return printable(environment.get_template("report.html.jinja").render(sections=sections).lstrip())
+def as_html(page: str, pictures: Pictures) -> str:
+    """Return the page as HTML with its pictures in it, which needs no other file and no network."""
+    import markdown  # tensorboard requires it
+
+    body = markdown.markdown(page.replace("\n\n", "\n\n[TOC]\n\n", 1), extensions=["tables", "md_in_html", "toc"])
+    for path in pictures.folder.iterdir():
+        data = base64.b64encode(path.read_bytes()).decode()
+        body = body.replace(f'src="{pictures.name}/{path.name}"', f'src="data:image/png;base64,{data}"')
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head><title>RepOpt: results</title>{STYLE}</head>\n{body}\n</html>\n'
 
 
-def section_of(source: Path) -> Section:
-    """What a path of the command line shows.
+def section_of(source: Path, pictures: Pictures) -> str:
+    """Return what a path of the command line shows.
 
     Raises:
         UserError: it is neither a run nor a table, or damaged.
     """
-    if source.is_file():
-        return section_of_table(source)
-    if not source.is_dir():
+    if not source.exists():
         raise UserError(f"there is no file or folder {str(source)!r}")
-    if not any((source / name).is_file() for name in (METRICS, CONFIG, RESULTS)):
+    if source.is_dir() and not any((source / name).is_file() for name in (METRICS, CONFIG, RESULTS)):
         raise UserError(f"{str(source)!r} is no folder of a run: it has neither {METRICS} nor {CONFIG} nor {RESULTS}")
-    return section_of_run(source)
+    try:
+        title, parts = (run_section if source.is_dir() else table_section)(source, pictures)
+        blocks = {heading: [*found] for heading, found in parts.items()}
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:  # JSON of another shape
+        raise UserError(f"{str(source)!r} is damaged: {type(error).__name__}: {one_line(error)}") from error
+    page = [f"## {text(title)}", code([source])]
+    for heading, found in blocks.items():
+        page += [f"### {heading}", *found] if found else []
+    return "\n\n".join(page)
 
 
-def section_of_run(folder: Path) -> Section:
-    """All that the folder of a run or a quantization has."""
-    run, log = Run.read(folder), Log.read(folder)
+def run_section(folder: Path, pictures: Pictures) -> tuple[str, dict[str, Iterable[str]]]:
+    """Return the title of a run or a quantization, and all that its folder has."""
+    run = RunFolderSummary.read(folder)
     name = run.arch or folder.resolve().parent.name
-    facts = run.summary() | log.facts
-    content: dict[str, Iterable[Block]] = {
-        "Results": [*([Facts(facts)] if facts else ()), *quantization({name: run})],
-        "Training": training(run, name),
-        "Predictions": predictions({name: run}),
-        "Searched scales": searched_scales({name: run}),
-        "Kernels": kernels({name: run}),
+    facts = run.summary() | (run.sizes() if run.epochs else {})
+    starts = run.run.get("starts", [])
+    versions = [{key: value for key, value in start.items() if key not in ("command", "time")} for start in starts]
+    return f"{name}, {folder.resolve().name}", {
+        "Results": [*([table([*facts], [[*facts.values()]])] if facts else []), *quantization({name: run}, pictures)],
+        "Training": training(run, name, pictures),
+        "Predictions": predictions({name: run}, pictures),
+        "Searched scales": searched_scales({name: run}, pictures),
+        "Kernels": kernels({name: run}, pictures),
         "Command lines and environment": [
-            *([Code(log.commands)] if log.commands else ()),
-            *([Lines("", log.environments)] if log.environments else ()),
-        ],
+            code(dict.fromkeys(start["command"] for start in starts)),
+            table([*versions[0]], dict.fromkeys(tuple(version.values()) for version in versions)),
+        ]
+        if starts
+        else [],
         "Configuration": configuration({"this run": run.settings}),
     }
-    return Section(f"{name}, {folder.resolve().name}", str(folder), parts_of(content))
 
 
-def section_of_table(file: Path) -> Section:
-    """A reproduced table or figure, and the runs that its numbers come from."""
-    table = read_json(file, TABLE)
-    runs = {name: [Run.read(Path(folder)) for folder in folders] for name, folders in table["runs"].items()}
+def table_section(file: Path, pictures: Pictures) -> tuple[str, dict[str, Iterable[str]]]:
+    """Return the title of a reproduced table or figure, and the runs that its numbers come from."""
+    content = read_json(file)
+    runs = {name: [RunFolderSummary.read(Path(f)) for f in folders] for name, folders in content["runs"].items()}
     first = {name: group[0] for name, group in runs.items() if group}
-    environment = [(name, str(value)) for name, value in table["environment"].items()]
-    content: dict[str, Iterable[Block]] = {
+    environment = content["environment"]
+    return f"{content['name']}: {content['title']} ({content['scale']})", {
         "Beside the paper": [
-            *([paper_table(table, file)] if table["rows"] else ()),
-            *([Lines("", table["notes"])] if table["notes"] else ()),
-            *([Lines("Orderings", table["orderings"])] if table["orderings"] else ()),
+            *([paper_table(content)] if content["rows"] else []),
+            *([items(content["notes"])] if content["notes"] else []),
+            *(["Orderings:", items(content["orderings"])] if content["orderings"] else []),
         ],
-        "Pictures": [picture(entry["title"], file.parent / entry["file"]) for entry in table["pictures"]],
-        "Runs": scores(runs),
-        "Predictions": predictions(first),
-        "Searched scales": searched_scales(first),
-        "Kernels": kernels(first),
-        "Quantization": quantization(first),
+        "Pictures": (pictures.copy(entry["title"], file.parent / entry["file"]) for entry in content["pictures"]),
+        "Runs": scores(runs, pictures),
+        "Predictions": predictions(first, pictures),
+        "Searched scales": searched_scales(first, pictures),
+        "Kernels": kernels(first, pictures),
+        "Quantization": quantization(first, pictures),
         "Command lines and environment": [
-            *([Code(table["commands"])] if table["commands"] else ()),
-            *([words("", ("what", "with"), environment)] if environment else ()),
+            *([code(content["commands"])] if content["commands"] else []),
+            *([table(("what", "with"), environment.items())] if environment else []),
         ],
         "Configuration": configuration({name: run.settings for name, run in first.items()}),
     }
-    return Section(f"{table['name']}: {table['title']} ({table['scale']})", str(file), parts_of(content))
 
 
-def parts_of(content: Mapping[str, Iterable[Block]]) -> list[Part]:
-    """Those that have something to show, by their titles."""
-    blocks = {title: [*found] for title, found in content.items()}
-    return [Part(title, found) for title, found in blocks.items() if found]
+# --- what is shown
 
 
-# --- tables
+def paper_table(content: Mapping[str, Any]) -> str:
+    """Return the numbers of a reproduced table beside the paper's, those of several seeds behind their mean."""
+    quantities = [cell["quantity"] for cell in content["rows"][0]["cells"]]
+    heads = [*content["labels"], *(h for name in quantities for h in (f"{name}: paper", "this run", "difference"))]
+    rows = []
+    for row in content["rows"]:
+        cells = [*row["labels"]]
+        for cell in row["cells"]:
+            decimals = cell.get("decimals", 2)
+            this = figure(cell["mean"], decimals)
+            this += "" if cell["std"] is None else f" ± {figure(cell['std'], decimals)}"
+            seeds = [figure(value, decimals) for value in cell["values"]]
+            this += f" ({' · '.join(seeds)})" if len(seeds) > 1 else ""
+            cells += [cell["paper"], this, figure(cell["difference"], decimals, sign="+")]
+        if len(cells) != len(heads) or [cell["quantity"] for cell in row["cells"]] != quantities:
+            raise UserError("a row of the table has other labels or quantities than the first")
+        rows.append(cells)
+    return table(heads, rows)
 
 
-def paper_table(content: Mapping[str, Any], file: Path) -> Table:
-    """The numbers of a reproduced table beside the paper's.
-
-    Raises:
-        UserError: a row that has other columns than the others.
-    """
-    rows, labels = content["rows"], content["labels"]
-    quantities = [cell["quantity"] for cell in rows[0]["cells"]]
-    for index, row in enumerate(rows):
-        if len(row["labels"]) != len(labels) or [cell["quantity"] for cell in row["cells"]] != quantities:
-            raise UserError(f"rows[{index}] of {str(file)!r} has other labels or quantities than the table")
-    columns = zip(*(row["cells"] for row in rows), strict=True)
-    decimals = [max(map(decimals_of, column)) for column in columns]
-    heads = [
-        [*(Head(label, rows=2) for label in labels), *(Head(quantity, columns=3) for quantity in quantities)],
-        [Head(text) for _ in quantities for text in ("paper", "this run", "difference")],
-    ]
-    lines = []
-    for row in rows:
-        cells = (c for cell, digits in zip(row["cells"], decimals, strict=True) for c in cells_of(cell, digits))
-        lines.append((*(label or NONE for label in row["labels"]), *cells))
-    return Table("", heads, lines, names=len(labels))
-
-
-def cells_of(cell: Mapping[str, Any], decimals: int) -> tuple[str | Cell, ...]:
-    """The paper's number, this run's with those of its seeds, and the difference."""
-    seeds = [figure(value, decimals) for value in cell["values"]]
-    this = figure(cell["mean"], decimals)
-    if cell["std"] is not None:
-        this = f"{this} ± {figure(cell['std'], decimals)}"
-    difference = figure(cell["difference"], decimals)
-    return (
-        NONE if cell["paper"] is None else str(cell["paper"]),
-        Cell(this, " · ".join(seeds) if len(seeds) > 1 else ""),
-        f"+{difference}" if (number(cell["difference"]) or 0) > 0 else difference,
-    )
-
-
-def decimals_of(cell: Mapping[str, Any]) -> int:
-    """As the table says, or as the paper's number has them, such as 78.47±0.03; else 2."""
-    told = cell.get("decimals")
-    match = re.match(r"\s*[-+−]?\d+(?:\.(\d{1,8}))?", str(cell["paper"]))
-    return told if type(told) is int and 0 <= told <= 8 else len(match[1] or "") if match else 2
-
-
-def figure(value: object, decimals: int) -> str:
-    """A number with so many decimals, and with two digits in any case; text as it is."""
-    if isinstance(value, str):
-        return value
-    if (found := number(value)) is None:
-        return NONE
-    small = 0 < abs(found) < 10 ** (1 - decimals)
-    return (f"{found:.2g}" if small else f"{found:.{decimals}f}").replace("-", "−")
-
-
-def words(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, folded: bool = False) -> Table:
-    """A table whose cells are text."""
-    return Table(title, [[*map(Head, heads)]], rows, prose=True, folded=folded)
-
-
-def configuration(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
-    """Configurations by name: first the keys that are not as they are by default, then the rest."""
-    settings = {name: found for name, found in settings.items() if found}
-    if not settings:
+def configuration(settings: Mapping[str, Mapping[str, Any]]) -> Blocks:
+    """Yield configurations by name: first the keys that are not as they are by default, then the rest."""
+    columns = {name: flat(found) for name, found in settings.items() if found}
+    if not columns:
         return
-    columns = [flat(found) for found in settings.values()]
     changed, rest = [], []
-    for key in dict.fromkeys([*config.KEYS, *(key for column in columns for key in column)]):
+    for key in dict.fromkeys([*config.KEYS, *(key for column in columns.values() for key in column)]):
         declared = config.KEYS.get(key)  # a run of another time may have other keys
         default, meaning = (written(declared.default), declared.meaning) if declared else (NONE, "")
-        values = [written(column[key]) if key in column else NONE for column in columns]
+        values = [written(column[key]) if key in column else NONE for column in columns.values()]
         if set(values) <= {default, NONE}:
             rest.append((key, default, meaning))
         else:
             changed.append((key, default, *values, meaning))
-    yield words("Keys that have other values than by default", ("key", "default", *settings, "meaning"), changed)
-    yield words(f"{len(rest)} keys that have their defaults", ("key", "default", "meaning"), rest, folded=True)
+    yield "Keys that have other values than by default:"
+    yield table(("key", "default", *columns, "meaning"), changed)
+    yield folded(f"{len(rest)} keys that have their defaults", table(("key", "default", "meaning"), rest))
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted key."""
+    """Return nested settings by dotted key."""
     found = {}
     for name, value in settings.items():
         inner = {f"{name}.{key}": v for key, v in flat(value).items()} if isinstance(value, Mapping) else {name: value}
@@ -357,82 +242,55 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written(setting: object) -> str:
-    """A setting as it is typed; tuples and lists are the same in JSON."""
+    """Return a setting as it is typed; tuples and lists are the same in JSON."""
     return setting if isinstance(setting, str) and setting else json.dumps(setting)
 
 
-# --- runs
-
-
-def scores(runs: Mapping[str, Sequence[Run]]) -> Iterator[Block]:
-    """Of some runs by name: their scores by epoch, and each of them in numbers."""
-    by_measure: dict[str, dict[str, Sequence[Run]]] = {}
+def scores(runs: Mapping[str, Sequence[RunFolderSummary]], pictures: Pictures) -> Blocks:
+    """Yield the scores of some runs by epoch, and each of them in numbers."""
+    by_score: dict[str, dict[str, Sequence[RunFolderSummary]]] = {}
     for name, group in runs.items():
         if group:
-            by_measure.setdefault(group[0].measure.title, {})[name] = group
-    for measure, alike in by_measure.items():
-        evaluated = {name: [run.scores for run in group if run.scores] for name, group in alike.items()}
+            by_score.setdefault(group[0].columns[0].title, {})[name] = group
+    for score, groups in by_score.items():
+        evaluated = {label(name): [run.scores for run in group if run.scores] for name, group in groups.items()}
         curves = {name: group for name, group in evaluated.items() if group and set.intersection(*map(set, group))}
         if curves:
-            finals = [f"{name} {statistics.fmean(c[max(c)] for c in group):.1f} %" for name, group in curves.items()]
-            yield chart(
-                f"{measure} by epoch: the mean over the seeds, and the band between the worst and the best",
-                f"{measure} by epoch; at the end: {', '.join(finals)}.",
-                plots.plot_scores,
-                {plain(name): group for name, group in curves.items()},
-                measure=measure,
-                size=WIDE,
-            )
-        rows = [(name, str(run.folder), run.summary()) for name, group in alike.items() for run in group]
-        recorded = [row for row in rows if row[-1]]
-        if recorded:
-            heads = [*map(Head, ("run", "folder", *recorded[0][-1]))]
-            lines = [(name, folder, *summary.values()) for name, folder, summary in recorded]
-            yield Table(f"Every run by itself ({len(recorded)})", [heads], lines, names=2, folded=True)
-        if absent := [folder for _, folder, summary in rows if not summary and not Path(folder, RESULTS).is_file()]:
-            yield Lines("Nothing is recorded of", absent)
+            caption = f"{score} by epoch: the mean over the seeds, and the band between the worst and the best"
+            yield pictures.draw(caption, plots.plot_scores, curves, measure=score)
+        summaries = [(name, run.folder, run.summary()) for name, group in groups.items() for run in group]
+        if recorded := [(name, folder, *summary.values()) for name, folder, summary in summaries if summary]:
+            heads = next(summary for *_, summary in summaries if summary)
+            yield folded(f"Every run by itself ({len(recorded)})", table(("run", "folder", *heads), recorded))
+        if absent := [folder for _, folder, summary in summaries if not summary and not (folder / RESULTS).is_file()]:
+            yield "Nothing is recorded of:"
+            yield items(absent)
 
 
-def predictions(runs: Mapping[str, Run]) -> Iterator[Block]:
-    """What the networks of the runs make of some images."""
+def predictions(runs: Runs, pictures: Pictures) -> Blocks:
+    """Yield what the networks of the runs predict of some images."""
     for name, run in runs.items():
         if (file := run.folder / PREDICTIONS).is_file():
-            yield picture(f"{name}: some test images", file)
+            yield pictures.copy(f"{name}: some test images", file)
 
 
-def training(run: Run, name: str) -> Iterator[Block]:
-    """The score by epoch; the loss and the learning rate by step."""
-    if found := run.scores:
-        first, last, measure = min(found), max(found), run.measure.title
-        yield chart(
-            f"{measure} by epoch",
-            f"{measure} by epoch: {found[first]:.1f} % in epoch {first}, {found[last]:.1f} % in {last}.",
-            plots.plot_scores,
-            {plain(name): [found]},
-            measure=measure,
-            size=NARROW,
-        )
+def training(run: RunFolderSummary, name: str, pictures: Pictures) -> Blocks:
+    """Yield the score by epoch; the loss and the learning rate by step."""
+    if run.scores:
+        title = run.columns[0].title
+        yield pictures.draw(f"{title} by epoch", plots.plot_scores, {label(name): [run.scores]}, measure=title)
     steps = {record["step"]: record["train"] for record in steps_of(run.folder)}
-    quantities = {
-        title: thinned({step: number(config.lookup(record, key)) for step, record in steps.items()})
+    curves = {
+        title: {"": thinned({step: number(config.lookup(record, key)) for step, record in steps.items()})}
         for title, key in (("training loss", "loss"), ("learning rate", "learning_rate"))
     }
     if steps:
-        last = {title: [*curve.values()][-1] for title, curve in quantities.items()}
-        ends = (f"{title} {NONE if value is None else f'{value:.3g}'}" for title, value in last.items())
-        yield chart(
-            "Training loss and learning rate by step",
-            f"Curves by step; at the end: {', '.join(ends)}.",
-            plots.plot_lines,
-            {title: {"": curve} for title, curve in quantities.items()},
-            x="step",
-            size=NARROW,
-        )
+        yield pictures.draw("Training loss and learning rate by step", plots.plot_lines, curves, x="step")
 
 
 def thinned(curve: Mapping[int, float | None]) -> dict[int, float | None]:
-    """At most MOST_POINTS of a curve, each the mean of its neighbours."""
-    steps, width = [*curve], -(-len(curve) // MOST_POINTS)
+    """Return at most MAX_POINTS of a curve, each the mean of its neighbours."""
+    steps, width = [*curve], -(-len(curve) // MAX_POINTS)
     points = {}
     for start in range(0, len(steps), width or 1):
         near = steps[start : start + width]
@@ -441,84 +299,59 @@ def thinned(curve: Mapping[int, float | None]) -> dict[int, float | None]:
     return points
 
 
-def searched_scales(runs: Mapping[str, Run]) -> Iterator[Block]:
-    """What every search among the runs found, by depth and by epoch."""
+def searched_scales(runs: Runs, pictures: Pictures) -> Blocks:
+    """Yield what every search among the runs found, by depth and by epoch."""
     for name, run in runs.items():
         file = run.folder / "scales.pth"
         if file.is_file() and run.arch:
+            caption = f"{name}: searched scales by depth, mean and standard deviation over the channels"
             try:
-                yield scales_by_depth(file, name, run.arch)
+                scales, model = of_backbone(repopt.load_scales(file)), search_model(parse_arch(run.arch).model)
+                yield pictures.draw(caption, plots.plot_scales, model, scales)
             except UserError as error:
-                yield Lines("Not shown", [str(error)])
+                yield f"Not shown: {text(error)}"
         if curves := scales_by_epoch(run):
-            yield chart(
-                f"{name}: how far the mean scale of every block moved since the first epoch (the deeper, the stronger)",
-                "Change of the mean scale by epoch, a panel per branch and a line per block.",
-                plots.plot_scales_by_epoch,
-                curves,
-                size=(WIDE[0], 3),
-            )
+            caption = "how far the mean scale of every block moved since the first epoch (the deeper, the stronger)"
+            yield pictures.draw(f"{name}: {caption}", plots.plot_scales_by_epoch, curves)
 
 
-def scales_by_depth(file: Path, name: str, arch: str) -> Chart:
-    """Mean and spread of the scales of every block; UserError where they are not those of the model."""
-    scales, model = of_backbone(repopt.load_scales(file)), search_model(parse_arch(arch).model)
-    lowest, highest = min(float(v.min()) for v in scales.values()), max(float(v.max()) for v in scales.values())
-    return chart(
-        f"{name}: searched scales by depth, mean and standard deviation over the channels",
-        f"Searched scales by depth, a line per branch; all are between {lowest:.3g} and {highest:.3g}.",
-        plots.plot_scales,
-        model,
-        scales,
-    )
-
-
-def scales_by_epoch(run: Run) -> dict[str, dict[str, dict[int, float]]]:
-    """Mean scales by branch, block and epoch, as they were recorded."""
+def scales_by_epoch(run: RunFolderSummary) -> dict[str, dict[str, dict[int, float]]]:
+    """Return the recorded mean scales by branch, block and epoch."""
     curves: dict[str, dict[str, dict[int, float]]] = {}
     for record in run.epochs:
-        means = record.get("scales")
-        for key, value in means.items() if isinstance(means, Mapping) else ():
+        for key, value in record.get("scales", {}).items():
             if (mean := number(value)) is not None:
-                block, _, branch = plain(key).removesuffix(".weight").rpartition(".")
+                block, _, branch = label(key).removesuffix(".weight").rpartition(".")
                 curves.setdefault(branch, {}).setdefault(block, {})[record["epoch"]] = mean
     return curves
 
 
-def kernels(runs: Mapping[str, Run]) -> Iterator[Block]:
-    """Weights of the layer that the paper shows, of the plain networks and baselines whose checkpoints are there."""
+def kernels(runs: Runs, pictures: Pictures) -> Blocks:
+    """Yield weights of the layer that the paper shows, of the plain networks and baselines that have checkpoints."""
     layers: dict[str, dict[str, Mapping[str, Tensor]]] = {}
-    unread = []
     for name, run in runs.items():
         try:
             if found := kernels_of(run.folder / "latest.pth"):
                 layers.setdefault(found[0], {})[name] = found[1]
         except UserError as error:
-            unread.append(str(error))
+            yield f"Not shown: {text(error)}"
     for layer, networks in layers.items():
-        yield chart(
-            f"Weights of {layer}; a panel is as wide as the range of INT8",
-            f"Histograms of the weights of {layer} at the centre of its kernels and around it; "
-            f"networks: {', '.join(networks)}. The table below has them in numbers.",
-            plots.plot_weights,
-            {
-                textwrap.fill(plain(name), 32): {form: analyse_kernels.split(kernel) for form, kernel in forms.items()}
-                for name, forms in networks.items()
-            },
-        )
+        parts = {
+            textwrap.fill(label(name), 32): {form: analyse_kernels.split(kernel) for form, kernel in forms.items()}
+            for name, forms in networks.items()
+        }
+        caption = f"Weights of {layer} of {', '.join(networks)}; a panel is as wide as the range of INT8"
+        yield pictures.draw(caption, plots.plot_weights, parts)
         rows = [
-            {"network": name, "form": form, **analyse_kernels.statistics(kernel)}
+            analyse_kernels.written({"network": name, "form": form, **analyse_kernels.statistics(kernel)})
             for name, forms in networks.items()
             for form, kernel in forms.items()
         ]
-        lines = [[value or NONE for value in analyse_kernels.written(row).values()] for row in rows]
-        yield Table(f"Weights of {layer} in numbers", [[*map(Head, rows[0])]], lines, names=2, folded=len(rows) > 12)
-    if unread:
-        yield Lines("Not shown", unread)
+        yield table([*rows[0]], [row.values() for row in rows])
 
 
 def kernels_of(file: Path) -> tuple[str, Mapping[str, Tensor]] | None:
-    """The layer that the paper shows and its forms; None of a checkpoint that is not there or has none of them.
+    """Return the layer that the paper shows and its forms; None of a checkpoint that is not there or has none of them.
 
     Raises:
         UserError: the checkpoint is damaged, or its numbers are not finite.
@@ -537,87 +370,87 @@ def kernels_of(file: Path) -> tuple[str, Mapping[str, Tensor]] | None:
     return layer, forms[layer]
 
 
-def quantization(runs: Mapping[str, Run]) -> Iterator[Block]:
-    """What INT8 costs: the accuracy of the networks, the noise in every layer, the sizes of the files."""
+def quantization(runs: Runs, pictures: Pictures) -> Blocks:
+    """Yield what INT8 costs: the accuracy of the networks, the noise in every layer, the sizes of the files."""
     tables: dict[tuple[Column, ...], list[Sequence[str]]] = {}
     sizes: list[Sequence[str]] = []
     noise: dict[tuple[str, ...], dict[str, list[float | None]]] = {}
     for name, run in [(name, run) for name, run in runs.items() if (run.folder / RESULTS).is_file()]:
-        folder, columns = run.folder, (*run.columns, IMAGES)
-        for network, row in read_json(folder / RESULTS, {str: {str: NUMBER}}).items():
+        columns = (*run.columns, IMAGES)
+        for network, row in read_json(run.folder / RESULTS).items():
             cells = (figure(row.get(column.name), column.decimals) for column in columns)
             tables.setdefault(columns, []).append((name, network, *cells))
-        for path in sorted((folder / RESULTS).parent.iterdir()):
+        for path in sorted((run.folder / RESULTS).parent.iterdir()):
             sizes.append((name, path.name, f"{path.stat().st_size / 1e6:.2f}"))
-        if (folder / SIGNAL_TO_NOISE).is_file():
-            ratios = read_json(folder / SIGNAL_TO_NOISE, {str: NUMBER})
+        if (run.folder / SIGNAL_TO_NOISE).is_file():
+            ratios = read_json(run.folder / SIGNAL_TO_NOISE)
             noise.setdefault(tuple(ratios), {})[name] = [*map(number, ratios.values())]
     for columns, rows in tables.items():
-        heads = ("trained as", "network", *(column.head for column in columns))
-        yield Table("fp32 and INT8", [[*map(Head, heads)]], rows, names=2)
+        yield table(("trained as", "network", *(column.head for column in columns)), rows)
     if sizes:
-        heads = ("trained as", "file", "MB")
-        yield Table("Files", [[*map(Head, heads)]], sizes, names=2, folded=True)
+        yield table(("trained as", "file", "MB"), sizes)
     for layers, networks in noise.items():
-        if layers:
-            yield chart(
-                "Signal to noise by layer, in INT8",
-                f"Signal-to-noise ratio of the outputs of {len(layers)} layers in INT8; {worst(layers, networks)}.",
-                plots.plot_by_depth,
-                {"signal to noise (dB)": {plain(name): {"INT8": values} for name, values in networks.items()}},
-                [*map(plain, layers)],
-            )
-            yield Lines("", [worst(layers, networks)])
+        worst = [
+            f"{name}: {layer} ({value:.1f} dB)"
+            for name, values in networks.items()
+            for value, layer in sorted((v, layer) for v, layer in zip(values, layers, strict=True) if v is not None)[:1]
+        ]
+        ratios = {label(name): {"INT8": values} for name, values in networks.items()}
+        yield pictures.draw(
+            f"Signal to noise by layer, in INT8; the most noise: {'; '.join(worst)}",
+            plots.plot_by_depth,
+            {"signal to noise (dB)": ratios},
+            [*map(label, layers)],
+        )
 
 
-def worst(layers: Sequence[str], networks: Mapping[str, Sequence[float | None]]) -> str:
-    """The layer with the most noise of every network."""
-    found = {
-        name: min((value, layer) for layer, value in zip(layers, values, strict=True) if value is not None)
-        for name, values in networks.items()
-        if any(value is not None for value in values)
-    }
-    return "the most noise: " + "; ".join(f"{name}: {layer} ({v:.1f} dB)" for name, (v, layer) in found.items())
+# --- pieces of Markdown
 
 
-# --- pieces
+def table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table of cells, which are numbers or text."""
+    lines = ["| " + " | ".join(text(NONE if cell is None else cell) for cell in row) + " |" for row in (heads, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
 
 
-def chart(title: str, description: str, plot: Callable[..., None], *data: Any, **options: Any) -> Chart:
-    """What a function of plots.py draws of some data."""
-    drawn = svg.svg_of(lambda path: plot(*data, path, **options))
-    return Chart(title, drawn, description, narrow=options.get("size") == NARROW)
+def items(lines: Iterable[object]) -> str:
+    """Return a list of sentences or names."""
+    return "\n".join(f"- {text(line)}" for line in lines)
 
 
-def picture(title: str, file: Path) -> Chart | Picture:
-    """A picture file: an SVG made for the page becomes a part of it, others stand on white.
-
-    Raises:
-        UserError: it is not there, or no SVG and no PNG.
-    """
-    if not file.is_file():
-        raise UserError(f"there is no picture {shown(str(file))}")
-    content = file.read_bytes()
-    if file.suffix == ".svg":
-        drawn = svg.read_svg(file)
-        if b"currentColor" in content:
-            return Chart(title, drawn, title)
-        kind = "svg+xml"
-    elif content.startswith(b"\x89PNG\r\n\x1a\n"):
-        kind = "png"
-    else:
-        raise UserError(f"{str(file)!r} is no picture: it is neither an SVG nor a PNG")
-    return Picture(title, f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
+def code(lines: Iterable[object]) -> str:
+    """Return lines that are typed."""
+    return "\n".join(f"    {printable(line)}" for line in lines)
 
 
-def plain(name: str) -> str:
-    """A name as matplotlib takes it, which reads what stands between dollars as a formula."""
+def folded(title: str, content: str) -> str:
+    """Return content that a reader opens by its title."""
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{content}\n\n</details>'
+
+
+def text(value: object) -> str:
+    """Return what a file says as one line, in which nothing is taken for Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(value), quote=False))
+
+
+def label(name: str) -> str:
+    """Return a name as matplotlib takes it, which reads what stands between dollars as a formula."""
     return printable(name).replace("$", r"\$")
 
 
-def printable(text: str) -> str:
-    """Text without what no page and no picture can hold."""
-    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+def printable(value: object) -> str:
+    """Return text as one line, without what no page and no picture can hold."""
+    return "".join(char if char.isprintable() else " " for char in str(value))
+
+
+def figure(value: object, decimals: int, sign: str = "") -> str:
+    """Return a number with so many decimals, and with two digits in any case; text as it is."""
+    if isinstance(value, str):
+        return value
+    if (found := number(value)) is None:
+        return NONE
+    digits = ".2g" if 0 < abs(found) < 10 ** (1 - decimals) else f".{decimals}f"
+    return f"{found:{sign if found > 0 else ''}{digits}}".replace("-", "−")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What report.py makes of runs and tables: a page that stands by itself, and one line about what it cannot read."""
+"""What report.py makes of runs and tables: a page with its pictures, and one line about what it cannot read."""
 
 import base64
-import itertools
 import json
-from html.parser import HTMLParser
+import re
 
 import pytest
 import report
@@ -16,54 +15,25 @@ from repopt import checkpoint
 from train import config
 
 NANO = "RepOpt-VGG-nano"
-VOID = {"meta", "img", "br", "link", "input"}
 SCRIPT = "<script>alert('$x$')</script>"
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 90 40" {}</svg>'
 
 
-class Page(HTMLParser):
-    """A parsed page: its elements with their attributes and text, which are nested as they should be."""
+class Page:
+    """A Markdown page: its text, tables as lists of cells, and pictures by caption."""
 
-    def __init__(self, text):
-        super().__init__()
-        self.source, self.open, self.elements, self.words = text, [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        assert len(dict(attributes)) == len(attributes)
-        element = {"": tag, **dict(attributes), "text": ""}
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open.remove(self.elements[-1])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[""] == tag
-
-    def handle_data(self, data):
-        for element in self.open:
-            element["text"] += data
-
-    def all(self, tag):
-        return [element for element in self.elements if element[""] == tag]
-
-    @property
-    def text(self):
-        return self.all("body")[0]["text"]
+    def __init__(self, path):
+        self.path, self.text = path, path.read_text()
+        self.lines = self.text.splitlines()
+        self.pictures = dict(re.findall(r"^!\[(.*)\]\((.*)\)$", self.text, re.MULTILINE))
 
     def rows(self, *names):
-        """Cells of the one row of a table that has these heads."""
-        (row,) = (cells for tr in self.all("tr") if (cells := cells_of(tr["text"]))[: len(names)] == list(names))
-        return row[len(names) :]
+        """The rest of every row of a table that begins with these cells."""
+        rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in self.lines if line[:1] == "|"]
+        return [row[len(names) :] for row in rows if row[: len(names)] == list(names)]
 
-
-def cells_of(text):
-    return [cell.strip() for cell in text.strip().split("\n")]
+    def row(self, *names):
+        (row,) = self.rows(*names)
+        return row
 
 
 # --- what the page is made of
@@ -77,17 +47,18 @@ def metrics(accuracies, **extra):
         yield {"step": 2 * epoch, "epoch": epoch, "train_seconds": 40.0, "val": {"top1": top1, "top5": 99.0}, **extra}
 
 
-def make_run(folder, arch, records, settings=()):
+def starts_of(arch, torch_version="9.8.7"):
+    versions = {"repopt": "0.2.0", "torch": torch_version, "python": "3.11.1", "processes": 1, "device": "cpu"}
+    return {"command": f"main_repopt.py --arch {arch} --opts SEED 0", "time": "2026-01-02T03:04:05", **versions}
+
+
+def make_run(folder, arch, records, settings=(), starts=1):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     cfg = config.as_dict(config.build({"MODEL.ARCH": arch, "TRAIN.EPOCHS": 3, **dict(settings)}).cfg)
     (folder / "config.json").write_text(json.dumps(cfg))
-    (folder / "log_rank0.txt").write_text(
-        f"2026-01-02 03:04:05 main_repopt.py --arch {arch} --opts SEED 0\n"
-        "2026-01-02 03:04:05 torch 9.8.7, 1 process(es), cpu\n"
-        f"2026-01-02 03:04:06 {arch}: 0.88 M parameters, 300 training and 1497 test images\n"
-        "2026-01-02 03:04:07 epoch 1/3 batch 4/4 loss 2.35\n"
-    )
+    run = {"starts": [starts_of(arch)] * starts, "parameters": 878_910, "training_images": 300, "test_images": 1497}
+    (folder / "run.json").write_text(json.dumps(run))
     return folder
 
 
@@ -129,8 +100,8 @@ def runs(tmp_path_factory):
     return {"search": search, "target": target, "second": second, "baseline": baseline, "quantized": quantized}
 
 
-def cell(quantity, paper, mean, std, values, difference):
-    numbers = {"mean": mean, "std": std, "values": values, "difference": difference}
+def cell(quantity, paper, mean, std, values, difference, decimals=2):
+    numbers = {"mean": mean, "std": std, "values": values, "difference": difference, "decimals": decimals}
     return {"quantity": quantity, "paper": paper, **numbers}
 
 
@@ -147,18 +118,18 @@ def table_of(runs, /, **changes):
                 "labels": ["RepOptimizer", "Hyper-Search"],
                 "cells": [
                     cell("top1", "78.47±0.03", 95.204, 0.1049, [95.1, 95.2, 95.312], 16.734),
-                    cell("std", "0.0089", 0.0123, None, [0.0123], 0.0034),
+                    cell("std", "0.0089", 0.0123, None, [0.0123], 0.0034, 4),
                 ],
             },
             {
                 "labels": ["SGD", None],
-                "cells": [cell("top1", None, 51.95, 13, [], None), cell("std", "0.01", None, None, [], None)],
+                "cells": [cell("top1", None, 51.95, 13, [], None), cell("std", "0.01", None, None, [], None, 4)],
             },
             {
                 "labels": ["Adam", "none"],
                 "cells": [
                     cell("top1", "96", 51.951, None, [52, 51.9], -44.049),
-                    cell("std", 1, "yes", None, ["yes"], 0),
+                    cell("std", 1, "yes", None, ["yes"], 0, 4),
                 ],
             },
         ],
@@ -177,9 +148,9 @@ def table_of(runs, /, **changes):
 
 
 def page_of(folder, *sources):
-    out = folder / "page.html"
+    out = folder / "page.md"
     assert report.main([*map(str, sources), "--out", str(out)]) == 0
-    return Page(out.read_text())
+    return Page(out)
 
 
 def write(file, content):
@@ -188,115 +159,82 @@ def write(file, content):
 
 
 @pytest.fixture(scope="module")
-def page(runs, tmp_path_factory):
-    """Of a table, and of every kind of run."""
-    folder = tmp_path_factory.mktemp("page")
+def sources(runs, tmp_path_factory):
+    """A table, and every kind of run."""
+    folder = tmp_path_factory.mktemp("sources")
     Image.new("RGB", (30, 20), "red").save(folder / "figure.png")
-    (folder / "own.svg").write_text(SVG.format('><path d="M0 0" style="fill: #123456"/>'))
-    (folder / "figure.svg").write_text(
-        SVG.format(
-            'onload="alert(1)"><script>alert(1)</script><foreignObject><p>x</p></foreignObject><style>p {}</style>'
-            '<defs><clipPath id="a"><rect x="1.23456789" y="0" width="9" height="9"/></clipPath></defs>'
-            '<g id="b" clip-path="url(#a)" style="stroke: #1f77b4; fill: currentColor" onclick="alert(1)">'
-            '<path d="M 0 1.23456 L 2 3"/><text style="fill: url(http://x)">1 &lt; <tspan>2</tspan> &amp; 3</text></g>'
-            '<use xlink:href="#b"/><use xlink:href="http://x/y.svg#z"/><image href="http://x/y.png"/>'
-        )
-    )
-    pictures = [{"title": f"Figure {file}", "file": file} for file in ("figure.png", "figure.svg", "own.svg")]
-    table = write(folder / "table4.json", table_of(runs, pictures=pictures))
-    sources = [table, *(runs[name] for name in ("search", "target", "quantized"))]
-    return page_of(folder, *sources)
+    table = table_of(runs, pictures=[{"title": "Figure 1", "file": "figure.png"}])
+    return [write(folder / "table4.json", table), *(runs[name] for name in ("search", "target", "quantized"))]
+
+
+@pytest.fixture(scope="module")
+def page(sources, tmp_path_factory):
+    return page_of(tmp_path_factory.mktemp("page"), *sources)
 
 
 # --- the page
 
 
-def test_the_page_stands_by_itself(page):
-    assert page.source.startswith("<!DOCTYPE html>")
-    assert page.all("html")[0]["lang"] == "en"
-    assert not page.all("script") + page.all("link") + page.all("iframe") + page.all("object")
-    for element in page.elements:
-        for name, value in element.items():
-            assert not name.startswith("on")
-            if name in ("src", "href"):
-                assert value.startswith(("#", "data:image/"))
-    assert "http" not in page.source.replace("http-equiv", "")
-    assert "url(" not in page.source.replace("url(#", "")
-    assert "#010203" not in page.source  # pictures have the page's colours
-    assert len(page.source) < 1e6
-
-
-def test_ids_are_of_one_and_links_lead_to_them(page):
-    ids = [element["id"] for element in page.elements if "id" in element]
-    assert len(set(ids)) == len(ids)
-    links = [element["href"] for element in page.elements if "href" in element]
-    assert len(links) > 50
-    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
-    used = {
-        value.split("url(#")[1].split(")")[0] for e in page.elements for value in e.values() if "url(#" in (value or "")
-    }
-    assert used <= set(ids)
-
-
-def test_the_page_is_for_everyone(page):
-    levels = [int(element[""][1]) for element in page.elements if element[""] in {"h1", "h2", "h3", "h4"}]
-    assert levels[0] == 1
-    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-    assert all(element["scope"] in ("col", "row", "colgroup") for element in page.all("th"))
-    assert all(element["alt"] for element in page.all("img"))
-    assert all(element["role"] == "img" and element["aria-label"] for element in page.all("svg"))
-    contents = page.all("nav")[0]["text"]
-    assert all(element["text"] in contents for element in page.all("h2") + page.all("h3"))
-
-
 def test_the_table_beside_the_paper(page):
-    heads = [head["text"] for head in page.all("th") if head["scope"] != "row"][:10]
-    assert heads == ["optimizer", "constants", "top1", "std", *["paper", "this run", "difference"] * 2]
-    assert page.rows("RepOptimizer", "Hyper-Search") == [
-        *("78.47±0.03", "95.20 ± 0.1095.10 · 95.20 · 95.31", "+16.73"),
+    heads = page.row("optimizer", "constants")
+    assert heads == ["top1: paper", "this run", "difference", "std: paper", "this run", "difference"]
+    assert page.row("RepOptimizer", "Hyper-Search") == [
+        *("78.47±0.03", "95.20 ± 0.10 (95.10 · 95.20 · 95.31)", "+16.73"),
         *("0.0089", "0.0123", "+0.0034"),
     ]
-    assert page.rows("SGD", "–") == ["–", "51.95 ± 13.00", "–", "0.01", "–", "–"]
-    assert page.rows("Adam", "none") == ["96", "51.9552.00 · 51.90", "−44.05", "1", "yes", "0.0000"]
+    assert page.row("SGD", "–") == ["–", "51.95 ± 13.00", "–", "0.01", "–", "–"]
+    assert page.row("Adam", "none") == ["96", "51.95 (52.00 · 51.90)", "−44.05", "1", "yes", "0.0000"]
 
 
 def test_all_else_that_a_table_says(page):
-    assert "table 4: Ablation (demo)" in page.text
+    assert "## table 4: Ablation (demo)" in page.lines
     for text in ("Three seeds share one search.", "top1: 40 of 55 pairs are ordered as in the paper", "not/there"):
-        assert text in [item["text"] for item in page.all("li")]
-    assert page.all("pre")[0]["text"] == "python main_repopt.py --cfg a.yaml\npython main_repopt.py --cfg b.yaml"
-    assert page.rows("machine") == ["a computer"]
+        assert f"- {text}" in page.lines
+    assert "    python main_repopt.py --cfg a.yaml\n    python main_repopt.py --cfg b.yaml\n" in page.text
+    assert page.row("machine") == ["a computer"]
 
 
 def test_the_runs_in_numbers(page, runs):
-    assert page.rows("plain", str(runs["target"])) == ["91.25 %", "92.50 % (epoch 2)", "3 of 3", "0:02:00"]
-    facts = dict(zip((e["text"] for e in page.all("dt")), (e["text"] for e in page.all("dd")), strict=True))
-    assert facts["final top-1"] == "91.25 %"  # of the run that comes last
-    assert facts["parameters"] == "0.88 M"
-    assert facts["test images"] == "1497"
-    assert [item["text"] for item in page.all("li")].count("torch 9.8.7, 1 process(es), cpu") == 2
-    assert f"main_repopt.py --arch {NANO}-hs --opts SEED 0" in [pre["text"] for pre in page.all("pre")]
+    assert page.row("plain", str(runs["target"])) == ["91.25 %", "92.50 % (epoch 2)", "3 of 3", "0:02:00"]
+    facts = ("final top-1", "best top-1", "epochs", "training time", "parameters", "training images", "test images")
+    assert page.rows(*facts) == [[], []]  # of the search and the target
+    assert page.row("91.25 %") == ["92.50 % (epoch 2)", "3 of 3", "0:02:00", "0.88 M", "300", "1497"]
+    assert page.rows("0.2.0") == [["9.8.7", "3.11.1", "1", "cpu"]] * 2
+    assert page.lines.count(f"    main_repopt.py --arch {NANO}-hs --opts SEED 0") == 1
 
 
-def test_charts_say_what_they_show(page):
-    labels = [svg["aria-label"] for svg in page.all("svg")]
-    assert "top-1 by epoch; at the end: search 70.0 %, plain 90.6 %, RepVGG 60.0 %." in labels
-    assert "top-1 by epoch: 31.0 % in epoch 1, 91.2 % in 3." in labels
-    assert "Curves by step; at the end: training loss 0.333, learning rate 0.1." in labels
-    assert sum(label.startswith("Searched scales by depth") for label in labels) == 2
-    assert sum(label.startswith("Change of the mean scale by epoch") for label in labels) == 2
-    assert any("stage3.7" in label and "plain, RepVGG" in label for label in labels)
-    text = " ".join(svg["text"] for svg in page.all("svg"))
-    for words in ("scale_identity", "training loss", "learning rate", "before BN fusion", "signal to noise (dB)"):
-        assert words in text
+def test_pictures(page, tmp_path):
+    captions = [
+        "Figure 1",
+        "top-1 by epoch: the mean over the seeds, and the band between the worst and the best",
+        "top-1 by epoch",
+        "Training loss and learning rate by step",
+        *(
+            f"{name}: {what}"
+            for name in ("search", f"{NANO}-hs")
+            for what in (
+                "searched scales by depth, mean and standard deviation over the channels",
+                "how far the mean scale of every block moved since the first epoch (the deeper, the stronger)",
+            )
+        ),
+        "Weights of stage3.7 of plain, RepVGG; a panel is as wide as the range of INT8",
+        f"Signal to noise by layer, in INT8; the most noise: {NANO}-target: linear (12.2 dB)",
+    ]
+    assert set(captions) <= page.pictures.keys()
+    files = [page.path.parent / file for file in page.pictures.values()]
+    for file in files:
+        with Image.open(file) as image:
+            assert image.format == "PNG"
+            assert len(set(image.convert("L").resize((99, 99)).tobytes())) > 1 or image.size == (30, 20)  # not blank
+    for caption in captions:
+        assert f"{caption}\n\n![{caption}](page_pictures/" in page.text
 
 
 def test_kernels_in_numbers(page, runs):
     weights = checkpoint.read(runs["target"] / "latest.pth")["model"]["stage3.7.conv.weight"].double()
-    rows = [cells_of(tr["text"]) for tr in page.all("tr")]
-    raw = next(row for row in rows if row[:2] == ["plain", "raw"])
-    assert float(raw[2]) == pytest.approx(float(weights.std(correction=0)), rel=5e-3)
-    assert [row[1] for row in rows if row[0] == "RepVGG"][-3:] == [
+    row = page.row("plain", "raw")
+    assert float(row[0]) == pytest.approx(float(weights.std(correction=0)), rel=5e-3)
+    assert [row[0] for row in page.rows("RepVGG")][-3:] == [
         "before BN fusion",
         "after BN fusion",
         "after branch addition",
@@ -304,58 +242,40 @@ def test_kernels_in_numbers(page, runs):
 
 
 def test_quantization(page):
-    assert page.rows(f"{NANO}-target", "fp32") == ["95.50", "99.50", "0.2500", "1497"]
-    assert page.rows(f"{NANO}-target", "INT8") == ["94.00", "99.50", "0.2500", "1497"]
-    assert f"the most noise: {NANO}-target: linear (12.2 dB)" in page.text
+    assert page.row(f"{NANO}-target", "fp32") == ["95.50", "99.50", "0.2500", "1497"]
+    assert page.row(f"{NANO}-target", "INT8") == ["94.00", "99.50", "0.2500", "1497"]
+    assert page.row(f"{NANO}-target", "results.json") == ["0.00"]
 
 
-def test_what_is_configured_differently_comes_first(page, runs):
-    changed = {
-        row[0]: row[1:] for tr in page.all("tr") if (row := cells_of(tr["text"]))[0] in config.KEYS and len(row) == 6
-    }
-    assert changed.keys() == {"MODEL.ARCH", "TRAIN.EPOCHS"}
-    assert changed["TRAIN.EPOCHS"] == ["300", "3", "3", "3", "epochs in all"]
-    rest = [details["text"] for details in page.all("details") if "keys that have their defaults" in details["text"]]
-    assert len(rest) == 3
-    assert all("TRAIN.BASE_LR\n0.0005\nlearning rate" in text for text in rest)
+def test_what_is_configured_differently_comes_first(page):
+    assert page.rows("MODEL.ARCH")[0][1:4] == [f"{NANO}-hs", f"{NANO}-target", f"{NANO}-repvgg"]
+    assert page.rows("TRAIN.EPOCHS")[0] == ["300", "3", "3", "3", config.KEYS["TRAIN.EPOCHS"].meaning]
+    assert page.rows("TRAIN.BASE_LR") == [["0.0005", config.KEYS["TRAIN.BASE_LR"].meaning]] * 3
+    assert len(re.findall(r"<summary>\d+ keys that have their defaults</summary>", page.text)) == 3
 
 
-def test_pictures(page):
-    sources = [image["src"] for image in page.all("img")]
-    assert [source.split(",")[0] for source in sources] == ["data:image/png;base64", "data:image/svg+xml;base64"]
-    assert base64.b64decode(sources[1].split(",")[1]).decode().endswith("</svg>")
-    (inline,) = (svg for svg in page.all("svg") if svg["aria-label"] == "Figure figure.svg")
-    assert inline["text"] == "1 < 2 & 3"
-    at = page.elements.index(inline)
-    inside = page.elements[at + 1 : at + 11]
-    assert [element[""] for element in inside] == [
-        "defs",
-        "clippath",
-        "rect",
-        "g",
-        "path",
-        "text",
-        "tspan",
-        *("use",) * 2,
-        "image",
-    ]
-    prefix = inside[1]["id"].removesuffix("a")
-    assert inside[2]["x"] == "1.23"
-    assert inside[3] | {"text": ""} == {
-        "": "g",
-        "id": f"{prefix}b",
-        "clip-path": f"url(#{prefix}a)",
-        "text": "",
-        "style": "stroke: var(--c0); fill: currentColor",
-    }
-    assert "style" not in inside[5]
-    assert [element.get("href") for element in inside[7:]] == [f"#{prefix}b", None, None]
+def test_one_html_file_has_everything_in_it(sources, tmp_path):
+    out = tmp_path / "page.html"
+    assert report.main([*map(str, sources), "--out", str(out)]) == 0
+    html = out.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    pictures = re.findall('src="([^"]*)"', html)
+    assert len(pictures) > 8
+    for picture in pictures:
+        kind, data = picture.split(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert "<h3" in html
+    assert "<td>95.20 ± 0.10 (95.10 · 95.20 · 95.31)</td>" in html
+    assert re.search(r"<summary>\d+ keys that have their defaults</summary>\s*<table>", html)
+    assert re.findall('href="(?!#)', html) == []
 
 
-def test_what_is_hostile_is_text(runs, tmp_path):
-    bad = f"{SCRIPT}\x00\ud800\"'&"
+@pytest.mark.parametrize("suffix", ["md", "html"])
+def test_what_is_hostile_is_text(runs, tmp_path, suffix):
+    bad = f"{SCRIPT}\x00\ud800\"'&|\n# [a](javascript:b) ![c](d)"
     folder = make_run(tmp_path / "a", SCRIPT, metrics([50.0], scales={f"{SCRIPT}.{SCRIPT}.weight": 1.0}))
-    (folder / "log_rank0.txt").write_text(f"2026-01-02 03:04:05 main_repopt.py {SCRIPT}\n")
+    (folder / "run.json").write_text(json.dumps({"starts": [{"command": f"{bad}\n\n{bad}", "torch": bad}]}))
     content = table_of(
         runs,
         **dict.fromkeys(("name", "title", "scale"), bad),
@@ -365,36 +285,60 @@ def test_what_is_hostile_is_text(runs, tmp_path):
         runs={bad: [str(folder), bad]},
         environment={bad: bad},
     )
-    page = page_of(tmp_path, write(tmp_path / "table.json", content), folder)
-    assert not page.all("script")
-    assert page.text.count(SCRIPT) > 15
-    assert SCRIPT in page.all("title")[0]["text"]
-    assert any(SCRIPT in svg["text"] for svg in page.all("svg"))
+    out = tmp_path / f"page.{suffix}"
+    assert report.main([str(write(tmp_path / "table.json", content)), str(folder), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert page.count("&lt;script&gt;") > 15
+    if suffix == "md":
+        assert all(line.startswith("    ") for line in page.splitlines() if "<script" in line)  # code
+        assert not re.search(r"(?<!\\)\]\(javascript", "\n".join(x for x in page.splitlines() if x[:4] != "    "))
+    if suffix == "html":
+        assert "<script" not in page
+        assert not re.findall(r'(?:href|src)="(?!#|data:image/png)', page)
+        assert page.count("<h2") == 2
 
 
 def test_a_table_of_nothing(tmp_path):
     empty = {key: [] for key in ("notes", "labels", "rows", "orderings", "pictures", "commands")}
     content = {"name": "figure 6", "title": "Scales", "scale": "full", **empty, "runs": {}, "environment": {}}
     page = page_of(tmp_path, write(tmp_path / "table.json", content))
-    assert [head["text"] for head in page.all("h2")] == ["figure 6: Scales (full)"]
-    assert not page.all("h3") + page.all("svg") + page.all("table")
+    assert [line for line in page.lines if line[:1] == "#"] == ["# RepOpt: results", "## figure 6: Scales (full)"]
+    assert not page.pictures
 
 
-def test_what_cannot_be_shown_is_said(runs, tmp_path):
+def test_what_cannot_be_shown_is_said(tmp_path):
     folder = make_run(tmp_path / "run", f"{NANO}-hs", metrics([10.0]))
     for name in ("latest.pth", "scales.pth"):
         (folder / name).write_bytes(b"no checkpoint")
     page = page_of(tmp_path, folder)
-    said = [item["text"] for item in page.all("li") if str(folder / "scales.pth") in item["text"]]
-    assert len(said) == 1
-    assert any(str(folder / "latest.pth") in item["text"] for item in page.all("li"))
-    assert page.all("svg")  # the rest
+    for name in ("latest.pth", "scales.pth"):
+        assert sum(line.startswith("Not shown: ") and str(folder / name) in line for line in page.lines) == 1
+    assert page.pictures  # the rest
 
 
 def test_a_run_that_has_just_begun(tmp_path):
     folder = make_run(tmp_path / "run", f"{NANO}-target", [{"step": 1, "train": {"loss": None, "learning_rate": 0.5}}])
-    labels = [svg["aria-label"] for svg in page_of(tmp_path, folder).all("svg")]
-    assert labels == ["Curves by step; at the end: training loss –, learning rate 0.5."]
+    assert [*page_of(tmp_path, folder).pictures] == ["Training loss and learning rate by step"]
+
+
+def test_a_run_of_before_has_no_run_json(tmp_path):
+    folder = make_run(tmp_path / "run", f"{NANO}-target", metrics([10.0]))
+    (folder / "run.json").unlink()
+    (folder / "log_rank0.txt").write_text("2026-01-02 03:04:05 main_repopt.py --eval\n")  # nothing is read from logs
+    page = page_of(tmp_path, folder)
+    assert page.row("10.00 %") == ["10.00 % (epoch 1)", "1 of 3", "0:00:40", "–", "–", "–"]
+    assert "Command lines" not in page.text
+
+
+def test_every_command_is_shown_once(tmp_path):
+    folder = make_run(tmp_path / "run", f"{NANO}-target", metrics([10.0]), starts=3)
+    content = json.loads((folder / "run.json").read_text())
+    content["starts"].append(starts_of(f"{NANO}-target", "10.0"))
+    write(folder / "run.json", content)
+    page = page_of(tmp_path, folder)
+    assert page.text.count("    main_repopt.py") == 1
+    assert page.row("repopt") == ["torch", "python", "processes", "device"]
+    assert page.rows("0.2.0") == [["9.8.7", "3.11.1", "1", "cpu"], ["10.0", "3.11.1", "1", "cpu"]]
 
 
 # --- records of a run
@@ -402,6 +346,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 def test_records_of_a_run(tmp_path):
     records = [*metrics([10.0, 20.0]), *[*metrics([11.0, 21.0, 30.0])][3:]]  # the second epoch twice
+    records[0]["epoch"] = 1  # within the epoch
     folder = make_run(tmp_path / "run", NANO, records)
     assert epochs_of(tmp_path) == steps_of(tmp_path) == []
     with (folder / "metrics.jsonl").open("a") as file:
@@ -430,29 +375,21 @@ def edited(**changes):
     return lambda runs: table_of(runs, **changes)
 
 
+DAMAGED = "' is damaged: "
 MISTAKES = {
     "nothing": ("none", None, r"there is no file or folder '{out}none'"),
     "no run": (".", None, "is no folder of a run: it has neither metrics.jsonl nor config.json nor"),
     "no JSON": ("a.json", '{"name": ', "a.json' is no JSON: Expecting value"),
     "no text": ("a.json", b"\xff\xfe\x00", "a.json' is no JSON: 'utf-8' codec"),
-    "a list": ("a.json", "[]", r"a.json' is \[\], not values by name"),
+    "a list": ("a.json", "[]", r"a.json' holds list, not values by name"),
     "too deep": ("a.json", "[" * 100_000, "a.json' is no JSON"),
-    "another JSON": ("a.json", "{}", "a.json' has no 'name'"),
-    "a number for text": ("a.json", edited(title=3), r"a.json'\['title'\] is 3, not text"),
-    "text for a number": (
-        "a.json",
-        edited(rows=[{"labels": ["a", "b"], "cells": [cell("q", "1", 1, "x\ny", [], None)]}]),
-        r"a.json'\['rows'\]\[0\]\['cells'\]\[0\]\['std'\] is 'x\\ny', not a number or null",
-    ),
-    "True for a number": (
-        "a.json",
-        edited(rows=[{"labels": ["a", "b"], "cells": [cell("q", "1", True, None, [], None)]}]),
-        "is True, not text or a number or null",
-    ),
+    "another JSON": ("a.json", "{}", f"a.json{DAMAGED}KeyError: 'runs'"),
+    "a number for rows": ("a.json", edited(rows=3), f"a.json{DAMAGED}TypeError: 'int' object"),
+    "a number for a cell": ("a.json", edited(rows=[{"labels": ["a", "b"], "cells": [3]}]), f"a.json{DAMAGED}TypeError"),
     "another row": (
         "a.json",
-        edited(rows=[{"labels": ["a"], "cells": []}]),
-        r"rows\[0\] of '.*a.json' has other labels or quantities than the table",
+        lambda runs: table_of(runs, rows=[*table_of(runs)["rows"], {"labels": ["a"], "cells": []}]),
+        "a row of the table has other labels or quantities than the first",
     ),
     "no picture": (
         "a.json",
@@ -462,15 +399,17 @@ MISTAKES = {
     "a picture of another kind": (
         "a.json",
         edited(pictures=[{"title": "x", "file": "a.json"}]),
-        "a.json' is no picture: it is neither an SVG nor a PNG",
+        "a.json' is no picture: it is not a PNG",
     ),
-    "broken SVG": ("b.svg", "<svg", "b.svg' is no SVG"),
-    "SVG without a size": ("b.svg", "<svg/>", "b.svg' is no SVG with a viewBox"),
-    "deep SVG": ("b.svg", SVG.format('fill="currentColor">' + "<g>" * 3000 + "</g>" * 3000), "nested too deeply"),
     "broken records": ("run/metrics.jsonl", '{"step": 1}\n{"step": \n', "line 2 of '.*metrics.jsonl' is no record"),
     "records of another kind": ("run/metrics.jsonl", "[1]\n", "line 1 of '.*metrics.jsonl' is no record"),
-    "broken configuration": ("run/config.json", "[]", "config.json' is .*, not values by name"),
-    "broken results": ("run/artifacts/results.json", '{"fp32": 3}', "is 3, not values by name"),
+    "endless seconds": (
+        "run/metrics.jsonl",
+        '{"step": 1, "epoch": 1, "train_seconds": 1e99}\n',
+        f"run{DAMAGED}OverflowError",
+    ),
+    "broken configuration": ("run/config.json", "[]", "config.json' holds list, not values by name"),
+    "broken results": ("run/artifacts/results.json", '{"fp32": 3}', f"run{DAMAGED}AttributeError"),
 }
 
 
@@ -482,12 +421,9 @@ def test_mistakes_are_one_line_and_exit_code_2(name, runs, tmp_path, in_one_line
         path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(content(runs)) if callable(content) else content
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    if path.suffix == ".svg":
-        pictures = [{"title": "x", "file": path.name}]
-        path = write(tmp_path / "a.json", table_of(runs, pictures=pictures, runs={}))
-    elif file.startswith("run/"):
+    if file.startswith("run/"):
         path = tmp_path / "run"
-    out = tmp_path / "page.html"
+    out = tmp_path / "page.md"
     assert report.main([str(path), "--out", str(out)]) == 2
     in_one_line("report.py", message, {"out": f"{tmp_path}/"})
     assert not out.exists()
@@ -501,11 +437,13 @@ def test_a_folder_is_no_page(runs, tmp_path, in_one_line):
 def test_what_is_printed(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert report.main([str(runs["second"])]) == 0
-    size = (tmp_path / "output" / "report.html").stat().st_size
-    assert capsys.readouterr().out == f"output/report.html ({size / 1e6:.2f} MB)\n"
+    assert capsys.readouterr().out == "output/report.md\n"
+    page = Page(tmp_path / "output" / "report.md")
+    assert page.pictures
+    assert all((page.path.parent / file).is_file() for file in page.pictures.values())
 
 
-def test_no_checkpoint_is_unpickled(runs, tmp_path):
+def test_no_checkpoint_is_unpickled(tmp_path):
     """A file that would run code when it is unpickled is refused."""
     folder = make_run(tmp_path / "run", f"{NANO}-target", metrics([10.0]))
     ran = tmp_path / "ran"
