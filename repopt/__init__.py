@@ -62,5 +62,3 @@ __all__ = [
     "register_block",
     "save_scales",
 ]
-
-__version__ = "0.2.0"

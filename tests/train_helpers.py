@@ -6,6 +6,7 @@ from typing import ClassVar
 from unittest import mock
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from train import config
@@ -13,10 +14,17 @@ from train.checkpoint import RunFolder
 from train.distributed import World
 from train.evaluation.classification import evaluate
 from train.precision import Precision
+from train.schedule import build_schedule
 from train.state import TrainingState
 from train.trainer import Trainer
 
 CPU = torch.device("cpu")
+
+
+def network(seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    layers = nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 4)
+    return nn.Sequential(*layers).double()
 
 
 class Batches:
@@ -48,6 +56,13 @@ class Batches:
             targets = torch.randint(self.classes, (self.size,), generator=generator)
             if batch >= self.done:
                 yield images, targets
+
+
+def make_state(model, *, average=True):
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    schedule = build_schedule(optimizer, "cosine", steps_per_epoch=5, epochs=4, warmup_steps=5)
+    ema = ModelEmaV3(model, decay=0.8) if average else None
+    return TrainingState(model, optimizer, schedule, Precision(CPU), ema=ema)
 
 
 class Listed(Batches):

@@ -14,9 +14,8 @@ from unittest import mock
 import numpy
 import pytest
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
-from train_helpers import CPU, Batches, Listed, Reports, run_epoch, trainer
+from train_helpers import CPU, Batches, Listed, Reports, make_state, network, run_epoch, trainer
 
 import repopt
 from repopt import checkpoint
@@ -33,12 +32,6 @@ from train.precision import Precision
 from train.schedule import build_schedule
 from train.state import TrainingState
 from train.throughput import measure_throughput
-
-
-def network(seed=0, dropout=0.0):
-    torch.manual_seed(seed)
-    layers = nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 4)
-    return nn.Sequential(*layers).double()
 
 
 def assert_same(a, b):
@@ -153,13 +146,6 @@ def test_schedules(name):
 def test_fp16_scaling_needs_no_gpu_to_be_off():
     assert not Precision(CPU).scaler.is_enabled()
     assert not Precision(CPU, torch.bfloat16).scaler.is_enabled()
-
-
-def make_state(model, *, average=True):
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
-    schedule = build_schedule(optimizer, "cosine", steps_per_epoch=5, epochs=4, warmup_steps=5)
-    ema = ModelEmaV3(model, decay=0.8) if average else None
-    return TrainingState(model, optimizer, schedule, Precision(CPU), ema=ema)
 
 
 def fit(state, folder, epochs, **arguments):
