@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import os
 import reprlib
-import sys
-import time
-from collections.abc import Callable, Iterable
-
-MISTAKE = 2  # exit code: of the user, or of the machine (a full disk)
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """A mistake in what a user gave (an argument, a file, a folder); the command line prints it and exits with 2."""
-
-
-def run_command(name: str, command: Callable[[], int | None]) -> int:
-    """The exit code of a command (0 for None); what stops it, of user or machine, is one line on stderr."""
-    try:
-        return command() or 0
-    except UserError as error:
-        message = str(error)
-    except OSError as error:  # of the machine: no permission, no space, a path that is none
-        message = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)  # mostly the first process has the same to say; torchrun then ends this one before it does
-    print(f"{name}: {message}", file=sys.stderr)
-    return MISTAKE
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:

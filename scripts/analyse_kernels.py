@@ -39,11 +39,12 @@ from torch import Tensor, nn
 
 import repopt
 from repopt.csla import Shape
-from repopt.errors import UserError, run_command, unknown
+from repopt.errors import UserError, unknown
 from repopt.layers import Baseline, RepConv2d
 from repopt.models import zoo
 from repopt.models.network import Network
 from train import trained
+from train.command import run_command
 
 Kernels = Mapping[str, Mapping[str, Tensor]]
 """Of a network, (O, I, kh, kw) each, by the path of their block and their form."""

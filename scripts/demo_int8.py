@@ -23,7 +23,8 @@ import _root
 from demo import FAMILIES, SEEDS, Family, Run, spread
 from workers import run_side_by_side
 
-from repopt.errors import UserError, run_command
+from repopt.errors import UserError
+from train.command import run_command
 from train.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
 
 METHODS = ("ptq", "qat")

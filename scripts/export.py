@@ -23,6 +23,8 @@ from pathlib import Path
 import _root  # noqa: F401
 from measure.arguments import positive
 
+from train.command import run_command
+
 FORMATS = ("onnx", "safetensors", "pt2", "compiled")
 
 
@@ -35,8 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "safetensors"])
     parser.add_argument("--image-size", type=positive, help="height and width (default: as FILE says, else 224)")
     arguments = parser.parse_args(argv)
-    from repopt.errors import run_command
-
     return run_command("export.py", lambda: export_all(arguments))
 
 

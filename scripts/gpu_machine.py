@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 
 import _root  # noqa: F401
 
-from repopt.errors import UserError, run_command
+from repopt.errors import UserError
+from train.command import run_command
 
 
 def main(device: str, needed: list[str]) -> None:

@@ -30,8 +30,9 @@ from measure.report import Row, Tables, environment, keep
 from runs import epochs_of
 
 from data import glyphs
-from repopt.errors import UserError, run_command
+from repopt.errors import UserError
 from repopt.quantize import PRESETS
+from train.command import run_command
 from train.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
 
 MODES = {"search": "hs", "target": "target", "repvgg": "repvgg", "sgd": "target-norepopt"}

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import _root
 from measure.report import Row, as_table
 
-from repopt.errors import UserError, run_command, shown
+from repopt.errors import UserError, shown
+from train.command import run_command
 
 FOLDER, DOCUMENT = _root.ROOT / "benchmarks", _root.ROOT / "docs" / "performance.md"
 ROWS, SUFFIX = "gpu.jsonl", "-gpu.json"

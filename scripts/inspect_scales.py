@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 import repopt
 from repopt import detection, segmentation
-from repopt.errors import UserError, run_command
+from repopt.errors import UserError
 from repopt.models import list_archs
 from repopt.reparam import key_of
+from train.command import run_command
 
 DEGREES = {"SGD": repopt.RepSGD.degree, "AdamW": repopt.RepAdamW.degree}
 

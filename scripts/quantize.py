@@ -13,22 +13,25 @@ holds (or --scales-path) its optimizer is the RepOptimizer.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import _root
 
-from main_repopt import DONE, INTERRUPTED
-from repopt.errors import run_command
-from train import config
+from train.command import MAIN, Program, run_program
 from train.files import ARTIFACTS, SIGNAL_TO_NOISE
 
-PROGRAM = config.Program(
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+    from train.config import Settings
+
+PROGRAM = Program(
     "quantize.py",
     "Quantize a trained network to INT8, and write it for others to run.",
-    {flag: name for flag, name in config.MAIN.flags.items() if name not in ("EVAL_MODE", "THROUGHPUT_MODE")}
+    {flag: name for flag, name in MAIN.flags.items() if name not in ("EVAL_MODE", "THROUGHPUT_MODE")}
     | {"--method": "QUANT.METHOD", "--preset": "QUANT.PRESET"},
     recipe=str(_root.ROOT / "configs" / "imagenet" / "quantize.yaml"),
 )
@@ -36,26 +39,21 @@ PROGRAM = config.Program(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code, as main_repopt.py does."""
-    argv = sys.argv[1:] if argv is None else argv
-
-    def command() -> int:
-        settings = config.parse(argv, PROGRAM)
-        from train.quantize import start  # torch and its exporters take seconds
-
-        cfg = start(settings, argv, PROGRAM)
-        if cfg is None:
-            return INTERRUPTED
-        if os.environ.get("RANK", "0") == "0":
-            draw(Path(cfg.OUTPUT, ARTIFACTS))
-        return DONE
-
-    return run_command(PROGRAM.name, command)
+    return run_program(PROGRAM, argv, start=start, draw=draw)
 
 
-def draw(artifacts: Path) -> None:
-    """A picture of the noise in every layer."""
+def start(settings: Settings, argv: Sequence[str], program: Program) -> CfgNode | None:
+    """Quantize, as `train.quantize.start` does."""
+    from train import quantize  # imports torch and its exporters, which takes seconds
+
+    return quantize.start(settings, argv, program)
+
+
+def draw(cfg: CfgNode) -> None:
+    """Draw the noise in every layer."""
     from plots import plot_by_depth
 
+    artifacts = Path(cfg.OUTPUT, ARTIFACTS)
     layers = json.loads((artifacts / SIGNAL_TO_NOISE).read_text())
     panels = {"signal to noise (dB)": {"INT8": {"output of the layer": list(layers.values())}}}
     plot_by_depth(panels, list(layers), artifacts / "signal_to_noise.png")

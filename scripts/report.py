@@ -31,9 +31,10 @@ from runs import METRICS, NONE, RunFolderSummary, number, read_json, steps_of
 from torch import Tensor
 
 import repopt
-from repopt.errors import UserError, one_line, run_command, shown
+from repopt.errors import UserError, one_line, shown
 from repopt.models import parse_arch, zoo
 from train import config, files, trained
+from train.command import run_command
 from train.files import CONFIG, PREDICTIONS, Column
 
 RESULTS, SIGNAL_TO_NOISE = (f"{files.ARTIFACTS}/{name}" for name in (files.RESULTS, files.SIGNAL_TO_NOISE))
@@ -221,7 +222,7 @@ def configuration(settings: Mapping[str, Mapping[str, Any]]) -> Blocks:
     changed, rest = [], []
     for key in dict.fromkeys([*config.KEYS, *(key for column in columns.values() for key in column)]):
         declared = config.KEYS.get(key)  # a run of another time may have other keys
-        default, meaning = (written(declared.default), declared.meaning) if declared else (NONE, "")
+        default, meaning = (written(declared.default), declared.help) if declared else (NONE, "")
         values = [written(column[key]) if key in column else NONE for column in columns.values()]
         if set(values) <= {default, NONE}:
             rest.append((key, default, meaning))

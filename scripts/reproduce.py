@@ -24,8 +24,7 @@ from pathlib import Path
 import _root
 from reproduction.experiment import SCALES
 
-from main_repopt import DONE, INTERRUPTED
-from repopt.errors import run_command
+from train.command import EXIT_DONE, EXIT_INTERRUPTED, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             reproduce(names, arguments.scale, arguments.seeds, arguments.output, dry_run=arguments.dry_run)
         except KeyboardInterrupt:
             print("reproduce.py: stopped; the same command goes on from there", file=sys.stderr)
-            return INTERRUPTED
-        return DONE
+            return EXIT_INTERRUPTED
+        return EXIT_DONE
 
     return run_command("reproduce.py", command)
 

@@ -71,7 +71,7 @@ def check_same_run(cfg: CfgNode, content: Mapping[str, Any]) -> None:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
         if then in (None, now) or (key == "MODEL.ARCH" and same_arch(str(then), arch)):
             continue
-        if config.KEYS[key].fixed:
+        if config.KEYS[key].immutable_on_resume:
             raise UserError(f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now")
         if key not in OF_A_START:
             logger.info(f"{key} was {shown(then)} before this start and is {now!r} now")

@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 # Keys of which a network is made.
-OF_NETWORK = [
-    name
-    for name, key in config.KEYS.items()
-    if key.fixed and name.startswith(("TASK", "MODEL.", "DETECT.", "DATA.DATASET"))
-]
+OF_NETWORK = [name for name, key in config.KEYS.items() if key.of_model]
 
 
 class LoadedCheckpoint(NamedTuple):

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from main_repopt import DONE, INTERRUPTED
-from repopt.errors import run_command
-from train import config
+from train.command import Program, run_program
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
 
 
-def run_program(program: config.Program, argv: Sequence[str] | None) -> int:
-    """Run a command line of a program, draw what its network predicts, and return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+def train_and_draw(program: Program, argv: Sequence[str] | None) -> int:
+    """Run a program's command line, draw what its network predicts, and return the exit code."""
+    return run_program(program, argv, draw=draw)
 
-    def command() -> int:
-        settings = config.parse(argv, program)
-        from train.run import start  # torch and timm take seconds
 
-        cfg = start(settings, argv, program)
-        if cfg is None:
-            return INTERRUPTED
-        if os.environ.get("RANK", "0") == "0":
-            from downstream.pictures import draw
+def draw(cfg: CfgNode) -> None:
+    """Draw what the network of a run predicts."""
+    from downstream import pictures  # imports torch, which takes seconds
 
-            draw(cfg)
-        return DONE
-
-    return run_command(program.name, command)
+    pictures.draw(cfg)

@@ -16,22 +16,23 @@ import sys
 from collections.abc import Sequence
 
 import _root
-from downstream.command import run_program
+from downstream.command import train_and_draw
 
-from train import config
+from train.command import Program
+from train.keys import DETECT, flags_of
 
-PROGRAM = config.Program(
+PROGRAM = Program(
     "detect.py",
     "Train and evaluate detection (Faster, Mask or Cascade Mask R-CNN) on a backbone of ours.",
-    config.flags_of(config.DETECT),
+    flags_of(DETECT),
     recipe=str(_root.ROOT / "configs" / "coco" / "detect.yaml"),
-    task=config.DETECT,
+    task=DETECT,
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code, as main_repopt.py does."""
-    return run_program(PROGRAM, argv)
+    return train_and_draw(PROGRAM, argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import _root  # noqa: F401
 
 from data import scenes
-from repopt.errors import run_command
+from train.command import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,9 +19,10 @@ import repopt
 from data import detection as of_boxes
 from data import segmentation as of_labels
 from repopt import checkpoint, segmentation
-from train import config, tasks
+from train import tasks
 from train.distributed import World
 from train.files import PREDICTIONS
+from train.keys import DETECT, SEGMENT
 from train.placement import to_device
 from train.tasks.base import source_of
 
@@ -118,4 +119,4 @@ def color_of(index: int) -> tuple[int, ...]:
     return PALETTE[index % len(PALETTE)]
 
 
-DRAWN = {config.SEGMENT: segmented, config.DETECT: detected}
+DRAWN = {SEGMENT: segmented, DETECT: detected}

@@ -16,22 +16,23 @@ import sys
 from collections.abc import Sequence
 
 import _root
-from downstream.command import run_program
+from downstream.command import train_and_draw
 
-from train import config
+from train.command import Program
+from train.keys import SEGMENT, flags_of
 
-PROGRAM = config.Program(
+PROGRAM = Program(
     "segment.py",
     "Train and evaluate semantic segmentation (UPerNet) on a backbone of ours.",
-    config.flags_of(config.SEGMENT),
+    flags_of(SEGMENT),
     recipe=str(_root.ROOT / "configs" / "cityscapes" / "segment.yaml"),
-    task=config.SEGMENT,
+    task=SEGMENT,
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code, as main_repopt.py does."""
-    return run_program(PROGRAM, argv)
+    return train_and_draw(PROGRAM, argv)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from measure.training_step import SGD
 from measure.turns import synchronize, take_turns
 from repopt import checkpoint
 from repopt.errors import UserError
+from train.command import EXIT_DONE
 from train.evaluation.classification import evaluate
 
 TEST_BATCHES = -(-10_000 // BATCH)  # of CIFAR-100
@@ -151,7 +152,7 @@ def digits(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tabl
     with tempfile.TemporaryDirectory() as folder:
         family = FAMILIES["vgg"]._replace(folder=Path(folder))
         for name, trained in {"hyper-search": search_of(family), "plain network": Run(family, "target", 0)}.items():
-            if main_repopt.main([*trained.command, "TRAIN.EPOCHS", str(arguments.epochs)]) != main_repopt.DONE:
+            if main_repopt.main([*trained.command, "TRAIN.EPOCHS", str(arguments.epochs)]) != EXIT_DONE:
                 raise UserError(f"the training on digits has failed ({name})")
             epochs = epochs_of(trained.folder)
             seconds = sum(epoch["train_seconds"] for epoch in epochs)

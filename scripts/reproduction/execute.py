@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from tqdm import tqdm
 from workers import run_side_by_side
 
-from main_repopt import DONE, INTERRUPTED
 from repopt.errors import UserError
 from reproduction.cost import gpu_hours
 from reproduction.experiment import Scale
 from reproduction.run import Run
+from train.command import EXIT_DONE, EXIT_INTERRUPTED
 
 
 def show(runs: Sequence[Run], scale: Scale) -> str:
@@ -95,7 +95,7 @@ def alone(run: Run, scale: Scale) -> None:
     code = subprocess.run(
         [sys.executable, *launcher, run.script, *run.with_folders()], env=environment, stdout=quiet, check=False
     ).returncode
-    if code == INTERRUPTED:
+    if code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
-    if code != DONE:
+    if code != EXIT_DONE:
         raise UserError(f"this command failed with exit code {code}: {run.shell_line(processes)}")

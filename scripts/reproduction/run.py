@@ -18,6 +18,7 @@ from runs import epochs_of
 from repopt.errors import UserError, shown
 from reproduction.experiment import Experiment, Training
 from train import config
+from train.command import MAIN, Program
 from train.files import ARTIFACTS, CONFIG, RESULTS, THROUGHPUT
 
 # Data sets whose folder is found in an environment variable; the others come with a package.
@@ -47,7 +48,7 @@ class Kind(NamedTuple):
 
     script: str
     left: Callable[[Run], str]
-    program: config.Program = config.MAIN
+    program: Program = MAIN
     of: tuple[str, ...] = ()
     trains: bool = False
     alone: bool = False
@@ -57,7 +58,7 @@ def _last_checkpoint(run: Run) -> str:
     return f"ckpt_epoch_{run.cfg.TRAIN.EPOCHS - 1}.pth"
 
 
-def _trained(script: str, program: config.Program, of: tuple[str, ...] = ("--backbone",)) -> Kind:
+def _trained(script: str, program: Program, of: tuple[str, ...] = ("--backbone",)) -> Kind:
     return Kind(script, _last_checkpoint, program, of, trains=True)
 
 
@@ -67,7 +68,7 @@ def _quantized(method: str) -> Kind:
 
 
 KINDS = {
-    "train": _trained("main_repopt.py", config.MAIN, of=()),
+    "train": _trained("main_repopt.py", MAIN, of=()),
     "segment": _trained("scripts/downstream/segment.py", segment.PROGRAM),
     "detect": _trained("scripts/downstream/detect.py", detect.PROGRAM),
     "ptq": _quantized("ptq"),

@@ -8,6 +8,7 @@ import repopt
 from repopt import checkpoint
 from repopt.errors import UserError
 from repopt.models.network import Network
+from train.command import EXIT_INTERRUPTED
 
 NANO, GHOST = "RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x"
 STRIDES = (2, 1, 2, 1, 1)
@@ -160,7 +161,7 @@ def test_adafactor_goes_on_where_it_was_stopped(tmp_path, stopping):
     arch = f"{NANO}-target-norepopt"
     whole = train(tmp_path, "whole", arch=arch, options=options)
     with stopping():
-        train(tmp_path, "stopped", arch=arch, options=options, code=main_repopt.INTERRUPTED)
+        train(tmp_path, "stopped", arch=arch, options=options, code=EXIT_INTERRUPTED)
     assert_equal(train(tmp_path, "stopped", arch=arch, options=options), whole)
 
 

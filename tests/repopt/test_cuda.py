@@ -23,9 +23,10 @@ from torch import nn
 from train_helpers import run_epoch
 
 import repopt
-from main_repopt import DONE, INTERRUPTED, main
+from main_repopt import main
 from repopt import quantize
 from repopt.optim import RULES
+from train.command import EXIT_DONE, EXIT_INTERRUPTED
 from train.compilation import COMPILE_MODES, compiled
 from train.distributed import World
 from train.nonfinite import NonFiniteGuard
@@ -273,14 +274,14 @@ def test_a_training_that_is_stopped_ends_the_same(tmp_path, stopping, device):
         return main([*command, "--tag", tag, *options])
 
     try:
-        assert train("whole") == DONE
+        assert train("whole") == EXIT_DONE
         with stopping():
             codes = [train("parts")]
-            while codes[-1] == INTERRUPTED:
+            while codes[-1] == EXIT_INTERRUPTED:
                 codes.append(train("parts"))
     finally:
         torch.use_deterministic_algorithms(mode=False)
-    assert codes[-1] == DONE and len(codes) > 4
+    assert codes[-1] == EXIT_DONE and len(codes) > 4
     whole, parts = (
         repopt.checkpoint.read(tmp_path / "RepOpt-VGG-nano-hs" / tag / "latest.pth")["model"]
         for tag in ("whole", "parts")

@@ -13,7 +13,7 @@ import torch
 from measure import device, hyper_search, optimizer, training
 from measure.report import as_table
 
-from repopt.errors import MISTAKE, run_command
+from train.command import EXIT_USAGE_ERROR, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "RepOpt-VGG-nano"
@@ -75,7 +75,7 @@ def test_a_part_that_is_cut_leaves_its_row_and_the_next_run_does_what_is_missing
 def test_what_is_missing_is_said_in_one_line(run):
     script = "source scripts/gpu_common.sh; prepare yacs=yacs nowhere=a-package; say never"
     lines, code = run(script, PYTHON=sys.executable)
-    assert code == MISTAKE
+    assert code == EXIT_USAGE_ERROR
     assert lines == [
         "gpu_machine.py: a-package missing here: put the wheels into .whl (scripts/gpu_common.sh says how)"
     ]
@@ -195,6 +195,6 @@ class TestKeeping:
         if text is not None:
             (folder / "results.jsonl").write_text(text)
         monkeypatch.setattr("sys.argv", ["gpu_rows.py", str(folder)])
-        assert run_command("gpu_rows.py", gpu_rows.main) == MISTAKE
+        assert run_command("gpu_rows.py", gpu_rows.main) == EXIT_USAGE_ERROR
         in_one_line("gpu_rows.py", message, {"folder": folder})
         assert not (tmp_path / "gpu.jsonl").exists()

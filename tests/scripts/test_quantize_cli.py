@@ -17,6 +17,7 @@ import main_repopt
 from repopt import checkpoint, export, quantize
 from repopt.errors import UserError
 from train import trained
+from train.command import EXIT_INTERRUPTED
 from train.evaluation.classification import evaluate
 from train.precision import Precision
 
@@ -151,7 +152,7 @@ def test_training_on_resumes_as_if_it_never_stopped(target, tmp_path, monkeypatc
     _, whole = training("whole")
     with stopping():
         code, part = training("part")
-    assert code == main_repopt.INTERRUPTED
+    assert code == EXIT_INTERRUPTED
     assert part["seen"]
     code, part = training("part")
     assert "15 seconds" in capsys.readouterr().err
@@ -191,7 +192,6 @@ MISTAKES = {
         "of 'RepOpt-VGG-nano-target', not of",
     ),
     "quantized already": (["--arch", TARGET, "--method", "ptq", "--resume", "{int8}"], "holds a quantized network"),
-    "flag of another program": ([*PTQ, "--eval"], "unknown flag '--eval'"),
     "no training images": ([*PTQ, *FOLDER], "{photographs}"),
     "no scales": (["--arch", TARGET, "--method", "qat", "--resume", "{weights}"], "needs searched scales"),
     "moving average": ([*QAT, "--opts", "TRAIN.EMA_ALPHA", 0.1], "takes TRAIN.EMA_ALPHA 0.0 only"),

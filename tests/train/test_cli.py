@@ -17,6 +17,7 @@ import data
 import main_repopt
 import repopt
 from repopt import checkpoint
+from train.command import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ["DATA.DATASET", "digits"]
@@ -312,7 +313,7 @@ def test_resuming_within_an_epoch_under_either_implementation(search, tmp_path, 
     assert code == 0
     with stopping():
         code, part = train("part")
-    assert code == main_repopt.INTERRUPTED
+    assert code == EXIT_INTERRUPTED
     assert part["seen"] == [{"processes": 1, "images": 180, "sharded": False}]
     code, part = train("part")
     assert code == 0
@@ -465,7 +466,6 @@ def trained(search, tmp_path_factory):
 MISTAKES = {
     "arch": (["--arch", "RepOpt-VGG-nano-traget"], "did you mean 'RepOpt-VGG-nano-target'"),
     "no mode": (["--arch", "RepOpt-VGG-nano"], "needs a mode"),
-    "flag": (["--arhc", HS], "did you mean '--arch'"),
     "key": (["--arch", HS, "--opts", "DATA.DATASETS", "digits"], "did you mean 'DATA.DATASET'"),
     "no data path": (["--arch", HS], "--data-path"),
     "no such folder": (["--arch", HS, "--data-path", "/nowhere", "--opts", "DATA.DATASET", "folder"], "'/nowhere'"),

@@ -8,6 +8,7 @@ import pytest
 from repopt.errors import UserError
 from repopt.models import parse_arch
 from train import config
+from train.command import EXIT_USAGE_ERROR
 from train.compilation import COMPILE_MODES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,8 +118,6 @@ def test_values_from_the_command_line(key, text, value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batchsize", "3"], "unknown flag '--batchsize'; did you mean '--batch-size'"),
-        (["--ta", "x"], "unknown flag '--ta'; did you mean '--tag'"),
         (["--opts", "TRAIN.EPOCH", "3"], "unknown config key 'TRAIN.EPOCH'; did you mean 'TRAIN.EPOCHS'"),
         (["--opts", "TRAIN", "3"], "unknown config key 'TRAIN'"),
         (["--opts", "TRAIN.EPOCHS", "3.5"], "TRAIN.EPOCHS takes a value of type int, not 3.5"),
@@ -142,6 +141,21 @@ def test_values_from_the_command_line(key, text, value):
 def test_mistakes(arguments, message):
     with pytest.raises(UserError, match=message):
         config.parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--batchsize", "unknown flag '--batchsize'; did you mean '--batch-size'?"),
+        ("--ta", "unknown flag '--ta'; did you mean '--tag'?"),
+        ("--seed", "unknown flag '--seed'"),
+    ],
+)
+def test_wrong_flags(argument, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        config.parse([argument, "3"])
+    assert end.value.code == EXIT_USAGE_ERROR
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -201,14 +215,6 @@ def test_recipes_that_are_no_text(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"TAG: \xff\xfe")
     with pytest.raises(UserError, match="no plain YAML"):
         config.parse(["--cfg", str(tmp_path / "bytes.yaml")])
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit):
-        config.parse(["--help"])
-    text = capsys.readouterr().out
-    assert "--cache-mode no|full|part" in text
-    assert "--scales-path" in text
 
 
 def test_compile_modes_are_those_that_the_engine_knows():

@@ -24,8 +24,8 @@ import repopt
 from data import scenes
 from data import segmentation as of_labels
 from repopt import checkpoint, segmentation
-from repopt.errors import MISTAKE
 from train import build, config, tasks, trained
+from train.command import EXIT_USAGE_ERROR as MISTAKE
 from train.distributed import World
 from train.evaluation.classification import Evaluation
 from train.evaluation.detection import Detection

@@ -19,12 +19,6 @@ from train.evaluation.base import Evaluate
 from train.files import COLUMNS
 from train.placement import memory_format_of
 
-OF_BACKBONE = {
-    "strides": "MODEL.STRIDES",
-    "initial_scales": "MODEL.INITIAL_SCALES",
-    "use_checkpoint": "TRAIN.USE_CHECKPOINT",
-}
-
 
 class Task(ABC):
     """What differs from one task to another, bound to a configuration and to this process.
@@ -122,9 +116,9 @@ class Task(ABC):
     def of_backbone(self) -> dict[str, Any]:
         """Return arguments of the backbone that are not its defaults, which other libraries' networks may not take."""
         return {
-            name: value
-            for name, key in OF_BACKBONE.items()
-            if (value := config.lookup(self.cfg, key)) != config.KEYS[key].default
+            key.backbone_argument: value
+            for name, key in config.KEYS.items()
+            if key.backbone_argument and (value := config.lookup(self.cfg, name)) != key.default
         }
 
     def loading(self) -> dict[str, Any]:
