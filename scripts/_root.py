@@ -1,4 +1,4 @@
-"""Imported first by the scripts beside it: makes the repository importable, wherever they are started."""
+"""Imported first by every script: makes the repository importable, wherever the script is started."""
 
 import sys
 from pathlib import Path

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # scripts/
 import _root  # noqa: F401
 
 from data import scenes

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # scripts/
 import _root
 from downstream.command import train_and_draw
 
