@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from soak import free_port
+from soak.training import free_port
 
 import data
 import main_repopt
