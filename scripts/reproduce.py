@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _root
-from reproduction.experiment import SCALES
 
 from train.command import EXIT_DONE, EXIT_INTERRUPTED, run_command
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind in ("table", "figure"):
         parser.add_argument(f"--{kind}", nargs="+", default=[], metavar="N", help=f"{kind}s of the paper")
-    parser.add_argument("--scale", choices=SCALES, default="demo", help="default: %(default)s")
+    parser.add_argument("--scale", choices=("full", "demo"), default="demo", help="default: %(default)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--output", type=Path, default=Path("output/reproduce"), help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
@@ -60,22 +59,21 @@ def reproduce(names: Sequence[str], scale: str, seeds: Sequence[int], output: Pa
         UserError: an unknown one, one that there is not at this scale, or a run that cannot be run or failed.
         KeyboardInterrupt: the user, or a signal, stopped it.
     """
-    from reproduction import drawings, execute, experiment, result
-    from reproduction.run import runs_of, with_needs
+    from reproduction import execute, result
+    from reproduction.run import ExperimentRun, with_needs
+    from reproduction.tables import load
 
     folder = output / scale
-    for experiment_ in [experiment.load(name, scale) for name in names]:
-        wanted = drawings.trainings_of(experiment_) + result.trainings_of(experiment_)
-        runs = runs_of(experiment_, wanted, seeds, folder)
-        every = with_needs([run for of_name in runs.values() for run in of_name])
+    for name, experiment in {name: load(name, scale) for name in names}.items():
+        runs = {training: ExperimentRun.plan(training, seeds, folder) for training in experiment.trainings}
+        every = with_needs([run for of_training in runs.values() for run in of_training])
         if dry_run:
             print(execute.show(every, scale))
             continue
         execute.execute(every, scale)
-        content = result.of(experiment_, runs, every)
         folder.mkdir(parents=True, exist_ok=True)
-        content["pictures"] = drawings.draw(experiment_, runs, folder)
-        stem = folder / experiment_.name.replace(" ", "")
+        content = result.build_result(name, scale, experiment, runs, folder)
+        stem = folder / name.replace(" ", "")
         text = result.as_markdown(content)
         stem.with_suffix(".md").write_text(f"{text}\n")
         stem.with_suffix(".json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -18,8 +18,8 @@ import torch
 from check_equivalency import BOUND, SIGNS, largest_difference
 from measure.report import as_table
 from PIL import Image
-from reproduction import experiment
 from reproduction.result import table_of
+from reproduction.tables import EXPERIMENTS
 from test_convert import fenced_code
 
 from repopt import quantize
@@ -86,7 +86,7 @@ def test_reproduction_is_what_was_run(file):
     content, text = json.loads(file.read_text()), (DOCS / "reproduction.md").read_text()
     for part in (f"## {content['name'].capitalize()}: {content['title']}", table_of(content), *content["orderings"]):
         assert part in text
-    assert content["name"] in experiment.names()
+    assert content["name"] in EXPERIMENTS
 
 
 def test_quantization_names_every_preset():

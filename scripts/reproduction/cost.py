@@ -11,16 +11,16 @@ from torch import nn
 from repopt.models import parse_arch
 from reproduction import paper
 from reproduction.quantities import multiply_adds, network
-from reproduction.run import Run
+from reproduction.run import QAT, TRAIN, ExperimentRun
 
 TRAINING_IMAGES = {"imagenet": 1_281_167, "cf100": 50_000, "caltech256": 257 * 60}
 SIZES = {"cf100": 32}  # of images; the others have the configuration's
 REFERENCE = "RepOpt-VGG-B1"
 
 
-def gpu_hours(run: Run) -> float | None:
-    """Of a training on one of the paper's GPUs; None where it is not known, or nothing is trained for long."""
-    cfg = run.cfg if run.training.do in ("train", "qat") else None
+def gpu_hours(run: ExperimentRun) -> float | None:
+    """Return the hours of a training on one of the paper's GPUs; None where it is not known, or nothing is trained."""
+    cfg = run.cfg if run.kind in (TRAIN, QAT) else None
     if cfg is None or cfg.DATA.DATASET not in TRAINING_IMAGES:
         return None
     speed = images_per_second(run.arch, SIZES.get(cfg.DATA.DATASET, cfg.DATA.IMG_SIZE))
@@ -28,7 +28,7 @@ def gpu_hours(run: Run) -> float | None:
 
 
 def images_per_second(arch: str, size: int) -> float | None:
-    """Of a training on one of the paper's GPUs, in batches of 32."""
+    """Return the speed of a training on one of the paper's GPUs, in batches of 32; None where it is not known."""
     model, mode, _ = parse_arch(arch)
     reference, row = arch, paper.in_training(model, mode)
     if not row:

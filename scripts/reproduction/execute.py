@@ -12,12 +12,11 @@ from workers import run_side_by_side
 
 from repopt.errors import UserError
 from reproduction.cost import gpu_hours
-from reproduction.experiment import Scale
-from reproduction.run import Run
+from reproduction.run import ExperimentRun
 from train.command import EXIT_DONE, EXIT_INTERRUPTED
 
 
-def show(runs: Sequence[Run], scale: Scale) -> str:
+def show(runs: Sequence[ExperimentRun], scale: str) -> str:
     """The commands of runs in their order, with GPUs and hours on those of the paper, as a script for a shell."""
     lines, total, unknown = ["set -e"], 0.0, 0
     for run in runs:
@@ -36,12 +35,12 @@ def show(runs: Sequence[Run], scale: Scale) -> str:
     return "\n".join(lines)
 
 
-def gpus(run: Run, scale: Scale) -> int:
+def gpus(run: ExperimentRun, scale: str) -> int:
     """That a run takes."""
     return run.training.gpus if scale == "full" else 0
 
 
-def execute(runs: Sequence[Run], scale: Scale) -> None:
+def execute(runs: Sequence[ExperimentRun], scale: str) -> None:
     """Run what is not done: side by side on the CPU at demo scale, one after the other on GPUs at full scale.
 
     Raises:
@@ -62,7 +61,7 @@ def execute(runs: Sequence[Run], scale: Scale) -> None:
         alone(run, scale)
 
 
-def check_gpus(runs: Sequence[Run]) -> None:
+def check_gpus(runs: Sequence[ExperimentRun]) -> None:
     """UserError where runs need more GPUs than there are."""
     import torch
 
@@ -74,7 +73,7 @@ def check_gpus(runs: Sequence[Run]) -> None:
         )
 
 
-def side_by_side(runs: Sequence[Run]) -> None:
+def side_by_side(runs: Sequence[ExperimentRun]) -> None:
     """Run several at a time on the CPU."""
     if not runs:
         return
@@ -85,7 +84,7 @@ def side_by_side(runs: Sequence[Run]) -> None:
             raise UserError(str(error)) from None
 
 
-def alone(run: Run, scale: Scale) -> None:
+def alone(run: ExperimentRun, scale: str) -> None:
     """Run one, and wait for it."""
     processes = gpus(run, scale)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

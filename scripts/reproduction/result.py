@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from measure.report import as_table, environment
 
 from reproduction import paper
 from reproduction.experiment import Cell, Experiment
-from reproduction.quantities import QUANTITIES
-from reproduction.run import Run
+from reproduction.run import ExperimentRun, Training, with_needs
 
 Content = dict[str, Any]
 """Of a result's JSON."""
@@ -25,68 +25,65 @@ DEMO = (
 )
 
 
-def trainings_of(experiment: Experiment) -> list[str]:
-    """Whose runs the table shows."""
-    cells = (cell for row in experiment.rows for cell in row.cells)
-    named = dict.fromkeys(cell.of for cell in cells if QUANTITIES[cell.quantity].of is not None)
-    return [name for name in named if name in experiment.trainings]
-
-
-def of(experiment: Experiment, runs: Mapping[str, Sequence[Run]], every: Sequence[Run]) -> Content:
-    """The result of an experiment whose runs are done, as its JSON holds it.
+def build_result(
+    name: str, scale: str, experiment: Experiment, runs: Mapping[Training, Sequence[ExperimentRun]], folder: Path
+) -> Content:
+    """Return the result of an experiment whose runs are done, as its JSON holds it.
 
     Args:
+        name: "table 4".
+        scale: of `SCALES`.
         experiment: a table or figure.
         runs: that it shows, by training.
-        every: those, and what they needed.
+        folder: into which a figure is drawn.
     """
-    rows = rows_of(experiment, runs)
+    rows = [
+        {
+            "labels": [*map(_words, row.labels)],
+            "cells": [
+                _cell(cell, column, experiment.of_paper(row, column), runs) for column, cell in row.cells.items()
+            ],
+        }
+        for row in experiment.rows
+    ]
+    pictures = []
+    if experiment.draw:
+        file = f"{name.replace(' ', '')}.png"
+        experiment.draw({label: runs[training][0] for label, training in experiment.shown.items()}, folder / file)
+        pictures = [{"title": f"{name.capitalize()}: {experiment.title}", "file": file}]
+    every = with_needs([run for of_training in runs.values() for run in of_training])
     return {
-        "name": experiment.name,
+        "name": name,
         "title": experiment.title,
-        "scale": experiment.scale,
-        "notes": [*experiment.notes, *([DEMO] if experiment.scale == "demo" and rows and runs else [])],
-        "labels": experiment.labels if rows else [],
+        "scale": scale,
+        "notes": [*experiment.notes, *([DEMO] if scale == "demo" and rows and runs else [])],
+        "labels": experiment.labels,
         "rows": rows,
         "orderings": orderings(rows),
-        "pictures": [],
-        "runs": {name: [str(run.folder) for run in of_name] for name, of_name in runs.items()},
-        "commands": [run.shell_line(run.training.gpus if experiment.scale == "full" else 0) for run in every],
+        "pictures": pictures,
+        "runs": {training.name: [str(run.folder) for run in own] for training, own in runs.items()},
+        "commands": [run.shell_line(run.training.gpus if scale == "full" else 0) for run in every],
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
 
 
-def rows_of(experiment: Experiment, runs: Mapping[str, Sequence[Run]]) -> list[Content]:
-    """The rows of a table: what they are called, and per column the paper's number and that of the runs."""
-    rows = []
-    for row in experiment.rows:
-        cells = [_cell(cell, experiment.of_paper(row, cell), runs) for cell in row.cells]
-        rows.append({"labels": [*map(_words, row.labels)], "cells": cells})
-    return rows
-
-
-def _cell(cell: Cell, there: Any, runs: Mapping[str, Sequence[Run]]) -> Content:
-    quantity = QUANTITIES[cell.quantity]
-    if quantity.counted is not None:
-        values = [quantity.counted(cell.of)]
-    else:
-        assert quantity.of is not None
-        values = [quantity.of(run, **cell.arguments) for run in runs.get(cell.of, ())]
-    values = [value for value in values if value is not None]
+def _cell(cell: Cell, column: str, there: Any, runs: Mapping[Training, Sequence[ExperimentRun]]) -> Content:
+    subjects = [cell.subject] if isinstance(cell.subject, str) else runs[cell.subject]
+    values = [value for value in map(cell.value, subjects) if value is not None]
     numeric = all(isinstance(value, int | float) for value in values)
     values = values if numeric else [*map(_words, values)]
     mean = statistics.mean(values) if values and numeric else None
-    std = statistics.stdev(values) if mean is not None and quantity.ordered and len(values) > 1 else None
+    std = statistics.stdev(values) if mean is not None and cell.ordered and len(values) > 1 else None
     known = paper.number(there)
     return {
-        "quantity": cell.column,
+        "quantity": column,
         "paper": _words(there),
         "mean": mean if numeric else values[0],
         "std": std,
         "values": values,
         "difference": None if mean is None or known is None else mean - known,
-        "decimals": quantity.decimals,
-        "ordered": quantity.ordered,
+        "decimals": cell.decimals,
+        "ordered": cell.ordered,
     }
 
 

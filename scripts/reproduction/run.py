@@ -1,25 +1,24 @@
-"""One training and seed: its command line, and what it leaves behind."""
+"""Trainings, and their runs: the command line, and what it leaves behind."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import quantize
 from downstream import detect, segment
 from runs import epochs_of
 
 from repopt.errors import UserError, shown
-from reproduction.experiment import Experiment, Training
-from train import config
+from train import config, files
 from train.command import MAIN, Program
-from train.files import ARTIFACTS, CONFIG, RESULTS, THROUGHPUT
+from train.files import ARTIFACTS, CONFIG, RESULTS
 
 # Data sets whose folder is found in an environment variable; the others come with a package.
 FOLDERS = {
@@ -34,53 +33,71 @@ FOLDERS = {
 _OF_PLACES = {"BASE", "DATA.DATA_PATH", "OUTPUT", "MODEL.RESUME", "MODEL.BACKBONE", "TRAIN.SCALES_PATH"}
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Kind:
     """A way to run a training.
 
     Attributes:
         script: that does it.
-        left: the file in the run's folder that is there when it came to its end.
+        result: the file in the run's folder that is there when it came to its end; None: the last epoch's checkpoint.
         program: that reads its command line.
-        of: what the command line says of the run that it goes out from, whose checkpoint it names at last.
-        trains: whether it does so epoch by epoch.
+        flags: what the command line says of the run that it goes out from, whose checkpoint it names at last.
         alone: whether other work on the machine would spoil it.
     """
 
     script: str
-    left: Callable[[Run], str]
+    result: str | None = None
     program: Program = MAIN
-    of: tuple[str, ...] = ()
-    trains: bool = False
+    flags: tuple[str, ...] = ()
     alone: bool = False
 
 
-def _last_checkpoint(run: Run) -> str:
-    return f"ckpt_epoch_{run.cfg.TRAIN.EPOCHS - 1}.pth"
-
-
-def _trained(script: str, program: Program, of: tuple[str, ...] = ("--backbone",)) -> Kind:
-    return Kind(script, _last_checkpoint, program, of, trains=True)
-
-
-def _quantized(method: str) -> Kind:
-    of = ("--method", method, "--resume")
-    return Kind("scripts/quantize.py", lambda run: f"{ARTIFACTS}/{RESULTS}", quantize.PROGRAM, of)
-
-
-KINDS = {
-    "train": _trained("main_repopt.py", MAIN, of=()),
-    "segment": _trained("scripts/downstream/segment.py", segment.PROGRAM),
-    "detect": _trained("scripts/downstream/detect.py", detect.PROGRAM),
-    "ptq": _quantized("ptq"),
-    "qat": _quantized("qat"),
-    "throughput": Kind("main_repopt.py", lambda run: THROUGHPUT, alone=True),
-    "training speed": Kind("scripts/benchmark.py", lambda run: "speed.json", alone=True),
-}
+QUANTIZED = f"{ARTIFACTS}/{RESULTS}"
+TRAIN = Kind("main_repopt.py")
+SEGMENT = Kind("scripts/downstream/segment.py", program=segment.PROGRAM, flags=("--backbone",))
+DETECT = Kind("scripts/downstream/detect.py", program=detect.PROGRAM, flags=("--backbone",))
+PTQ = Kind("scripts/quantize.py", QUANTIZED, quantize.PROGRAM, ("--method", "ptq", "--resume"))
+QAT = Kind("scripts/quantize.py", QUANTIZED, quantize.PROGRAM, ("--method", "qat", "--resume"))
+THROUGHPUT = Kind("main_repopt.py", files.THROUGHPUT, alone=True)  # of the deployed network
+SPEED = Kind("scripts/benchmark.py", "speed.json", alone=True)  # of training
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run of an experiment.
+class Training:
+    """What is run once per seed.
+
+    Attributes:
+        name: of its runs.
+        arch: of main_repopt.py; None: that of `of`.
+        cfg: recipe.
+        kind: how it is run.
+        settings: keys and values over the recipe.
+        scales: training whose scales it takes.
+        of: training whose network is quantized, or is the backbone.
+        gpus: at full scale.
+        once: whether all seeds share one run, of the first seed.
+        arguments: further ones of the command line.
+    """
+
+    name: str
+    arch: str | None
+    cfg: str | None = None
+    kind: Kind = TRAIN
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    scales: Training | None = None
+    of: Training | None = None
+    gpus: int = 1
+    once: bool = False
+    arguments: tuple[str, ...] = ()
+
+    def but(self, name: str, settings: Mapping[str, Any] | None = None, **fields: Any) -> Training:
+        """Return the same under another name, with other fields and further settings."""
+        return replace(self, name=name, settings={**self.settings, **(settings or {})}, **fields)
+
+
+@dataclass(frozen=True)
+class ExperimentRun:
+    """A run of a training.
 
     Attributes:
         training: what is done.
@@ -92,16 +109,28 @@ class Run:
     training: Training
     seed: int
     output: Path
-    scales: Run | None = None
-    of: Run | None = None
+    scales: ExperimentRun | None = None
+    of: ExperimentRun | None = None
+
+    @classmethod
+    def plan(cls, training: Training, seeds: Sequence[int], output: Path) -> list[ExperimentRun]:
+        """Return the runs of a training: one per seed, or one in all."""
+
+        def run(of: Training | None, seed: int) -> ExperimentRun | None:
+            if of is None:
+                return None
+            seed = seeds[0] if of.once else seed
+            return cls(of, seed, output, run(of.scales, seed), run(of.of, seed))
+
+        return list(dict.fromkeys(found for seed in seeds if (found := run(training, seed))))
 
     @property
     def kind(self) -> Kind:
         """How it is run."""
-        return KINDS[self.training.do]
+        return self.training.kind
 
     @property
-    def needs(self) -> list[Run]:
+    def needs(self) -> list[ExperimentRun]:
         """Runs that come before it."""
         return [run for run in (self.scales, self.of) if run is not None]
 
@@ -126,24 +155,28 @@ class Run:
     def _tag(self) -> str:
         return f"{self.training.name}-seed{self.seed}"
 
+    @property
+    def result(self) -> Path:
+        """The file that is there when it came to its end."""
+        return self.folder / (self.kind.result or f"ckpt_epoch_{self.cfg.TRAIN.EPOCHS - 1}.pth")
+
     @cached_property
     def command(self) -> list[str]:
         """Arguments of its script; the data's folder is the name of an environment variable, "$IMAGENET"."""
-        if self.training.do == "training speed":
-            return [*self.training.arguments, "--json", str(self.folder / self.kind.left(self))]
+        if self.kind is SPEED:
+            return [*self.training.arguments, "--json", str(self.result)]
         arguments = [*(("--cfg", self.training.cfg) if self.training.cfg else ()), "--arch", self.arch]
         arguments += ["--tag", self._tag, "--output", str(self.output)]
         if self.of is not None:
-            arguments += [*self.kind.of, str(self.of.folder / "latest.pth")]
-        if self.training.do == "throughput":
+            arguments += [*self.kind.flags, str(self.of.folder / "latest.pth")]
+        if self.kind is THROUGHPUT:
             arguments += ["--throughput"]
         if self.scales is not None:
             arguments += ["--scales-path", str(self.scales.folder / "scales.pth")]
         options = ["--opts", "SEED", str(self.seed)]
-        for key, value in self.training.set.items():
-            options += [key, str(tuple(value) if isinstance(value, list) else value)]
+        options += [str(word) for setting in self.training.settings.items() for word in setting]
         dataset = config.parse([*arguments, *options], self.kind.program).cfg.DATA.DATASET
-        if dataset in FOLDERS and self.training.do != "throughput":
+        if dataset in FOLDERS and self.kind is not THROUGHPUT:
             arguments += ["--data-path", f"${FOLDERS[dataset]}"]
         return [*arguments, *self.training.arguments, *options]
 
@@ -159,7 +192,7 @@ class Run:
             UserError: its folder is that of a run with other settings.
         """
         self._check_settings()
-        return (self.folder / self.kind.left(self)).is_file()
+        return self.result.is_file()
 
     def _check_settings(self) -> None:
         path = self.folder / CONFIG
@@ -197,32 +230,16 @@ class Run:
 
     def progress(self) -> int:
         """Epochs done, or 1 where there are none."""
-        return len(epochs_of(self.folder)) if self.kind.trains else int(self.is_done())
+        return len(epochs_of(self.folder)) if self.kind.result is None else int(self.is_done())
 
     def length(self) -> int:
         """What `progress` ends at."""
-        return self.cfg.TRAIN.EPOCHS if self.kind.trains else 1
+        return self.cfg.TRAIN.EPOCHS if self.kind.result is None else 1
 
 
-def runs_of(experiment: Experiment, names: Sequence[str], seeds: Sequence[int], output: Path) -> dict[str, list[Run]]:
-    """The runs of trainings, by name: one per seed, or one in all."""
-
-    def run(name: str, seed: int) -> Run:
-        training = experiment.trainings[name]
-        if training.once:
-            seed = seeds[0]
-        needed: Mapping[str, Run | None] = {
-            "scales": run(training.scales, seed) if training.scales else None,
-            "of": run(training.of, seed) if training.of else None,
-        }
-        return Run(training, seed, output, **needed)
-
-    return {name: list(dict.fromkeys(run(name, seed) for seed in seeds)) for name in names}
-
-
-def with_needs(runs: Sequence[Run]) -> list[Run]:
+def with_needs(runs: Sequence[ExperimentRun]) -> list[ExperimentRun]:
     """These runs and all that come before them, each once, in an order in which they can be run."""
-    ordered: dict[Run, None] = {}
+    ordered: dict[ExperimentRun, None] = {}
     for run in runs:
         for needed in (*with_needs(run.needs), run):
             ordered.setdefault(needed)

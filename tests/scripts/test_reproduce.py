@@ -1,7 +1,5 @@
 """The paper's tables and figures as experiments: their declarations, their commands, and what is made of their runs."""
 
-import contextlib
-import itertools
 import json
 import os
 import re
@@ -15,10 +13,11 @@ from pathlib import Path
 import pytest
 import reproduce
 import torch
-import yaml
-from reproduction import cost, drawings, experiment, paper, quantities, result
-from reproduction.quantities import QUANTITIES
-from reproduction.run import FOLDERS, runs_of, with_needs
+from reproduction import cost, figures, paper, quantities, result, tables
+from reproduction.experiment import Experiment, Row
+from reproduction.quantities import score
+from reproduction.run import FOLDERS, SPEED, ExperimentRun, Training, with_needs
+from reproduction.tables import EXPERIMENTS
 from torch import nn
 
 import main_repopt
@@ -29,40 +28,38 @@ from repopt.models import list_archs, parse_arch
 from train import config
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = [name for name in experiment.names() if name.startswith("table")]
+TABLES = [name for name in EXPERIMENTS if name.startswith("table")]
 
 
-def expanded(name, scale, seeds=(0, 1, 2)):
-    declared = experiment.load(name, scale)
-    wanted = result.trainings_of(declared) + drawings.trainings_of(declared)
-    return declared, runs_of(declared, wanted, seeds, Path("output", scale))
+def runs_of(name, scale, seeds=(0, 1, 2)):
+    for training in tables.load(name, scale).trainings:
+        yield from ExperimentRun.plan(training, seeds, Path("output", scale))
 
 
 def every_run(scale):
-    for name in experiment.names():
-        _, runs = expanded(name, scale)
-        yield from ((name, run) for run in with_needs([run for of_name in runs.values() for run in of_name]))
+    for name in EXPERIMENTS:
+        yield from ((name, run) for run in with_needs([*runs_of(name, scale)]))
 
 
 def test_every_table_and_figure_is_declared():
-    assert experiment.names() == [*(f"table {n}" for n in range(1, 13)), *(f"figure {n}" for n in range(3, 8))]
+    assert list(EXPERIMENTS) == [*(f"table {n}" for n in range(1, 13)), *(f"figure {n}" for n in range(3, 8))]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_at_full_scale_a_table_has_every_number_of_the_papers(name):
-    declared, runs = expanded(name, "full")
+    declared = tables.load(name, "full")
     assert [list(row.labels) for row in declared.rows] == [
-        list(row[: len(declared.labels)]) for row in declared.paper.rows
+        list(row[: len(declared.labels)]) for row in declared.table.rows
     ]
     for row in declared.rows:
-        columns = [cell.column for cell in row.cells if cell.column not in declared.ours]
-        assert columns == list(declared.paper.columns[len(declared.labels) :])
-        for cell in row.cells:
-            known = QUANTITIES[cell.quantity]
-            assert cell.of in (runs if known.of else list_archs())
+        assert [column for column in row.cells if column not in declared.ours] == list(
+            declared.table.columns[len(declared.labels) :]
+        )
+        subjects = [cell.subject for cell in row.cells.values()]
+        assert {subject for subject in subjects if isinstance(subject, str)} <= list_archs().keys()
 
 
-@pytest.mark.parametrize("scale", experiment.SCALES)
+@pytest.mark.parametrize("scale", ["full", "demo"])
 def test_every_command_can_be_typed(scale, monkeypatch):
     monkeypatch.chdir(ROOT)
     folders = {}
@@ -71,7 +68,7 @@ def test_every_command_can_be_typed(scale, monkeypatch):
         assert words[0] in ("torchrun", "python")
         assert (ROOT / run.script).is_file()
         assert words[-len(run.command) :] == run.command
-        if run.training.do == "training speed":
+        if run.kind is SPEED:
             continue
         cfg = config.parse(run.command, run.kind.program).cfg
         assert parse_arch(cfg.MODEL.ARCH)
@@ -186,7 +183,7 @@ def test_the_share_of_the_identity():
     for block in model.modules():
         if isinstance(block, RepConv2d):
             block.register_forward_pre_hook(lambda module, arguments: inputs.update({module: arguments[0]}))
-    shares = list(drawings.identity_shares(model, images))
+    shares = list(figures.identity_shares(model, images))
     expected = []
     for block, x in inputs.items():
         if "scale_identity" in dict(block.named_children()):
@@ -200,7 +197,7 @@ def test_the_share_of_the_identity():
 def test_the_share_of_a_resnets_identity():
     from torchvision.models import resnet50
 
-    assert len(list(drawings.identity_shares(resnet50(), torch.randn(2, 3, 64, 64)))) == 12
+    assert len(list(figures.identity_shares(resnet50(), torch.randn(2, 3, 64, 64)))) == 12
 
 
 ROWS = [
@@ -225,63 +222,49 @@ def test_a_table_as_markdown():
     )
 
 
-SMALL = {
-    "title": "a small one",
-    "notes": ["one line"],
-    "paper": "table9_hs_init_b1",
-    "trainings": {
-        "s": {"arch": "RepOpt-VGG-nano-hs", "set": {"SAVE_EVERY_STEPS": 1}, "once": True},
-        "t": {"like": "s", "arch": "RepOpt-VGG-nano-target", "scales": "s", "once": False},
-    },
-    "rows": [
-        {
-            "labels": ["sqrt(2/l)"],
-            "HS top1 on CIFAR-100": {"top1": "s"},
-            "target top1 on ImageNet": {"top1": "t"},
-        }
-    ],
-}
 OPTIONS = {"DATA.DATASET": "digits", "DATA.BATCH_SIZE": 100, "TRAIN.EPOCHS": 2, "TRAIN.WARMUP_EPOCHS": 0}
-SMALL["trainings"]["s"]["set"] |= OPTIONS
-FIGURE = {"title": "scales", "trainings": SMALL["trainings"], "draw": "scales by epoch", "of": {"digits": "s"}}
+
+
+def small(**other_options):
+    """Experiments instead of the paper's, with one epoch of two runs each."""
+    settings = {"SAVE_EVERY_STEPS": 1, **OPTIONS, **other_options}
+    search = Training("s", "RepOpt-VGG-nano-hs", settings=settings, once=True)
+    target = search.but("t", arch="RepOpt-VGG-nano-target", scales=search, once=False)
+    cells = {"HS top1 on CIFAR-100": score(search), "target top1 on ImageNet": score(target)}
+    rows = (Row(("sqrt(2/l)",), cells),)
+    table = Experiment("a small one", ("one line",), paper.read("table9_hs_init_b1"), rows)
+    figure = Experiment("scales", draw=figures.scales_by_epoch, shown={"digits": search})
+    return {"table 9": lambda full: table, "figure 6": lambda full: figure}
 
 
 @pytest.fixture
-def declared(tmp_path, monkeypatch):
-    """A folder with small experiments instead of the paper's."""
-    folder = tmp_path / "declared"
-    folder.mkdir()
-    for name, content in (("table9", SMALL), ("figure6", FIGURE), ("trainings", {})):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setattr(experiment, "FOLDER", folder)
+def declare(monkeypatch):
+    """Puts experiments in the place of the paper's."""
     monkeypatch.chdir(ROOT)
-    with _fresh_caches():
-        yield folder
 
+    def declare(experiments):
+        for name, experiment in experiments.items():
+            monkeypatch.setitem(EXPERIMENTS, name, experiment)
 
-@contextlib.contextmanager
-def _fresh_caches():
-    caches = (experiment.names, experiment._read)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+    return declare
 
 
 def reproduced(*arguments):
     return reproduce.main([*map(str, arguments)])
 
 
-def test_what_was_killed_goes_on(declared, tmp_path, capsys):
+def test_what_was_killed_goes_on(declare, tmp_path, capsys):
     """After kill -9 of everything, within the first training, the same command ends with the same weights."""
+    declare(small())
     program = (
-        "import sys; from pathlib import Path; import reproduce; from reproduction import experiment; "
-        f"experiment.FOLDER = Path({str(declared)!r}); sys.exit(reproduce.main(sys.argv[1:]))"
+        "import sys; import reproduce, test_reproduce; from reproduction.tables import EXPERIMENTS; "
+        "EXPERIMENTS.update(test_reproduce.small()); sys.exit(reproduce.main(sys.argv[1:]))"
     )
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     arguments = ["--table", "9", "--seeds", "0", "1", "--output"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "scripts", Path(__file__).parent)))
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments, str(killed)], env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -320,11 +303,8 @@ def test_what_was_killed_goes_on(declared, tmp_path, capsys):
     states = re.findall(r"^# (\S+): (.*)$", capsys.readouterr().out, re.MULTILINE)[-4:]
     assert states == [("s-seed0", "done"), ("t-seed0", "done"), ("t-seed1", "done"), ("t-seed2", "on the CPU")]
     # Other settings in the same folder.
-    changed = json.loads(json.dumps(SMALL))
-    changed["trainings"]["s"]["set"]["TRAIN.EPOCHS"] = 3
-    (declared / "table9.yaml").write_text(yaml.safe_dump(changed))
-    with _fresh_caches():
-        assert reproduced(*arguments, whole) == 2
+    declare(small(**{"TRAIN.EPOCHS": 3}))
+    assert reproduced(*arguments, whole) == 2
     assert "TRAIN.EPOCHS was 2 and is 3 now" in capsys.readouterr().err
 
 
@@ -351,10 +331,8 @@ def test_full_scale_needs_gpus(tmp_path, monkeypatch, in_one_line):
     in_one_line("reproduce.py", "full scale needs 8 GPUs, and there are 1: --dry-run", {})
 
 
-def test_a_run_that_fails_is_one_line(declared, tmp_path, in_one_line):
-    broken = json.loads(json.dumps(SMALL))
-    broken["trainings"]["s"]["set"]["DATA.BATCH_SIZE"] = 301
-    (declared / "table9.yaml").write_text(yaml.safe_dump(broken))
+def test_a_run_that_fails_is_one_line(declare, tmp_path, in_one_line):
+    declare(small(**{"DATA.BATCH_SIZE": 301}))
     assert reproduced("--table", 9, "--output", tmp_path) == 2
     in_one_line("reproduce.py", "main_repopt.py: .*301", {})
 
@@ -367,13 +345,14 @@ def test_no_number_of_the_paper_is_typed_twice():
         if isinstance(table, dict)
         for number in re.findall(r"\d\d\.\d\d", json.dumps(table))
     }
-    for path in itertools.chain(experiment.FOLDER.glob("*.yaml"), experiment.FOLDER.glob("*.py")):
+    for path in Path(tables.__file__).parent.glob("*.py"):
         text = re.sub(r"66\.51 and 66\.50", "", path.read_text())  # of the release notes
         assert not numbers & set(re.findall(r"\d\d\.\d\d", text)), path.name
 
 
-def test_a_table_of_runs_that_were_made_elsewhere(declared, tmp_path, monkeypatch, capsys):
+def test_a_table_of_runs_that_were_made_elsewhere(declare, tmp_path, monkeypatch, capsys):
     """At full scale, whose GPUs are not here, from the commands that a dry run prints."""
+    declare(small())
     options = ("--table", 9, "--scale", "full", "--seeds", 0, "--output", tmp_path)
     assert reproduced(*options, "--dry-run") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torchrun")]

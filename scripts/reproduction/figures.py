@@ -1,11 +1,11 @@
-"""The paper's figures, drawn from runs, by the names that the YAML files use."""
+"""The paper's figures, drawn from runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchvision
@@ -18,11 +18,10 @@ import repopt
 from repopt.layers import RepConv2d
 from repopt.models import parse_arch
 from repopt.reparam import key_of
-from reproduction.experiment import Experiment
 from reproduction.quantities import kernels
-from reproduction.run import Run
+from reproduction.run import ExperimentRun
 
-First = Mapping[str, Run]
+First = Mapping[str, ExperimentRun]
 """The first seed's run of what is shown, by what it is called."""
 
 IMAGES, SIZE = 16, 224  # of the identity's share
@@ -68,14 +67,35 @@ def identity_share(runs: First, path: Path) -> None:
 
 
 def identity_shares(model: nn.Module, images: Tensor) -> Iterator[float]:
-    """Of every layer of a ResNet or a search model that has an identity branch, by depth.
+    """Yield the share of every layer of a ResNet or a search model that has an identity branch, by depth.
 
     Args:
         model: in training mode, so that its batch norms use the statistics of the images.
         images: (N, 3, H, W).
     """
-    inputs, sums = dict[nn.Module, Tensor](), dict[nn.Module, Tensor]()
-    with _watching(model, inputs, sums), torch.no_grad():
+    inputs, sums, block_of = dict[nn.Module, Tensor](), dict[nn.Module, Tensor](), dict[nn.Module, nn.Module]()
+
+    def keep_input(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs[block] = arguments[0]
+
+    def keep_sum(norm: nn.Module, arguments: tuple[Any, ...]) -> None:
+        sums[block_of[norm]] = arguments[0]
+
+    def add_identity(norm: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        sums[block_of[norm]] = output + inputs[block_of[norm]]
+
+    with ExitStack() as hooks, torch.no_grad():
+        for block in model.modules():
+            if isinstance(block, torchvision.models.resnet.Bottleneck) and block.downsample is None:
+                norm, hook = block.bn3, block.bn3.register_forward_hook(add_identity)
+            elif isinstance(block, RepConv2d) and any(branch.scale is None for branch in block.block.branches):
+                norm = cast(nn.Module, block.bn)
+                hook = norm.register_forward_pre_hook(keep_sum)
+            else:
+                continue
+            block_of[norm] = block
+            hooks.enter_context(hook)
+            hooks.enter_context(block.register_forward_pre_hook(keep_input))
         model(images)
     for block, total in sums.items():
         yield float(_identity(block, inputs[block]).var() / total.var())
@@ -86,38 +106,6 @@ def _identity(block: nn.Module, x: Tensor) -> Tensor:
         return x
     (branch,) = (branch for branch in block.block.branches if branch.scale is None)
     return x * block.values(branch.kernel).detach().view(-1, 1, 1)
-
-
-@contextmanager
-def _watching(model: nn.Module, inputs: dict[nn.Module, Tensor], sums: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Keep what goes into blocks with an identity branch, and the sum of their branches."""
-    with _Hooks() as hooks:
-        for block in model.modules():
-            if isinstance(block, torchvision.models.resnet.Bottleneck) and block.downsample is None:
-                hooks.before(block, lambda x, block=block: inputs.update({block: x}))
-                hooks.after(block.bn3, lambda y, block=block: sums.update({block: y + inputs[block]}))
-            elif isinstance(block, RepConv2d) and any(branch.scale is None for branch in block.block.branches):
-                hooks.before(block, lambda x, block=block: inputs.update({block: x}))
-                hooks.before(block.bn, lambda y, block=block: sums.update({block: y}))
-        yield
-
-
-class _Hooks:
-    """Hooks that are gone afterwards."""
-
-    def __enter__(self) -> _Hooks:
-        self._handles: list[Any] = []
-        return self
-
-    def before(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
-        self._handles.append(module.register_forward_pre_hook(lambda module, arguments: see(arguments[0])))
-
-    def after(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
-        self._handles.append(module.register_forward_hook(lambda module, arguments, output: see(output)))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 STAGE = "stage3"  # whose last block the paper shows
@@ -150,30 +138,7 @@ def scales_by_depth(runs: First, path: Path) -> None:
     plot_by_depth(panels, layers, path)
 
 
-def _search_model(run: Run) -> nn.Module:
+def _search_model(run: ExperimentRun) -> nn.Module:
     model, mode, _ = parse_arch(run.arch)
     with torch.device("meta"):
         return repopt.create_model(model, mode=mode)
-
-
-DRAWINGS: dict[str, Callable[[First, Path], None]] = {
-    "deployed kernels": deployed_kernels,
-    "kernels on their way": kernels_on_their_way,
-    "identity share": identity_share,
-    "scales by epoch": scales_by_epoch,
-    "scales by depth": scales_by_depth,
-}
-
-
-def trainings_of(experiment: Experiment) -> list[str]:
-    """That a figure shows."""
-    return list(experiment.of.values())
-
-
-def draw(experiment: Experiment, runs: Mapping[str, Sequence[Run]], folder: Path) -> list[dict[str, str]]:
-    """Draw the figure, if it is one; the pictures by title and file in the folder."""
-    if experiment.draw is None:
-        return []
-    name = f"{experiment.name.replace(' ', '')}.png"
-    DRAWINGS[experiment.draw]({label: runs[training][0] for label, training in experiment.of.items()}, folder / name)
-    return [{"title": f"{experiment.name.capitalize()}: {experiment.title}", "file": name}]
