@@ -33,7 +33,7 @@ from typing import Any
 
 import _root  # noqa: F401
 import torch
-from measure.report import as_table
+from benchmarks.report import as_table
 from plots import plot_by_depth, plot_weights
 from torch import Tensor, nn
 

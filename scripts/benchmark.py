@@ -19,9 +19,9 @@ from pathlib import Path
 import _root
 import torch
 import torch._dynamo
-from measure import data, device, hyper_search, infer, launches, optimizer, scaling, start_up, training
-from measure.report import Tables, as_table, environment, keep
+from benchmarks.report import Tables, as_table, environment, keep
 
+from benchmarks import data, device, hyper_search, infer, launches, optimizer, scaling, start_up, training
 from repopt.errors import UserError, one_line
 
 SUBJECTS = {

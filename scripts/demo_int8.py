@@ -116,7 +116,7 @@ def run(family: Family) -> None:
 
 def report(family: Family, every: Sequence[Quantization]) -> None:
     """Print the table; write it, and the picture."""
-    from measure.report import as_table
+    from benchmarks.report import as_table
     from plots import plot_by_depth
 
     rows, panels, layers = [], {}, {}

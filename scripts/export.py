@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _root  # noqa: F401
-from measure.arguments import positive
+from benchmarks.arguments import positive
 
 from train.command import run_command
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import _root
 import torch
-from measure.report import Row, Tables, environment, keep
+from benchmarks.report import Row, Tables, environment, keep
 from runs import epochs_of
 
 from data import glyphs

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import _root
-from measure.report import Row, as_table
+from benchmarks.report import Row, as_table
 
 from repopt.errors import UserError, shown
 from train.command import run_command

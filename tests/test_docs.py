@@ -15,8 +15,8 @@ import pytest
 import test_families
 import test_optim
 import torch
+from benchmarks.report import as_table
 from check_equivalency import BOUND, SIGNS, largest_difference
-from measure.report import as_table
 from PIL import Image
 from reproduction.result import table_of
 from reproduction.tables import EXPERIMENTS

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure.report import as_table, environment
+from benchmarks.report import as_table, environment
 
 from reproduction import paper
 from reproduction.experiment import Cell, Experiment

@@ -3,8 +3,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from measure import textbook
 
+from benchmarks import baseline
 from data import raug15
 
 W, H = 40, 30
@@ -240,7 +240,7 @@ def test_operations_are_pillows(name, size, photograph):
     for m in MAGNITUDES:
         for seed in range(6):
             random.seed(seed)
-            expected = np.asarray(textbook.OPERATIONS[name](image, m)).astype(int)
+            expected = np.asarray(baseline.OPERATIONS[name](image, m)).astype(int)
             state = random.getstate()
             actual = run(name, np.array(image), m, seed)
             assert random.getstate() == state  # the same draws

@@ -16,13 +16,13 @@ import test_detection
 import test_segmentation
 import torch
 import torch.distributed as dist
-from measure import device as of_the_device
-from measure.data import resident_loader
-from measure.infer import as_if_trained
+from benchmarks.data import resident_loader
+from benchmarks.infer import as_if_trained
 from torch import nn
 from train_helpers import run_epoch
 
 import repopt
+from benchmarks import device as of_the_device
 from main_repopt import main
 from repopt import quantize
 from repopt.optim import RULES

@@ -6,9 +6,10 @@ import re
 import benchmark
 import pytest
 import torch
-from measure import optimizer, start_up
-from measure.report import as_table
-from measure.turns import Rounds, peak_extra, times_in_turns
+from benchmarks.report import as_table
+from benchmarks.timing import Rounds, interleave_times, peak_extra
+
+from benchmarks import optimizer, start_up
 
 
 def test_it_prints_and_keeps_a_table(tmp_path, monkeypatch, capsys):
@@ -49,7 +50,7 @@ def test_no_round_begins_after_the_time_but_the_first():
     said = []
     assert list(Rounds(3, 1e-9).in_time(lambda own: said.append(own) or len(said) < 2)) == [0, 1]  # as others want it
     assert said == [False, False]
-    times = times_in_turns({"a": int, "b": int}, torch.device("cpu"), rounds=Rounds(5, 1e-9))
+    times = interleave_times({"a": int, "b": int}, torch.device("cpu"), rounds=Rounds(5, 1e-9))
     assert [len(own) for own in times.values()] == [1, 1]
 
 

@@ -6,10 +6,11 @@ import io
 import numpy as np
 import pytest
 import torch
-from measure import data as subject
-from measure import textbook
-from measure.photographs import SIZE, photographs
+from benchmarks.photographs import SIZE, photographs
 from PIL import Image
+
+from benchmarks import baseline
+from benchmarks import data as subject
 
 CPU = torch.device("cpu")
 
@@ -60,7 +61,7 @@ def test_batches_are_alike():
     Image.new("RGB", SIZE, (200, 100, 50)).save(buffer, "JPEG")
     encoded = [buffer.getvalue()] * 3
     normalised = [
-        subject.one_by_one(encoded, textbook.imagenet())()[0],
+        subject.one_by_one(encoded, baseline.imagenet())()[0],
         subject.ours(encoded, "weak", normalised=True)(),
     ]
     plain = [subject.one_by_one(encoded, subject.torchvision_v2())()[0], subject.ours(encoded, "weak")()]
@@ -74,7 +75,7 @@ def test_batches_are_alike():
 def test_small_images_are_cropped_alike():
     pixels = np.zeros((256, 32, 32, 3), np.uint8)
     pixels[:, 8:24, 8:24] = 255  # lies within every crop
-    transform = textbook.small("cf100")
+    transform = baseline.small("cf100")
     one = torch.stack([transform(image) for image in pixels])
     loader = subject.resident_loader("cf100", pixels, CPU)
     other = torch.cat([images for images, _ in loader])

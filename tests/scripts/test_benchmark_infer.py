@@ -7,10 +7,10 @@ import warnings
 import benchmark
 import pytest
 import torch
-from measure import infer
 from torch import nn
 
 import repopt
+from benchmarks import infer
 
 CPU = torch.device("cpu")
 ONNXRUNTIME = ["target, onnxruntime", "target, onnxruntime INT8"]

@@ -6,11 +6,11 @@ import math
 import benchmark
 import pytest
 import torch
-from measure import processes, scaling
-from measure.training_step import TrainingStep
+from benchmarks.training_step import TrainingStep
 from torch import nn
 
 import repopt
+from benchmarks import processes, scaling
 from repopt.errors import UserError
 
 CPU = torch.device("cpu")

@@ -6,12 +6,12 @@ import json
 import benchmark
 import pytest
 import torch
-from measure import hyper_search, training
-from measure.training_step import TrainingStep
-from measure.turns import Rounds
+from benchmarks.timing import Rounds
+from benchmarks.training_step import TrainingStep
 from reproduction import paper
 
 import repopt
+from benchmarks import hyper_search, training
 
 CPU = torch.device("cpu")
 NANO = "RepOpt-VGG-nano"

@@ -10,9 +10,9 @@ import benchmark
 import gpu_rows
 import pytest
 import torch
-from measure import device, hyper_search, optimizer, training
-from measure.report import as_table
+from benchmarks.report import as_table
 
+from benchmarks import device, hyper_search, optimizer, training
 from train.command import EXIT_USAGE_ERROR, run_command
 
 ROOT = Path(__file__).resolve().parents[2]

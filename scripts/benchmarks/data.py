@@ -22,6 +22,12 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 import data
+from benchmarks import baseline
+from benchmarks.arguments import add_rounds, positive, rounds_of
+from benchmarks.as_trained import memory_format_on
+from benchmarks.photographs import photographs
+from benchmarks.report import Row, Table
+from benchmarks.timing import Rounds, Step, interleave
 from data.decode import to_pixels
 from data.decoded import Collate, Decoded, refuse
 from data.encoded import EncodedImages
@@ -31,12 +37,6 @@ from data.resident import RandomCropFlip, ResidentLoader
 from data.samplers import TrainSampler
 from data.transforms import train_transform
 from data.zipped import CACHE_MODES
-from measure import textbook
-from measure.arguments import add_rounds, positive, rounds_of
-from measure.photographs import photographs
-from measure.placement import memory_format_on
-from measure.report import Row, Table
-from measure.turns import Rounds, Step, take_turns
 
 BATCH = 32
 IMAGE_SIZE = 224
@@ -99,19 +99,19 @@ def presets(encoded: list[bytes], rounds: Rounds) -> list[Row]:
     """
     pipelines = {
         "weak": {
-            "textbook": one_by_one(encoded, textbook.imagenet()),
+            "textbook": one_by_one(encoded, baseline.imagenet()),
             "our decoder, torchvision v2": one_by_one(encoded, torchvision_v2()),
             "uint8": ours(encoded, "weak"),
             "normalised": ours(encoded, "weak", normalised=True),
         },
         "raug15": {
-            "textbook": one_by_one(encoded, textbook.imagenet(textbook.raug15)),
+            "textbook": one_by_one(encoded, baseline.imagenet(baseline.raug15)),
             "uint8": ours(encoded, "raug15"),
             "normalised": ours(encoded, "raug15", normalised=True),
         },
     }
     steps = {f"{preset}: {name}": step for preset, own in pipelines.items() for name, step in own.items()}
-    seconds = take_turns(steps, torch.device("cpu"), rounds=rounds)
+    seconds = interleave(steps, torch.device("cpu"), rounds=rounds)
     return [
         {
             "pipeline": f"{preset}: {name}",
@@ -192,7 +192,7 @@ def reading(root: Path, rounds: Rounds) -> list[Row]:
         # A process reads those of its own shard, which are what it caches in part.
         return lambda: [opened[name].read(index) for index in range(0, len(opened[name].labels), 2)]
 
-    seconds = take_turns({name: every_image(name) for name in opened}, torch.device("cpu"), rounds=rounds)
+    seconds = interleave({name: every_image(name) for name in opened}, torch.device("cpu"), rounds=rounds)
     count = len(range(0, len(opened["class folders"].labels), 2))
     return [{"images": name, "us per image": 1e6 * own / count} for name, own in seconds.items()]
 
@@ -216,7 +216,7 @@ def workers(root: Path, rounds: Rounds) -> list[Row]:
             num_workers=count,
             persistent_workers=True,
         )
-    seconds = take_turns(
+    seconds = interleave(
         {name: functools.partial(list, loader) for name, loader in loaders.items()},
         torch.device("cpu"),
         rounds=rounds.some(4),
@@ -238,7 +238,7 @@ def small_images(count: int, device: torch.device, rounds: Rounds) -> list[Row]:
     rows = []
     for name in ("cf100", "digits"):
         contenders = {"textbook": per_image(name, pixels, device), "resident": resident(name, pixels, device)}
-        seconds = take_turns(contenders, device, rounds=rounds, warm_up=1)
+        seconds = interleave(contenders, device, rounds=rounds, warm_up=1)
         for pipeline, own in seconds.items():
             speed = seconds["textbook"] / own
             rows.append({"images": name, "pipeline": pipeline, "images/s": count / own, "speed / textbook": speed})
@@ -247,7 +247,7 @@ def small_images(count: int, device: torch.device, rounds: Rounds) -> list[Row]:
 
 def per_image(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
     """An epoch of images that are transformed one by one, and brought to the device in batches."""
-    transform = textbook.small(dataset)
+    transform = baseline.small(dataset)
 
     def epoch() -> None:
         for start in range(0, len(pixels) - SMALL_BATCH + 1, SMALL_BATCH):

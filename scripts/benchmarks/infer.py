@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import repopt
-from measure.arguments import add_rounds, positive, rounds_of
-from measure.placement import memory_format_on, precision_on
-from measure.report import Row, Table
-from measure.turns import Rounds, peak_extra, take_turns
+from benchmarks.arguments import add_rounds, positive, rounds_of
+from benchmarks.as_trained import memory_format_on, precision_on
+from benchmarks.report import Row, Table
+from benchmarks.timing import Rounds, interleave, peak_extra
 from repopt.errors import UserError, one_line, unknown
 from repopt.layers import MODES
 from repopt.models import list_archs
@@ -71,7 +71,7 @@ def baseline_mode(model: str) -> str:
 def _rows(arch: str, baseline: str, images: Tensor, rounds: Rounds) -> list[Row]:
     contenders = _contenders(arch, baseline, images)
     outputs = {form: contender.forward().float() for form, contender in contenders.items()}
-    seconds = take_turns({form: c.forward for form, c in contenders.items()}, images.device, rounds=rounds)
+    seconds = interleave({form: c.forward for form, c in contenders.items()}, images.device, rounds=rounds)
     return [
         {
             "arch": arch,

@@ -49,15 +49,15 @@ class Rounds(NamedTuple):
             yield number
 
 
-def take_turns(
+def interleave(
     contenders: Mapping[str, Step], device: torch.device, *, rounds: Rounds, warm_up: int = 3, settle: bool = False
 ) -> dict[str, float]:
-    """Median seconds of each contender's step, by name. Arguments: as of `times_in_turns`."""
-    times = times_in_turns(contenders, device, rounds=rounds, warm_up=warm_up, settle=settle)
+    """Median seconds of each contender's step, by name. Arguments: as of `interleave_times`."""
+    times = interleave_times(contenders, device, rounds=rounds, warm_up=warm_up, settle=settle)
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def times_in_turns(
+def interleave_times(
     contenders: Mapping[str, Step],
     device: torch.device,
     *,

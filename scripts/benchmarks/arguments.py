@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from measure.turns import Rounds
+from benchmarks.timing import Rounds
 
 
 def positive(text: str) -> int:

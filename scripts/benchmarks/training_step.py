@@ -10,9 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 import repopt
+from benchmarks.as_trained import memory_format_on, precision_on, under
 from data.seeding import generator
-from measure.compiling import under
-from measure.placement import memory_format_on, precision_on
 from train.precision import Precision
 
 SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5}

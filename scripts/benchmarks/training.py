@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from reproduction import paper
 
-from measure.arguments import add_rounds, positive, rounds_of
-from measure.compiling import AS_IN_TRAINING, MODES, mode_on
-from measure.report import Row, Table
-from measure.training_step import TrainingStep
-from measure.turns import Rounds, peak_extra, take_turns, timed
+from benchmarks.arguments import add_rounds, positive, rounds_of
+from benchmarks.as_trained import AS_IN_TRAINING, MODES, mode_on
+from benchmarks.report import Row, Table
+from benchmarks.timing import Rounds, interleave, peak_extra, timed
+from benchmarks.training_step import TrainingStep
 from repopt.errors import UserError
 
 ARCHS = ("RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2")
@@ -146,7 +146,7 @@ def speeds(makes: Mapping[str, Make], batch_size: int, rounds: Rounds, peak: flo
     """Images per second by kind; all kinds take turns."""
     flops = {kind: make(2).flops() / 2 for kind, make in makes.items()}  # of an image: few need little memory
     steps = {kind: make(batch_size) for kind, make in makes.items()}
-    seconds = take_turns(steps, next(iter(steps.values())).device, rounds=rounds, warm_up=2, settle=True)
+    seconds = interleave(steps, next(iter(steps.values())).device, rounds=rounds, warm_up=2, settle=True)
     return {
         kind: {
             "batch": batch_size,

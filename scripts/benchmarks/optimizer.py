@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import repopt
-from measure.arguments import add_rounds, rounds_of
-from measure.placement import memory_format_on
-from measure.report import Table
-from measure.turns import peak_extra, take_turns
+from benchmarks.arguments import add_rounds, rounds_of
+from benchmarks.as_trained import memory_format_on
+from benchmarks.report import Table
+from benchmarks.timing import interleave, peak_extra
 from repopt.optim import RULES
 
 SETTINGS = {
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
         param.grad = torch.randn_like(param)
     size = sum(param.nbytes for param in model.parameters())
     contenders = [contender for rule in SETTINGS for contender in _contenders(rule, model, scales)]
-    seconds = take_turns({c.label: c.step for c in contenders}, device, rounds=rounds_of(arguments))
+    seconds = interleave({c.label: c.step for c in contenders}, device, rounds=rounds_of(arguments))
     rows = []
     for contender in contenders:
         state = sum(v.nbytes for s in contender.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))

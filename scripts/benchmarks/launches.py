@@ -18,12 +18,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import repopt
+from benchmarks.arguments import positive
+from benchmarks.as_trained import memory_format_on, precision_on
+from benchmarks.data import resident_loader
+from benchmarks.hyper_search import RECIPE, criterion
+from benchmarks.report import Row, Table
 from data import cifar, seeding
-from measure.arguments import positive
-from measure.data import resident_loader
-from measure.hyper_search import RECIPE, criterion
-from measure.placement import memory_format_on, precision_on
-from measure.report import Row, Table
 from repopt.errors import UserError
 from train.safeguard import Safeguard
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from measure.compiling import mode_on
-from measure.training_step import TrainingStep, unchanged
-from measure.turns import Rounds, peak_extra, times_in_turns
+from benchmarks.as_trained import mode_on
+from benchmarks.timing import Rounds, interleave_times, peak_extra
+from benchmarks.training_step import TrainingStep, unchanged
 from train.parallel import data_parallel
 
 ALONE = "one process, the others idle"
@@ -126,7 +126,7 @@ def _work(rank: int, size: int, kind: str, load: Load, folder: str) -> None:
         contenders[ALONE] = steps[APART] if rank == 0 else int
         message = torch.zeros(gradient_bytes(steps[APART].model) // 4, device=device)
         contenders[BARE] = partial(dist.all_reduce, message)
-    times = times_in_turns(
+    times = interleave_times(
         {name: partial(_repeat, step, load.steps) for name, step in contenders.items()},
         device,
         rounds=load.rounds,

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import repopt
+from benchmarks import baseline
+from benchmarks.arguments import add_rounds, positive, rounds_of
+from benchmarks.as_trained import AS_IN_TRAINING, MODES, memory_format_on, mode_on, precision_on, under
+from benchmarks.data import resident_loader
+from benchmarks.report import Row, Table
+from benchmarks.timing import Rounds, Step, interleave, peak_extra
+from benchmarks.training_step import SGD, TrainingStep
 from data import cifar
-from measure import textbook
-from measure.arguments import add_rounds, positive, rounds_of
-from measure.compiling import AS_IN_TRAINING, MODES, mode_on, under
-from measure.data import resident_loader
-from measure.placement import memory_format_on, precision_on
-from measure.report import Row, Table
-from measure.training_step import SGD, TrainingStep
-from measure.turns import Rounds, Step, peak_extra, take_turns
 from repopt.layers import RepConv2d
 from train import config
 from train.epoch import train_one_epoch
@@ -87,7 +86,7 @@ def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_
         "hyper-search, branches merged": merged,
         "hyper-search, branch by branch": apart,
     }
-    seconds = take_turns(contenders, device, rounds=rounds, settle=True)
+    seconds = interleave(contenders, device, rounds=rounds, settle=True)
     return [
         {
             "step": name,
@@ -107,7 +106,7 @@ def searches(arch: str, device: torch.device, modes: list[str], *, per_turn: int
     contenders: dict[str, Step] = {"textbook": textbook_search(arch, pixels, device, per_turn)}
     for mode in modes:
         contenders[f"ours, compile {mode}"] = our_search(arch, pixels, device, per_turn, mode)
-    seconds = take_turns(contenders, device, rounds=rounds, warm_up=1)
+    seconds = interleave(contenders, device, rounds=rounds, warm_up=1)
     return [
         {
             "search": name,
@@ -124,7 +123,7 @@ class _Images(Dataset):
 
     def __init__(self, pixels: np.ndarray) -> None:
         self._pixels = pixels
-        self._transform = textbook.small("cf100")
+        self._transform = baseline.small("cf100")
 
     def __len__(self) -> int:
         return len(self._pixels)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 
 import repopt
-from measure.arguments import above_zero, add_rounds, positive, rounds_of
-from measure.compiling import mode_on
-from measure.processes import AFTERWARDS, ALONE, APART, BARE, DDP, Load, Measured, gradient_bytes, measure
-from measure.report import Row, Table, Tables
-from measure.training_step import TrainingStep
-from measure.turns import Rounds, peak_extra, take_turns
+from benchmarks.arguments import above_zero, add_rounds, positive, rounds_of
+from benchmarks.as_trained import mode_on
+from benchmarks.processes import AFTERWARDS, ALONE, APART, BARE, DDP, Load, Measured, gradient_bytes, measure
+from benchmarks.report import Row, Table, Tables
+from benchmarks.timing import Rounds, interleave, peak_extra
+from benchmarks.training_step import TrainingStep
 from repopt.errors import UserError
 
 MODELS = ("RepOpt-VGG-nano", "RepOpt-VGG-A0", "RepOpt-VGG-B0", "RepOpt-VGG-B1")
@@ -159,7 +159,7 @@ def growth(
     for arch, size in pairs:
         shape = {"batch_size": batch_size, "image_size": size}
         steps[arch, size] = TrainingStep(arch, device, **shape, compile_mode=mode_on(device, **shape))
-    seconds = take_turns({f"{m} {size}": step for (m, size), step in steps.items()}, device, rounds=rounds)
+    seconds = interleave({f"{m} {size}": step for (m, size), step in steps.items()}, device, rounds=rounds)
     rows = {}
     for (model, size), step in steps.items():
         own, operations = seconds[f"{model} {size}"], step.flops()

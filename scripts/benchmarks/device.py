@@ -19,15 +19,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import main_repopt
 import repopt
+from benchmarks.arguments import add_rounds, positive, rounds_of
+from benchmarks.as_trained import AS_IN_TRAINING, MODES, memory_format_on, mode_on, precision_on
+from benchmarks.hyper_search import BATCH, RECIPE, our_search
+from benchmarks.report import Row, Table
+from benchmarks.timing import interleave, synchronize
+from benchmarks.training import matrix_rate
+from benchmarks.training_step import SGD
 from data import cifar
-from measure.arguments import add_rounds, positive, rounds_of
-from measure.compiling import AS_IN_TRAINING, MODES, mode_on
-from measure.hyper_search import BATCH, RECIPE, our_search
-from measure.placement import memory_format_on, precision_on
-from measure.report import Row, Table
-from measure.training import matrix_rate
-from measure.training_step import SGD
-from measure.turns import synchronize, take_turns
 from repopt import checkpoint
 from repopt.errors import UserError
 from train.command import EXIT_DONE
@@ -66,7 +65,7 @@ def ceilings(arguments: argparse.Namespace, device: torch.device) -> Iterator[Ta
             number.add_(1)
 
     steps = {"copy": functools.partial(target.copy_, source), "launches": launches}
-    seconds = take_turns(steps, device, rounds=rounds_of(arguments))
+    seconds = interleave(steps, device, rounds=rounds_of(arguments))
     rows: list[Row] = [
         {"what": "copy, bytes read and written", "measured": 2e-9 * source.nbytes / seconds["copy"], "unit": "GB/s"},
         {"what": "matrix product", "measured": 1e-12 * matrix_rate(device), "unit": "TFLOP/s"},
@@ -98,7 +97,7 @@ def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Itera
                 {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file
             ),
         }
-        seconds = take_turns(steps, device, rounds=rounds_of(arguments), warm_up=1)
+        seconds = interleave(steps, device, rounds=rounds_of(arguments), warm_up=1)
         megabytes = file.stat().st_size / 1e6
     evaluations = -(-RECIPE.TRAIN.EPOCHS // RECIPE.TEST.PERIOD)
     rows: list[Row] = [

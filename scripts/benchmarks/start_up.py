@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import _root
 import torch
 
-from measure.arguments import add_rounds, rounds_of
-from measure.report import Table
+from benchmarks.arguments import add_rounds, rounds_of
+from benchmarks.report import Table
 
 COMMANDS = {
     "import torch": ["-c", "import torch"],
