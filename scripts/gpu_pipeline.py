@@ -130,7 +130,6 @@ class Training(NamedTuple):
             "TRAIN.WARMUP_EPOCHS": epochs // 24,
             "TEST.PERIOD": -(-epochs // EVALUATIONS),
             "SAVE_FREQ": epochs,
-            "SAVE_LATEST_FREQ": epochs,  # writing takes longer than an epoch
         }
         arguments += ["--opts", *(str(word) for option in options.items() for word in option)]
         if code := start("main_repopt.py", arguments):

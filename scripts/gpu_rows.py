@@ -91,7 +91,7 @@ def aims(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
     def rows(part: str, title: str = "", **cells: str) -> list[Row]:
         """The rows with these cells of a part's first table whose title begins so."""
         tables = results.get(part, {"tables": {}})["tables"]
-        found = next((tables[name] for name in tables if name.startswith(title)), [])
+        found: list[Row] = next((tables[name] for name in tables if name.startswith(title)), [])
         return [row for row in found if all(row[key] == cell for key, cell in cells.items())]
 
     def one(column: str, found: Sequence[Row]) -> float | None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
+from data import Loader
 from train import build, config, placement
+from train.checkpoint import RunFolder
 from train.compilation import COMPILE_MODES, compiled
 from train.distributed import World
-from train.epoch import train_one_epoch
 from train.evaluation.classification import evaluate
+from train.nonfinite import NonFiniteGuard
 from train.parallel import data_parallel
 from train.precision import Precision
-from train.safeguard import Safeguard
+from train.schedule import build_schedule
+from train.state import TrainingState
+from train.tasks.classify import Classify
+from train.trainer import Trainer
 
-__all__ = ["Precision", "Safeguard", "data_parallel", "evaluate"]
+__all__ = ["NonFiniteGuard", "Precision", "data_parallel", "evaluate"]
 MODES = ("off", *COMPILE_MODES)
 AS_IN_TRAINING = "as TRAIN.COMPILE auto chooses"
 
@@ -32,6 +38,11 @@ def memory_format_on(device: torch.device) -> torch.memory_format:
     return placement.memory_format_of(World(0, 1, device))
 
 
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model on a device, in its memory format."""
+    return placement.to_device(model, World(0, 1, device))
+
+
 def mode_on(device: torch.device, batch_size: int, image_size: int, processes: int = 1) -> str:
     """Return the mode of torch.compile that a training chooses which asks for none."""
     cfg = config.build({"DATA.BATCH_SIZE": batch_size, "DATA.IMG_SIZE": image_size}).cfg
@@ -43,16 +54,18 @@ def under(mode: str, model: nn.Module, device: torch.device) -> nn.Module:
     return model if mode == "off" else compiled(model, device, mode)
 
 
-def train_epoch(
+def trainer_of(
+    cfg: CfgNode,
     model: nn.Module,
-    loader: Iterable[tuple[Any, Any]],
-    criterion: nn.Module,
     optimizer: torch.optim.Optimizer,
-    clip: Callable[[], Tensor],
-    *,
-    batches: int,
+    loader: Loader,
     device: torch.device,
-) -> None:
-    """Train on so many batches with everything that a training does, reports and skipped steps among it."""
-    precision = precision_on(device)
-    train_one_epoch(model, loader, criterion, optimizer, batches=batches, precision=precision, clip=clip)
+    *,
+    compile_mode: str,
+    clip: Callable[[], Tensor],
+) -> Trainer:
+    """Return what trains a classifier by a configuration, at a learning rate that stays as it is."""
+    schedule = build_schedule(optimizer, "cosine", steps_per_epoch=10**9, epochs=1, warmup_steps=0)
+    state = TrainingState(model, optimizer, schedule, precision_on(device))
+    task = Classify(cfg, World(0, 1, device))
+    return Trainer(task, state, loader, (), RunFolder(Path()), model=under(compile_mode, model, device), clip=clip)

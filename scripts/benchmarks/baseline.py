@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from data.raug15 import MAX_MAGNITUDE, NUM_OPERATIONS
-from data.registry import DATASETS, IMAGENET_MEAN, IMAGENET_STD
+from data.registry import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Resident
 
 Operation = Callable[[Image.Image, int], Image.Image]
 
@@ -88,6 +88,7 @@ def small(dataset: str) -> T.Compose:
     images are mirrored.
     """
     row = DATASETS[dataset]
+    assert isinstance(row, Resident)
     flips = [T.RandomHorizontalFlip()] if row.flip else []
     crop = T.RandomCrop(row.info.image_size, padding=row.padding)
     return T.Compose([Image.fromarray, crop, *flips, T.ToTensor(), T.Normalize(row.mean, row.std)])

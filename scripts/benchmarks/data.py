@@ -29,7 +29,7 @@ from benchmarks.photographs import photographs
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave
 from data.decode import to_pixels
-from data.decoded import Collate, Decoded, refuse
+from data.decoded import Collate, Decoded, Refused, refuse
 from data.encoded import EncodedImages
 from data.on_device import Normalize
 from data.registry import IMAGENET_MEAN, IMAGENET_STD
@@ -151,8 +151,9 @@ def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Call
 
     def step() -> Tensor:
         epoch = next(epochs)  # other crops and operations every time, as the textbook's generators give
-        (images, *_), _ = collate(dataset.__getitems__([(epoch, index) for index in next(indices)]))
-        images = images.permute(0, 3, 1, 2)
+        batch, _ = collate(dataset.__getitems__([(epoch, index) for index in next(indices)]))
+        assert not isinstance(batch, Refused)
+        images = batch[0].permute(0, 3, 1, 2)
         return normalize(images) if normalised else images
 
     return step
@@ -200,7 +201,9 @@ def reading(root: Path, rounds: Rounds) -> list[Row]:
 def opened_at(root: Path, **how: Any) -> EncodedImages:
     """The training images of a folder, for the first of two processes."""
     source = data.Source("folder", str(root), **how)
-    return data.registry.find(source).open(source, "train", 4, 0, 2)
+    row = data.registry.find(source)
+    assert isinstance(row, data.registry.Decoded)
+    return row.open(source, "train", 4, 0, 2)
 
 
 def workers(root: Path, rounds: Rounds) -> list[Row]:
@@ -235,7 +238,7 @@ def workers(root: Path, rounds: Rounds) -> list[Row]:
 def small_images(count: int, device: torch.device, rounds: Rounds) -> list[Row]:
     """An epoch by the textbook, image by image on the CPU, and by ours, in batches where the training is."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    rows = []
+    rows: list[Row] = []
     for name in ("cf100", "digits"):
         contenders = {"textbook": per_image(name, pixels, device), "resident": resident(name, pixels, device)}
         seconds = interleave(contenders, device, rounds=rounds, warm_up=1)
@@ -273,6 +276,7 @@ def resident_loader(
 ) -> ResidentLoader:
     """Training batches, as of a data set, of images uint8 [N, H, W, 3] on the device; all of them are of class 0."""
     row = data.registry.DATASETS[dataset]
+    assert isinstance(row, data.registry.Resident)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
     return ResidentLoader(
         images,

@@ -20,17 +20,16 @@ from torch.profiler import ProfilerActivity, profile
 import main_repopt
 import repopt
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.as_trained import AS_IN_TRAINING, MODES, memory_format_on, mode_on, precision_on
+from benchmarks.as_trained import AS_IN_TRAINING, MODES, evaluate, memory_format_on, mode_on, precision_on, to_device
 from benchmarks.hyper_search import BATCH, RECIPE, our_search
 from benchmarks.report import Row, Table
-from benchmarks.timing import interleave, synchronize
+from benchmarks.timing import Step, interleave, synchronize
 from benchmarks.training import matrix_rate
 from benchmarks.training_step import SGD
 from data import cifar
 from repopt import checkpoint
 from repopt.errors import UserError
 from train.command import EXIT_DONE
-from train.evaluation.classification import evaluate
 
 TEST_BATCHES = -(-10_000 // BATCH)  # of CIFAR-100
 LAUNCHES = 1000
@@ -64,7 +63,7 @@ def ceilings(arguments: argparse.Namespace, device: torch.device) -> Iterator[Ta
         for _ in range(LAUNCHES):
             number.add_(1)
 
-    steps = {"copy": functools.partial(target.copy_, source), "launches": launches}
+    steps: dict[str, Step] = {"copy": functools.partial(target.copy_, source), "launches": launches}
     seconds = interleave(steps, device, rounds=rounds_of(arguments))
     rows: list[Row] = [
         {"what": "copy, bytes read and written", "measured": 2e-9 * source.nbytes / seconds["copy"], "unit": "GB/s"},
@@ -77,7 +76,7 @@ def ceilings(arguments: argparse.Namespace, device: torch.device) -> Iterator[Ta
 def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """An evaluation of the searched network, and a checkpoint of it with its optimizer."""
     model = repopt.create_model(arguments.arch, mode="hs", num_classes=cifar.NUM_CLASSES)
-    model.to(device, memory_format=memory_format_on(device))
+    to_device(model, device)
     optimizer = repopt.build_optimizer("sgd", model, None, **SGD)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)

@@ -10,6 +10,7 @@ import itertools
 import os
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import _root
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 import repopt
 from benchmarks import baseline
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.as_trained import AS_IN_TRAINING, MODES, memory_format_on, mode_on, precision_on, under
+from benchmarks.as_trained import AS_IN_TRAINING, MODES, mode_on, to_device, trainer_of
 from benchmarks.data import resident_loader
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave, peak_extra
@@ -29,10 +30,11 @@ from benchmarks.training_step import SGD, TrainingStep
 from data import cifar
 from repopt.layers import RepConv2d
 from train import config
-from train.epoch import train_one_epoch
 
 SIZES = {32: 128, 224: 8}  # pixels: images in a batch
-RECIPE = config.parse(["--cfg", str(_root.ROOT / "configs/hyper_search/b1.yaml")]).cfg
+RECIPE = config.parse(
+    ["--cfg", str(_root.ROOT / "configs/hyper_search/b1.yaml"), "--opts", "TRAIN.ACCUMULATION_STEPS", "1"]
+).cfg
 BATCH = RECIPE.DATA.BATCH_SIZE
 PARTS = STEP, SEARCH = "steps", "search"
 STEPS = 50_000 // BATCH * RECIPE.TRAIN.EPOCHS
@@ -69,14 +71,19 @@ def one_by_one(model: nn.Module) -> nn.Module:
     """The model with its blocks computed branch by branch."""
     for module in model.modules():
         if isinstance(module, RepConv2d):
-            module.conv2d = types.MethodType(branch_by_branch, module)
+            module.conv2d = types.MethodType(branch_by_branch, module)  # type: ignore[method-assign]  # of this one
     return model
 
 
 def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_size: int, rounds: Rounds) -> list[Row]:
     """The plain network's step, and that of the hyper-search in both ways, under a mode of torch.compile."""
     torch.compiler.reset()  # it keeps eight programs of one function
-    shape = {"batch_size": batch_size, "image_size": image_size, "num_classes": cifar.NUM_CLASSES, "compile_mode": mode}
+    shape: dict[str, Any] = {
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "num_classes": cifar.NUM_CLASSES,
+        "compile_mode": mode,
+    }
     plain = TrainingStep(arch, device, **shape)
     merged = TrainingStep(arch, device, mode="hs", **shape)
     apart = TrainingStep(arch, device, mode="hs", **shape)
@@ -166,25 +173,18 @@ def textbook_search(arch: str, pixels: np.ndarray, device: torch.device, count: 
 
 
 def our_search(arch: str, pixels: np.ndarray, device: torch.device, count: int, mode: str) -> Step:
-    """So many steps of `main_repopt.py`: its loader, loop, safeguard, clipping and optimizer."""
+    """Return so many steps of `main_repopt.py`: its loader, loop, skipped steps, clipping and optimizer."""
     torch.manual_seed(0)
     model = repopt.create_model(arch, mode="hs", num_classes=cifar.NUM_CLASSES)
-    model.to(device, memory_format=memory_format_on(device))
+    to_device(model, device)
     loader = resident_loader("cf100", pixels[: BATCH * count], device, batch_size=BATCH)
-    train = functools.partial(
-        train_one_epoch,
-        under(mode, model, device),
-        loader,
-        criterion(),
-        repopt.build_optimizer("sgd", model, None, **SGD),
-        batches=count,
-        precision=precision_on(device),
-        clip=functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), RECIPE.TRAIN.CLIP_GRAD),
-    )
+    clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), RECIPE.TRAIN.CLIP_GRAD)
+    optimizer = repopt.build_optimizer("sgd", model, None, **SGD)
+    trainer = trainer_of(RECIPE, model, optimizer, loader, device, compile_mode=mode, clip=clip)
     epochs = itertools.count()
 
     def steps() -> None:
         loader.set_epoch(next(epochs))
-        train()
+        trainer.train_epoch()
 
     return steps

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import repopt
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.as_trained import memory_format_on, precision_on
+from benchmarks.as_trained import memory_format_on, precision_on, to_device
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, interleave, peak_extra
 from repopt.errors import UserError, one_line, unknown
@@ -133,7 +133,8 @@ def _contenders(arch: str, baseline: str, images: Tensor) -> dict[str, Contender
 def compiled(model: nn.Module) -> nn.Module:
     """The model under torch.compile, which forgets those of before: there is a limit to how many it keeps."""
     torch.compiler.reset()
-    return torch.compile(model)
+    made: nn.Module = torch.compile(model)  # type: ignore[assignment]  # as torch annotates it
+    return made
 
 
 def in_onnxruntime(arch: str, model: nn.Module, images: Tensor) -> tuple[nn.Module, nn.Module, str]:
@@ -170,7 +171,7 @@ def as_if_trained(model: nn.Module, images: Tensor) -> nn.Module:
     enlarge small differences, and through tens of layers a single number that is rounded otherwise would change an
     INT8 network's outputs, unlike those of a trained one.
     """
-    model.to(images.device, memory_format=memory_format_on(images.device)).train()
+    to_device(model, images.device).train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)

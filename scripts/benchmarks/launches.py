@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +19,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import repopt
 from benchmarks.arguments import positive
-from benchmarks.as_trained import memory_format_on, precision_on
+from benchmarks.as_trained import NonFiniteGuard, precision_on, to_device
 from benchmarks.data import resident_loader
 from benchmarks.hyper_search import RECIPE, criterion
 from benchmarks.report import Row, Table
 from data import cifar, seeding
 from repopt.errors import UserError
-from train.safeguard import Safeguard
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5},
     "adamw": {"lr": 1e-3, "weight_decay": 0.05},
 }
@@ -97,10 +96,10 @@ class Parts:
 
 
 def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torch.device) -> dict[str, int]:
-    """Device operations by the parts of a step of `train.epoch.train_one_epoch`, behind some others."""
+    """Device operations by the parts of a step of `train.trainer.Trainer`, behind some others."""
     model, optimizer, clip = network(arch, training, device)
     precision, loss_of, part = precision_on(device), criterion(), Parts()
-    safeguard, optimizer_step = Safeguard(model, optimizer, device), optimizer.step
+    guard, optimizer_step = NonFiniteGuard(model, optimizer, device), optimizer.step
     pixels = np.zeros(((WARM_UP + 1) * batch_size, cifar.SIZE, cifar.SIZE, 3), np.uint8)
     batches = iter(resident_loader("cf100", pixels, device, batch_size=batch_size))
     for step in range(WARM_UP + 1):
@@ -111,7 +110,7 @@ def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torc
         with part("forward pass"), precision.autocast():
             logits = model(images)
         with part("loss"), precision.autocast():
-            loss = safeguard.poison(loss_of(logits, targets))
+            loss = guard.nan_if_not_finite(loss_of(logits, targets))
         with part("backward pass"):
             loss.backward()
         with part("clipping"):
@@ -121,19 +120,17 @@ def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torc
             optimizer.step()
         optimizer.step = lambda: None
         with part("rest of the safeguard"):
-            safeguard.step(norm)
+            guard.step(norm)
         optimizer.step = optimizer_step
         optimizer.zero_grad(set_to_none=True)
     return part.found
 
 
-def network(
-    arch: str, training: Training, device: torch.device
-) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor]]:
+def network(arch: str, training: Training, device: torch.device) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
     """A network, its optimizer, and what clips its gradients."""
     model = repopt.create_model(arch, mode=training.mode, num_classes=cifar.NUM_CLASSES)
     scales = repopt.constant_scales(model, "initial") if training.mode == "target" else None
-    model.to(device, memory_format=memory_format_on(device))
+    to_device(model, device)
     settings = SETTINGS[training.rule]
     optimizer = repopt.build_optimizer(training.rule, model, scales, implementation=training.implementation, **settings)
     if scales is None:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 import repopt
 from benchmarks.arguments import add_rounds, rounds_of
-from benchmarks.as_trained import memory_format_on
+from benchmarks.as_trained import to_device
 from benchmarks.report import Table
 from benchmarks.timing import interleave, peak_extra
 from repopt.optim import RULES
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 1e-7, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5},
     "adamw": {"lr": 1e-7, "weight_decay": 0.05},
 }
-IMPLEMENTATIONS = ("eager", "compiled")
+IMPLEMENTATIONS: tuple[repopt.optim.Implementation, ...] = ("eager", "compiled")
 NAMES = {"sgd": "SGD", "adamw": "AdamW"}
 
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     scales = {name: 0.5 + torch.rand_like(scale) for name, scale in repopt.extract_scales(search).items()}
     del search
     model = repopt.create_model(arguments.arch, mode="target")
-    model.to(device, memory_format=memory_format_on(device))
+    to_device(model, device)
     for param in model.parameters():
         param.grad = torch.randn_like(param)
     size = sum(param.nbytes for param in model.parameters())
@@ -86,7 +86,7 @@ def _contenders(rule: str, model: nn.Module, scales: dict[str, Tensor]) -> list[
         Contender(rule, f"naive Rep{name}, dense multiplier", naive, naive_step(model, naive, dense), lambda: kept)
     )
     for how in IMPLEMENTATIONS:
-        rep = repopt.build_optimizer(rule, model, scales, implementation=how, **settings)
+        rep: Any = repopt.build_optimizer(rule, model, scales, implementation=how, **settings)
         found.append(Contender(rule, f"Rep{name}, {how}", rep, rep.step, rep.multiplier_bytes))
     return found
 
@@ -97,10 +97,11 @@ def naive_step(model: nn.Module, optimizer: torch.optim.Optimizer, dense: dict[s
 
     def step() -> None:
         kept = {name: named[name].grad for name in dense}
-        for name, mult in dense.items():
-            named[name].grad = kept[name] * mult
-        optimizer.step()
         for name, gradient in kept.items():
-            named[name].grad = gradient
+            assert gradient is not None
+            named[name].grad = gradient * dense[name]
+        optimizer.step()
+        for name in dense:
+            named[name].grad = kept[name]
 
     return step

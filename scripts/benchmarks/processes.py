@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.as_trained import mode_on
+from benchmarks.as_trained import data_parallel, mode_on
 from benchmarks.timing import Rounds, interleave_times, peak_extra
 from benchmarks.training_step import TrainingStep, unchanged
-from train.parallel import data_parallel
 
 ALONE = "one process, the others idle"
 APART = "no exchange"
@@ -94,7 +93,7 @@ def _settings(device: torch.device) -> dict[str, Setting]:
 
 def all_reduce_gradients(model: nn.Module) -> None:
     """Gradients become their means over the processes, in one message."""
-    gradients = [param.grad for param in model.parameters()]
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
@@ -110,11 +109,11 @@ def _work(rank: int, size: int, kind: str, load: Load, folder: str) -> None:
         torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-    hosts = dist.new_group(backend="gloo")
+    hosts: Any = dist.new_group(backend="gloo")
     settings = _settings(device) if size > 1 else {APART: Setting()}
 
     def built(setting: Setting) -> TrainingStep:
-        shape = {"batch_size": load.batch_size, "image_size": load.image_size}
+        shape: dict[str, Any] = {"batch_size": load.batch_size, "image_size": load.image_size}
         mode = mode_on(device, **shape, processes=2)  # of a single one too, so that they differ in nothing else
         return TrainingStep(load.arch, device, **shape, seed=rank, compile_mode=mode, **setting._asdict())
 
@@ -166,7 +165,7 @@ def _differences(steps: dict[str, TrainingStep]) -> dict[str, float]:
     gradients = {}
     for name, step in steps.items():
         step.backward()
-        gradients[name] = [param.grad.contiguous().clone() for param in step.model.parameters()]
+        gradients[name] = [p.grad.contiguous().clone() for p in step.model.parameters() if p.grad is not None]
         step.zero_grad()
     means = [gradient.clone() for gradient in gradients[APART]]
     for mean in means:

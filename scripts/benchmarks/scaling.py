@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -157,10 +157,10 @@ def growth(
     """
     steps = {}
     for arch, size in pairs:
-        shape = {"batch_size": batch_size, "image_size": size}
+        shape: dict[str, Any] = {"batch_size": batch_size, "image_size": size}
         steps[arch, size] = TrainingStep(arch, device, **shape, compile_mode=mode_on(device, **shape))
     seconds = interleave({f"{m} {size}": step for (m, size), step in steps.items()}, device, rounds=rounds)
-    rows = {}
+    rows: dict[tuple[str, int], Row] = {}
     for (model, size), step in steps.items():
         own, operations = seconds[f"{model} {size}"], step.flops()
         rows[model, size] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 import repopt
-from benchmarks.as_trained import memory_format_on, precision_on, under
+from benchmarks.as_trained import Precision, memory_format_on, precision_on, under
 from data.seeding import generator
-from train.precision import Precision
 
-SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5}
+SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5}
 
 
 def unchanged(model: nn.Module) -> nn.Module:
@@ -59,13 +59,14 @@ class TrainingStep:
         self.device, self._precision, self._reads_loss = device, precision_on(device), textbook
         if textbook:
             layout, self._precision = torch.contiguous_format, Precision(device)
-        self.model = repopt.create_model(arch, mode=mode, num_classes=num_classes).to(device, memory_format=layout)
+        self.model = repopt.create_model(arch, mode=mode, num_classes=num_classes).to(device)
+        self.model.to(memory_format=layout)
         images = torch.randn(batch_size, 3, image_size, image_size, generator=source, device=device)
         self._images = images.contiguous(memory_format=layout)
         self._labels = torch.randint(num_classes, (batch_size,), generator=source, device=device)
         self._called, self._exchange = wrap(under(compile_mode, self.model, device)), exchange
         if textbook:
-            self._optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
+            self._optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
         else:
             scales = repopt.constant_scales(self.model, "initial") if mode == "target" else None
             self._optimizer = repopt.build_optimizer("sgd", self.model, scales, **SGD)
