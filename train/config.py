@@ -26,10 +26,10 @@ _MAX_BASES = 20  # recipes above one another
 
 
 class Settings(NamedTuple):
-    """A configuration that is not resolved yet. Nobody changes it: its methods return new ones.
+    """A configuration that is not resolved yet.
 
     Attributes:
-        cfg: The values of all keys.
+        cfg: The values of all keys, frozen.
         given: The keys that a user set.
     """
 
@@ -102,6 +102,7 @@ def _nest(flat: Mapping[str, Any]) -> CfgNode:
         for part in path:
             node = node.setdefault(part, CfgNode())
         node[leaf] = value
+    root.freeze()
     return root
 
 

@@ -41,13 +41,13 @@ def resolve(settings: config.Settings) -> CfgNode:
     for key in sorted(given):
         if cfg.TASK not in (takes := config.KEYS[key].tasks):
             raise UserError(f"{key} is for TASK {' and '.join(takes)}, and this one is {cfg.TASK}: leave it out")
-    cfg = settings.with_values(tasks.task_class(cfg.TASK).finalize(cfg, given)).cfg
     if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.EPOCHS:
         raise UserError(
             f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH} leaves none of {cfg.TRAIN.EPOCHS} TRAIN.EPOCHS to train"
         )
-    cfg.DATA.TEST_BATCH_SIZE = cfg.DATA.TEST_BATCH_SIZE or cfg.DATA.BATCH_SIZE
-    cfg.TRAIN.ACCUMULATION_STEPS = max(1, cfg.TRAIN.ACCUMULATION_STEPS)
-    cfg.OUTPUT = str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG))
-    cfg.freeze()
-    return cfg
+    values = {
+        "DATA.TEST_BATCH_SIZE": cfg.DATA.TEST_BATCH_SIZE or cfg.DATA.BATCH_SIZE,
+        "TRAIN.ACCUMULATION_STEPS": max(1, cfg.TRAIN.ACCUMULATION_STEPS),
+        "OUTPUT": str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG)),
+    }
+    return settings.with_values(values | tasks.task_class(cfg.TASK).finalize(cfg, given)).cfg

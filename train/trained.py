@@ -121,10 +121,9 @@ class LoadedCheckpoint(NamedTuple):
         return sizes.pop() if len(sizes) == 1 else 1
 
     def _build(self, num_classes: int) -> nn.Module:
-        cfg = self.settings(*OF_NETWORK)
-        cfg.MODEL.NUM_CLASSES = num_classes
-        cfg.MODEL.ARCH = self.name
-        return self._task(cfg).network()
+        settings = config.Settings(self.settings(*OF_NETWORK), frozenset())
+        own = settings.with_values({"MODEL.NUM_CLASSES": num_classes, "MODEL.ARCH": self.name})
+        return self._task(own.cfg).network()
 
     def _task(self, cfg: CfgNode) -> tasks.Task:
         return tasks.create(cfg, World(0, 1, torch.device("cpu")))

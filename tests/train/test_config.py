@@ -8,8 +8,11 @@ import pytest
 from repopt.errors import UserError
 from repopt.models import parse_arch
 from train import config
-from train.command import EXIT_USAGE_ERROR
+from train.command import EXIT_USAGE_ERROR, MAIN
 from train.compilation import COMPILE_MODES
+from train.keys import KEYS, Key, flags_of
+from train.resolve import resolve
+from train.resume import check_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -217,5 +220,54 @@ def test_recipes_that_are_no_text(tmp_path):
         config.parse(["--cfg", str(tmp_path / "bytes.yaml")])
 
 
+def test_settings_are_not_changed():
+    settings = config.parse(["--tag", "mine"])
+    changed = settings.with_values({"TRAIN.EPOCHS": "7", "TAG": "other"}).with_defaults({"TAG": "third", "SEED": 3})
+    assert (changed.cfg.TRAIN.EPOCHS, changed.cfg.TAG, changed.cfg.SEED, changed.given) == (7, "other", 3, {"TAG"})
+    assert (settings.cfg.TRAIN.EPOCHS, settings.cfg.TAG, settings.cfg.SEED) == (300, "mine", 0)
+    with pytest.raises(UserError, match="SEED is a number"):
+        settings.with_values({"SEED": -1})
+    with pytest.raises(AttributeError, match="immutable"):
+        settings.cfg.TRAIN.EPOCHS = 3
+
+
+def test_resolving_changes_nothing(tmp_path):
+    settings = config.parse(
+        ["--arch", "RepOpt-VGG-nano-hs", "--output", str(tmp_path), "--opts", "DATA.DATASET", "digits"]
+    )
+    before = config.as_dict(settings.cfg)
+    cfg = resolve(settings)
+    assert config.as_dict(settings.cfg) == before
+    assert (cfg.MODEL.NUM_CLASSES, cfg.DATA.TEST_SIZE, cfg.DATA.TEST_BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS) == (
+        10, 32, 128, 1,
+    )  # fmt: skip
+    assert Path(cfg.OUTPUT) == tmp_path / "RepOpt-VGG-nano-hs" / "default"
+    assert resolve(settings) == cfg
+    with pytest.raises(AttributeError, match="immutable"):
+        cfg.TRAIN.EPOCHS = 3
+
+
+def test_a_key_is_declared_once(monkeypatch, tmp_path):
+    """What is declared in KEYS alone is set by recipes, flags and --opts, checked, resolved, kept and compared."""
+    monkeypatch.setitem(KEYS, "TRAIN.NEW.KEY", Key(3, "A new key.", flag="--new-key", minimum=1))
+    program = MAIN._replace(flags=flags_of("classify"))
+    (tmp_path / "new.yaml").write_text("TRAIN:\n  NEW:\n    KEY: 4\n")
+    assert config.parse([]).cfg.TRAIN.NEW.KEY == 3
+    assert config.parse(["--cfg", str(tmp_path / "new.yaml")]).cfg.TRAIN.NEW.KEY == 4
+    assert config.parse(["--new-key", "5"], program).cfg.TRAIN.NEW.KEY == 5
+    settings = config.parse(shlex.split("--arch RepOpt-VGG-nano-hs --opts TRAIN.NEW.KEY 6 DATA.DATASET digits"))
+    assert config.as_dict(resolve(settings))["TRAIN"]["NEW"] == {"KEY": 6}
+    with pytest.raises(UserError, match=r"TRAIN.NEW.KEY is a number from 1 on, not 0"):
+        config.parse(["--opts", "TRAIN.NEW.KEY", "0"])
+    monkeypatch.setitem(KEYS, "TRAIN.NEW.KEY", KEYS["TRAIN.NEW.KEY"]._replace(immutable_on_resume=True))
+    with pytest.raises(UserError, match=r"TRAIN.NEW.KEY was 6 in the checkpoint and is 3 now"):
+        check_same_run(config.parse(["--arch", "RepOpt-VGG-nano-hs"]).cfg, {"config": {"TRAIN": {"NEW": {"KEY": 6}}}})
+
+
+def test_help_of_keys_stands_alone():
+    assert all(key.help[0].isupper() or key.help[0].isdigit() for key in KEYS.values())
+    assert all(key.help.endswith(".") for key in KEYS.values())
+
+
 def test_compile_modes_are_those_that_the_engine_knows():
-    assert config.KEYS["TRAIN.COMPILE"].choices == ("auto", "off", *COMPILE_MODES)
+    assert KEYS["TRAIN.COMPILE"].choices == ("auto", "off", *COMPILE_MODES)
