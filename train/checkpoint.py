@@ -71,7 +71,7 @@ class RunFolder:
         Raises:
             UserError: there are some, and none is whole.
         """
-        damaged = []
+        damaged: list[tuple[Path, UserError]] = []
         pattern = re.compile(rf"{self.latest.stem}(?:_([0-9]+))?{re.escape(self.latest.suffix)}")
         found = {int(match[1] or 0): path for path in self.path.iterdir() if (match := pattern.fullmatch(path.name))}
         for _, path in sorted(found.items()):
@@ -80,10 +80,10 @@ class RunFolder:
             except UserError as error:
                 damaged.append((path, error))
                 continue
-            for bad, error in damaged:
+            for bad, reason in damaged:
                 aside = bad.with_name(f"{bad.name}.damaged")
                 bad.replace(aside)
-                logger.warning(f"{error}; it is {aside.name} now, and the one before it is used: {path.name}")
+                logger.warning(f"{reason}; it is {aside.name} now, and the one before it is used: {path.name}")
             return path, content
         if damaged:
             raise UserError(

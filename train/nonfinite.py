@@ -53,10 +53,11 @@ class NonFiniteGuard:
             norm = nn.utils.get_total_norm(gradients, math.inf)
         bad = ~torch.isfinite(norm)
         if self._decides_itself:
-            self._optimizer.found_inf = bad.float()
-            self._optimizer.grad_scale = None
+            told = {"found_inf": bad.float(), "grad_scale": None}  # as attributes, as torch's GradScaler does
+            vars(self._optimizer).update(told)
             self._optimizer.step()
-            del self._optimizer.found_inf, self._optimizer.grad_scale
+            for name in told:
+                delattr(self._optimizer, name)
         elif not bad:
             self._optimizer.step()
         for buffers in self._buffers:

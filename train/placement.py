@@ -12,7 +12,7 @@ from train.precision import Precision
 
 def to_device(model: nn.Module, world: World) -> nn.Module:
     """The model where, and in the memory format in which, it runs."""
-    return model.to(world.device, memory_format=memory_format_of(world))
+    return model.to(world.device).to(memory_format=memory_format_of(world))
 
 
 def memory_format_of(world: World) -> torch.memory_format:

@@ -180,7 +180,7 @@ def test_backbones_of_timm(checkpointed):
 def test_measures_take_no_other_algorithm_where_torch_is_to_be_deterministic():
     torch.use_deterministic_algorithms(True)
     try:
-        with segmentation._any_algorithm():
+        with evaluation._any_algorithm():
             assert not torch.are_deterministic_algorithms_enabled()
         assert torch.are_deterministic_algorithms_enabled()
     finally:

@@ -61,6 +61,24 @@ def interrupt_again_and_again(training: Training, rng: random.Random, number: si
     training.finish()
 
 
+def kill_while_it_writes(training: Training, rng: random.Random) -> None:
+    """Kill the process when the thread that writes its checkpoints has begun a file, again and again."""
+    for _ in range(training.restarts):
+        with training.fault():
+            process = training.start()
+            training.trains(process)
+            time.sleep(rng.uniform(0, 1))
+            while process.poll() is None and not any(training.files.glob("*.writing")):
+                time.sleep(0.0005)
+            running = process.poll() is None
+            process.kill()
+            training.wait(process)
+        if not running:
+            training.faults -= 1
+            break
+    training.finish()
+
+
 def damage(training: Training, rng: random.Random, spoil: Callable[[Path, random.Random], None]) -> None:
     """Spoil the latest checkpoint of a training that was stopped, and go on from the one before it."""
     process = started(training, rng)
@@ -214,6 +232,7 @@ class Fault:
 
 FAULTS: dict[str, Fault] = {
     "kill -9": Fault(functools.partial(interrupt_again_and_again, number=signal.SIGKILL), 20),
+    "kill -9 while a checkpoint is written": Fault(kill_while_it_writes, 8),
     "SIGTERM": Fault(functools.partial(interrupt_again_and_again, number=signal.SIGTERM), 6),
     "SIGUSR1": Fault(functools.partial(interrupt_again_and_again, number=signal.SIGUSR1), 4),
     "latest.pth cut off": Fault(functools.partial(damage, spoil=truncate), 10, (DIGITS,)),

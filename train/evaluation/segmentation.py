@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,11 @@ def measures(class_names: Sequence[str]) -> MetricCollection:
         from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
     except ImportError:
         raise UserError(segmentation.NEEDS.format("torchmetrics")) from None
-    settings = {"num_classes": len(class_names), "ignore_index": segmentation.IGNORED, "validate_args": False}
+    settings: dict[str, Any] = {
+        "num_classes": len(class_names),
+        "ignore_index": segmentation.IGNORED,
+        "validate_args": False,
+    }
     return MetricCollection(
         {
             "iou": MulticlassJaccardIndex(average=None, zero_division=math.nan, **settings),
