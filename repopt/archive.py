@@ -6,6 +6,8 @@ import os
 import stat
 import struct
 import zipfile
+import zlib
+from collections import Counter
 
 from repopt.errors import UserError, one_line, shown
 
@@ -20,7 +22,7 @@ ERRORS = (
     OverflowError,
     MemoryError,
     struct.error,
-    zipfile.zlib.error,
+    zlib.error,
 )
 MAX_RATIO = 1032  # of deflate: no entry unpacks to more than so many times its packed size
 _HEADER = 30  # bytes before an entry's name
@@ -28,10 +30,10 @@ _UNREADABLE = 0x1 | 0x20 | 0x40  # flags: encrypted, a patch, strongly encrypted
 
 
 def open_zip(path: str | os.PathLike[str]) -> zipfile.ZipFile:
-    """A zip archive for reading.
+    """Return a zip archive, open for reading.
 
     Raises:
-        UserError: no zip, or one of which two entries share a name or bytes (small files that unpack to large ones).
+        UserError: it is no zip, or two of its entries share a name or bytes (small files that unpack to large ones).
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -46,7 +48,7 @@ def open_zip(path: str | os.PathLike[str]) -> zipfile.ZipFile:
 
 
 def flaw(info: zipfile.ZipInfo) -> str | None:
-    """Why an entry is not read, or None: it is a plain file, stored or deflated, of a size that can be true."""
+    """Return why an entry is not read; None if it is a plain file, stored or deflated, of a size that can be true."""
     if info.is_dir():
         return "is a folder"
     if stat.S_ISLNK(info.external_attr >> 16):
@@ -63,8 +65,7 @@ def flaw(info: zipfile.ZipInfo) -> str | None:
 def _check_directory(archive: zipfile.ZipFile) -> None:
     infos = archive.infolist()
     if len(archive.NameToInfo) < len(infos):
-        names: set[str] = set()
-        twice = next(info.filename for info in infos if info.filename in names or names.add(info.filename))
+        twice, _ = Counter(info.filename for info in infos).most_common(1)[0]
         raise UserError(f"two of its entries are named {shown(twice)}")
     free = 0
     for info in sorted(infos, key=lambda info: info.header_offset):

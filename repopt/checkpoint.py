@@ -12,22 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repopt import seal, torchfile
+from repopt import torchfile
 from repopt.errors import UserError, one_line, shown
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a ``.pth`` file, tensors on the CPU.
+    """Return the content of a ``.pth`` file, tensors on the CPU.
 
     Raises:
-        UserError: no such file, no torch file, or one that holds objects beyond tensors and plain Python data.
+        UserError: there is no such file, it is damaged, or it holds objects beyond tensors and plain Python data.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")
-    with path.open("rb") as file:
-        if seal.is_broken(file):
-            raise UserError(f"{str(path)!r} is damaged: its content is not what was written")
     content = torchfile.load(path)
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint or a state dict")
@@ -37,7 +34,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write(
     content: Mapping[str, Any], path: str | os.PathLike[str], *, also: Sequence[Path] = (), keep: int = 1
 ) -> None:
-    """Write a ``.pth`` file whole or not at all: beside first, sealed and synced to the disk, then renamed.
+    """Write a ``.pth`` file whole or not at all: beside first, synced to the disk, then renamed.
 
     Args:
         content: of tensors and plain data.
@@ -54,8 +51,6 @@ def write(
     try:
         torch.save(dict(content), beside)
         with beside.open("r+b") as file:
-            seal.seal(file)
-            file.flush()
             os.fsync(file.fileno())
         for other in also:
             _name_too(beside, other)
@@ -142,8 +137,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"{len(other)} of another shape such as {other[0]!r}, {shown(found)} in the file, {expected} expected"
         )
     if other := [name for name in own if name in state and _kind(own[name]) != _kind(state[name])]:
-        found, expected = state[other[0]].dtype, own[other[0]].dtype
-        problems.append(f"{len(other)} of another type such as {other[0]!r}, {found} in the file, {expected} expected")
+        problems.append(
+            f"{len(other)} of another type such as {other[0]!r}, {state[other[0]].dtype} in the file, "
+            f"{own[other[0]].dtype} expected"
+        )
     if problems:
         raise UserError(f"the weights are not those of this model: {'; '.join(problems)}")
     model.load_state_dict(state)

@@ -129,9 +129,9 @@ FOUR = [("a/data/0", b"\0" * 16)]  # bytes of four floats
 BOMB = (
     b"\x80\x02}"
     + text("w")
-    + b"]q\0"
+    + b"(]q\0"
     + b"".join(b"](" + b"h%c" % i * 20 + b"eq%c" % (i + 1) for i in range(30))
-    + b"s."
+    + b"ts."
 )
 PICKLES = {
     "calls": pickle.dumps({"w": Trap()}, 2),
@@ -193,7 +193,7 @@ TENSORS = {
 }
 
 
-ENDLESS = b"\x80\x02}" + text("w") + b"]" * 3_000_000 + b"s."
+ENDLESS = [b"\x80\x02}" + text("w") + b"]" * count + b"s." for count in (2**20, 2**22)]
 
 
 def read_checkpoint(content):
@@ -581,7 +581,8 @@ def test_bombs_need_little_memory():
     """Every hostile file above in one process that may take half a gigabyte more than it begins with."""
     Path("bombs").mkdir()
     for i, content in enumerate(
-        [torch_zip(ENDLESS)]
+        [torch_zip(p) for p in ENDLESS]
+        + [torch_legacy(ENDLESS[-1])]
         + [torch_zip(p) for p in PICKLES.values()]
         + [torch_legacy(p) for p in PICKLES.values()]
         + [torch_zip(t, FOUR) for t in TENSORS.values()]

@@ -1,9 +1,12 @@
 """Files of others are data; ours are written whole or not at all."""
 
+import argparse
 import errno
 import os
 import pickle
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from yacs.config import CfgNode
@@ -64,6 +67,18 @@ def test_old_pickled_configurations_are_read_as_data(tmp_path, weights):
     assert checkpoint.state_dict_of(content).keys() == weights.keys()
 
 
+def test_arguments_and_numbers_of_other_libraries_are_read_as_data(tmp_path):
+    args = argparse.Namespace(model="resnet18", lr=0.1, device=torch.device("cuda", 1), betas=(0.9, 0.99))
+    metrics = {"best": np.float64(78.5), "epoch": np.int64(3), "amp": np.bool_(True), "loss": np.float32(0.5)}
+    content = {"args": args, "size": torch.Size((3, 4)), "seen": {3}} | metrics
+    torch.save(content, tmp_path / "a.pth")
+    read = checkpoint.read(tmp_path / "a.pth")
+    assert read["args"] == vars(args) | {"device": "cuda:1"}
+    assert (read["size"], read["seen"]) == ((3, 4), [3])
+    assert {name: read[name] for name in metrics} == metrics
+    assert [type(read[name]) for name in metrics] == [float, int, bool, float]
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_what_is_read_is_what_torch_reads(tmp_path, zipped):
     base = torch.randn(4, 6)
@@ -109,15 +124,6 @@ def test_files_that_are_no_checkpoints(tmp_path, damage):
         checkpoint.read(tmp_path / "a.pth")
     with pytest.raises(UserError, match="there is no file"):
         checkpoint.read(tmp_path / "b.pth")
-
-
-def test_truncated_files(tmp_path, weights):
-    torch.save({"model": weights}, tmp_path / "a.pth")
-    whole = (tmp_path / "a.pth").read_bytes()
-    for part in (0.1, 0.5, 0.99):
-        (tmp_path / "a.pth").write_bytes(whole[: int(len(whole) * part)])
-        with pytest.raises(UserError):
-            checkpoint.read(tmp_path / "a.pth")
 
 
 def test_content_that_is_no_state_dict(tmp_path):
@@ -188,16 +194,45 @@ def test_file_systems_without_links(tmp_path, monkeypatch):
     test_several_names_and_the_last_ones(tmp_path)
 
 
-@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.9999])
-def test_a_changed_bit_is_found(tmp_path, weights, place):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_truncated_files(tmp_path, weights, zipped):
     path = tmp_path / "a.pth"
-    checkpoint.write({"model": weights}, path)
-    torch.load(path, weights_only=True)  # the seal is a comment to others
-    content = bytearray(path.read_bytes())
-    content[int(place * len(content))] ^= 4
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.pth"):
-        checkpoint.read(path)
+    torch.save({"model": weights}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in (10, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"a\.pth"):
+            checkpoint.read(path)
+
+
+def test_a_changed_bit_is_found(tmp_path):
+    """In every byte of every tensor and of the pickle; elsewhere (padding, other entries) it may change nothing."""
+    path = tmp_path / "a.pth"
+    content = {"w": torch.randn(20), "v": torch.randn(3), "epoch": 3}
+    checkpoint.write(content, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        read = [whole.index(archive.read(name)) for name in archive.namelist() if "/data" in name]
+        sizes = [archive.getinfo(name).file_size for name in archive.namelist() if "/data" in name]
+    vital = {at for start, size in zip(read, sizes, strict=True) for at in range(start, start + size)}
+    assert len(vital) > 200
+    for at in sorted(vital | set(range(0, len(whole), 7))):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            found = checkpoint.read(path)
+        except UserError as error:
+            assert "a.pth" in str(error)
+        else:
+            assert at not in vital
+            assert str(found) == str(content)
+
+
+def test_checkpoints_that_end_with_a_digest_are_read(tmp_path):
+    """As they were written before: SHA-256 as the comment of the zip."""
+    checkpoint.write({"epoch": 3}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth", "a") as archive:
+        archive.comment = b"sha256:" + b"0" * 64
+    assert checkpoint.read(tmp_path / "a.pth") == {"epoch": 3}
 
 
 def test_the_newest_whole_checkpoint_is_found_through_gaps(tmp_path):
