@@ -66,16 +66,16 @@ class Training(NamedTuple):
 
     @property
     def arch(self) -> str:
-        """Of main_repopt.py."""
+        """The architecture, as main_repopt.py names it."""
         return f"{self.model}-{MODES[self.part]}"
 
     def folder(self, tag: str) -> Path:
-        """Where a run writes."""
+        """Return the folder into which a run writes."""
         return self.runs / self.arch / tag
 
     @property
     def checkpoint(self) -> Path:
-        """That it ends with."""
+        """The checkpoint that it ends with."""
         return self.folder(self.part) / "latest.pth"
 
     @property
@@ -144,7 +144,7 @@ class Quantization(NamedTuple):
 
     @property
     def artifacts(self) -> Path:
-        """Where its files are when it is done."""
+        """The folder of its files when it is done."""
         return self.training.folder(f"ptq-{self.preset}") / ARTIFACTS
 
     def run(self) -> None:
@@ -156,7 +156,7 @@ class Quantization(NamedTuple):
         start("scripts/quantize.py", arguments)
 
     def row(self) -> Row:
-        """What was found."""
+        """Return the row of the table."""
         results, ratios = (json.loads((self.artifacts / name).read_text()) for name in (RESULTS, SIGNAL_TO_NOISE))
         finite = [ratio for ratio in ratios.values() if ratio is not None]
         return {

@@ -44,7 +44,7 @@ class Found(NamedTuple):
 
     @classmethod
     def kept(cls) -> Found:
-        """What stands in benchmarks/."""
+        """Return what stands in benchmarks/."""
         rows = read_rows(FOLDER / ROWS) if (FOLDER / ROWS).exists() else []
         files = sorted(FOLDER.glob(f"*{SUFFIX}"))
         return cls(rows, {file.name.removesuffix(SUFFIX): json.loads(file.read_text()) for file in files})
@@ -81,12 +81,12 @@ class Found(NamedTuple):
 
 
 def quality(row: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether its part came to its end, and when it began: what is larger is shown."""
+    """Return whether its part came to its end, and when it began: what is larger is shown."""
     return row["exit"] == 0, row["run"]
 
 
 def aims(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
-    """What is aimed at on an H100 or H200, and what was measured."""
+    """Yield what is aimed at on an H100 or H200, and what was measured."""
 
     def rows(part: str, title: str = "", **cells: str) -> list[Row]:
         """The rows with these cells of a part's first table whose title begins so."""

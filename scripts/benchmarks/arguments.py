@@ -27,7 +27,7 @@ def above_zero(text: str) -> float:
 
 
 def add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
-    """How often contenders take turns; `rounds_of` reads it."""
+    """Add the arguments that say how often contenders take turns; `rounds_of` reads them."""
     rounds = "in which all take turns; medians are reported (default: %(default)s)"
     parser.add_argument("--rounds", type=positive, default=default, help=rounds)
     seconds = "of a comparison, after which no round begins; medians are of the rounds until then, of one at least"
@@ -35,5 +35,5 @@ def add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
 
 
 def rounds_of(arguments: argparse.Namespace) -> Rounds:
-    """As the command line asks."""
+    """Return the rounds that the command line asks for."""
     return Rounds(arguments.rounds, arguments.seconds)

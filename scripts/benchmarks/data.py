@@ -55,12 +55,12 @@ class InMemory:
         return self.encoded[index]
 
     def name(self, index: int) -> str:
-        """Its number."""
+        """Return the number of an image."""
         return str(index)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this subject."""
+    """Add this subject's arguments."""
     parser.add_argument("--images", type=positive, default=256, help="photographs to make (default: %(default)s)")
     parser.add_argument("--small-images", type=positive, default=10_000, help="of 32 x 32 (default: %(default)s)")
     add_rounds(parser, 40)
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """One thread for everything but the worker processes."""
+    """Yield the tables; one thread does everything but the worker processes' work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -38,7 +38,7 @@ KERNELS = 15  # that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this subject."""
+    """Add this subject's arguments."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="model that is searched (default: %(default)s)")
     parser.add_argument("--compile", choices=MODES, help=f"of the profiled steps (default: {AS_IN_TRAINING})")
     parser.add_argument(
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """One part after the other."""
+    """Yield the tables of one part after the other."""
     for part in arguments.only:
         yield from PARTS[part](arguments, device)
 

@@ -41,7 +41,7 @@ STEPS = 50_000 // BATCH * RECIPE.TRAIN.EPOCHS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this subject."""
+    """Add this subject's arguments."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="model (default: %(default)s)")
     parser.add_argument("--compile", nargs="+", choices=MODES, help=f"default: {AS_IN_TRAINING}")
     add_rounds(parser, 5)
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """Both."""
+    """Yield the tables of single steps and of the whole search."""
     arch, rounds = arguments.arch, rounds_of(arguments)
     if arguments.only != SEARCH:
         for size in arguments.image_size:
@@ -107,7 +107,7 @@ def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_
 
 
 def searches(arch: str, device: torch.device, modes: list[str], *, per_turn: int, rounds: Rounds) -> list[Row]:
-    """Some steps of the search by the textbook and by ours, and what all of its steps would take."""
+    """Return rows of some steps of the search by the textbook and by ours, and what all of its steps would take."""
     torch.compiler.reset()
     pixels = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
     contenders: dict[str, Step] = {"textbook": textbook_search(arch, pixels, device, per_turn)}
@@ -145,7 +145,7 @@ def criterion() -> nn.Module:
 
 
 def textbook_search(arch: str, pixels: np.ndarray, device: torch.device, count: int) -> Step:
-    """So many steps, eagerly in fp32, branch by branch; images one by one in worker processes; the loss is read."""
+    """Return so many steps in eager fp32, branch by branch; worker processes load image by image; the loss is read."""
     torch.manual_seed(0)
     model = one_by_one(repopt.create_model(arch, mode="hs", num_classes=cifar.NUM_CLASSES)).to(device)
     optimizer, loss_of = torch.optim.SGD(model.parameters(), **SGD), criterion()

@@ -40,7 +40,7 @@ class Contender(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this subject."""
+    """Add this subject's arguments."""
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="models (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, help="default: 128 on GPUs, 8 on CPUs")
     parser.add_argument("--image-size", type=positive, default=224, help="default: %(default)s")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """One architecture after the other; the forms of each take turns on the same random images."""
+    """Yield the table after each architecture; the forms of each take turns on the same random images."""
     baselines = {arch: baseline_mode(arch) for arch in arguments.arch}
     batch_size = arguments.batch_size or (128 if device.type == "cuda" else 8)
     size = arguments.image_size
@@ -94,7 +94,7 @@ def _peak_extra_mb(form: str, contender: Contender, images: Tensor) -> float | N
 
 
 def _contenders(arch: str, baseline: str, images: Tensor) -> dict[str, Contender]:
-    """By name, in the order of the table."""
+    """Return the forms of a network by name, in the order of the table."""
     precision = precision_on(images.device)
     converted = images.to(precision.dtype or images.dtype)  # autocast would convert the weights in every pass
 

@@ -51,7 +51,7 @@ TRAININGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this subject."""
+    """Add this subject's arguments."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="model (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=RECIPE.DATA.BATCH_SIZE, help="default: %(default)s")
 

@@ -37,7 +37,7 @@ class Contender(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this subject."""
+    """Add this subject's arguments."""
     parser.add_argument("--arch", default="RepOpt-VGG-B1", help="whose parameters are stepped")
     add_rounds(parser, 30)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,20 +17,13 @@ from torch import Tensor, nn
 
 from benchmarks.as_trained import data_parallel, mode_on
 from benchmarks.timing import Rounds, interleave_times, peak_extra
-from benchmarks.training_step import TrainingStep, unchanged
+from benchmarks.training_step import TrainingStep
 
 ALONE = "one process, the others idle"
 APART = "no exchange"
 DDP = "DDP, as a training has it"
 AFTERWARDS = "no overlap: one all-reduce after the backward pass"
 BARE = "all-reduce"
-
-
-class Setting(NamedTuple):
-    """How gradients are exchanged; arguments of `TrainingStep`."""
-
-    wrap: Callable[[nn.Module], nn.Module] = unchanged
-    exchange: Callable[[nn.Module], object] = unchanged
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a setting.
+    """What was measured of a setting.
 
     Attributes:
         seconds: of a step in the slowest process, median over the rounds.
@@ -68,7 +61,7 @@ class Measured:
 
 
 def measure(processes: int, kind: str, load: Load) -> dict[str, Measured]:
-    """What was measured, by setting; one process alone has no exchange.
+    """Return what was measured, by setting; one process alone has no exchange.
 
     Args:
         processes: how many are started.
@@ -81,13 +74,14 @@ def measure(processes: int, kind: str, load: Load) -> dict[str, Measured]:
     return {name: Measured(**own) for name, own in found.items()}
 
 
-def _settings(device: torch.device) -> dict[str, Setting]:
+def _settings(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Arguments of `TrainingStep` that say how gradients are exchanged."""
     return {
-        APART: Setting(),
-        DDP: Setting(partial(data_parallel, device=device)),
-        "DDP, gradients copied into buckets": Setting(partial(data_parallel, device=device, bucket_view=False)),
-        "DDP, static graph": Setting(partial(data_parallel, device=device, static_graph=True)),
-        AFTERWARDS: Setting(exchange=all_reduce_gradients),
+        APART: {},
+        DDP: {"wrap": partial(data_parallel, device=device)},
+        "DDP, gradients copied into buckets": {"wrap": partial(data_parallel, device=device, bucket_view=False)},
+        "DDP, static graph": {"wrap": partial(data_parallel, device=device, static_graph=True)},
+        AFTERWARDS: {"exchange": all_reduce_gradients},
     }
 
 
@@ -110,12 +104,12 @@ def _work(rank: int, size: int, kind: str, load: Load, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     hosts: Any = dist.new_group(backend="gloo")
-    settings = _settings(device) if size > 1 else {APART: Setting()}
+    settings = _settings(device) if size > 1 else {APART: {}}
 
-    def built(setting: Setting) -> TrainingStep:
+    def built(setting: dict[str, Any]) -> TrainingStep:
         shape: dict[str, Any] = {"batch_size": load.batch_size, "image_size": load.image_size}
         mode = mode_on(device, **shape, processes=2)  # of a single one too, so that they differ in nothing else
-        return TrainingStep(load.arch, device, **shape, seed=rank, compile_mode=mode, **setting._asdict())
+        return TrainingStep(load.arch, device, **shape, seed=rank, compile_mode=mode, **setting)
 
     peaks = {name: peak_extra(partial(_two_steps, built, setting), device) for name, setting in settings.items()}
     steps = {name: built(setting) for name, setting in settings.items()}
@@ -156,12 +150,12 @@ def _repeat(step: Callable[[], Any], times: int) -> None:
         step()
 
 
-def _two_steps(built: Callable[[Setting], TrainingStep], setting: Setting) -> None:
+def _two_steps(built: Callable[[dict[str, Any]], TrainingStep], setting: dict[str, Any]) -> None:
     _repeat(built(setting), 2)  # the first makes the optimizer's state
 
 
 def _differences(steps: dict[str, TrainingStep]) -> dict[str, float]:
-    """Of every setting's gradients to the mean over the processes of their own ones."""
+    """Return how far every setting's gradients are from the mean over the processes."""
     gradients = {}
     for name, step in steps.items():
         step.backward()
@@ -180,5 +174,5 @@ def _furthest(tensors: list[Tensor], others: list[Tensor]) -> float:
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """What a process sends per step, before the exchange divides it: all gradients in fp32."""
+    """Return the bytes that a process sends per step, before the exchange divides it: all gradients in fp32."""
     return sum(4 * param.numel() for param in model.parameters() if param.requires_grad)

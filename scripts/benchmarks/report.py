@@ -22,7 +22,7 @@ Tables = Mapping[str, Sequence[Row]]
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a measurement depends on."""
+    """Return what a measurement depends on."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:

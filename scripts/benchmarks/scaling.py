@@ -26,7 +26,7 @@ BACKWARD = 2 / 3  # of a step: a backward pass multiplies twice where the forwar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this subject."""
+    """Add this subject's arguments."""
     parser.add_argument("--arch", default="RepOpt-VGG-A0", help="model trained in processes (default: %(default)s)")
     parser.add_argument("--processes", type=positive, help="default: one per GPU, 2 on CPUs")
     parser.add_argument("--batch-size", type=positive, default=8, help="per process (default: %(default)s)")
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """All of it, one after the other."""
+    """Yield the tables of processes, of growth, and of the model on paper."""
     if arguments.batch_size < 2:
         raise UserError("--batch-size 1: batch norm needs at least 2 images to train on")
     gpus = torch.cuda.device_count() if device.type == "cuda" else None
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 
 def processes_tables(found: dict[str, Measured], processes: int, load: Load, size: int) -> Tables:
-    """Of what `measure` found: the settings, the bare all-reduce, and what `predict` makes of the two.
+    """Return the tables of what `measure` found: settings, the bare all-reduce, and what `predict` makes of them.
 
     Args:
         found: by setting.

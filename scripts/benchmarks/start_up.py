@@ -27,12 +27,12 @@ COMMANDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this subject."""
+    """Add this subject's arguments."""
     add_rounds(parser, 5)
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """All commands take turns."""
+    """Yield one table, of commands that take turns."""
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in rounds_of(arguments).in_time():
         for name, command in COMMANDS.items():
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 
 def cpu_seconds(command: list[str]) -> float:
-    """Of a Python process, in user and system mode."""
+    """Return the CPU seconds of a Python process, in user and system mode."""
 
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -41,7 +41,7 @@ class Memory(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this subject."""
+    """Add this subject's arguments."""
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="models (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, help="default: 32 on GPUs, as in the paper; 8 on CPUs")
     parser.add_argument("--image-size", type=positive, default=224, help="default: %(default)s")
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """One architecture after the other: its network, its baseline, and the textbook's loop take turns."""
+    """Yield the tables after each architecture: its network, its baseline, and the textbook's loop take turns."""
     gpu = device.type == "cuda"
     batch_size = arguments.batch_size or (32 if gpu else 8)
     if batch_size < 4:
@@ -131,7 +131,7 @@ def _forget(device: torch.device) -> None:
 
 
 def memory(make: Make, batch_size: int) -> Memory:
-    """Of a step, by what it takes with a batch and with half of one."""
+    """Return the memory of a step, by what it takes with a batch and with half of one."""
     peaks = []
     for size in (batch_size, batch_size // 2):
         step = make(size)
@@ -159,7 +159,7 @@ def speeds(makes: Mapping[str, Make], batch_size: int, rounds: Rounds, peak: flo
 
 
 def at_most(make: Make, batch_size: int, rounds: Rounds, peak: float) -> Row:
-    """That of the largest batch that really fits, from a computed one on downwards."""
+    """Return the row of the largest batch that really fits, from a computed one on downwards."""
     while batch_size >= 4:
         try:
             return speeds({"": make}, batch_size, rounds, peak)[""]

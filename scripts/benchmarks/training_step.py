@@ -17,11 +17,6 @@ from data.seeding import generator
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5}
 
 
-def unchanged(model: nn.Module) -> nn.Module:
-    """The model itself."""
-    return model
-
-
 class TrainingStep:
     """A network and an SGD; a call is a step on images that stay the same.
 
@@ -50,8 +45,8 @@ class TrainingStep:
         seed: int = 0,
         textbook: bool = False,
         compile_mode: str = "off",
-        wrap: Callable[[nn.Module], nn.Module] = unchanged,
-        exchange: Callable[[nn.Module], object] = unchanged,
+        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+        exchange: Callable[[nn.Module], object] = lambda model: None,
     ) -> None:
         torch.manual_seed(0)
         layout = memory_format_on(device)
@@ -99,7 +94,7 @@ class TrainingStep:
         return counter.get_total_flops()
 
     def kept_bytes(self) -> int:
-        """Of the network, the optimizer and the images between two steps."""
+        """Return the bytes of the network, the optimizer and the images between two steps."""
         tensors = [*self.model.parameters(), *self.model.buffers(), self._images, self._labels]
         tensors += [v for state in self._optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         return sum(tensor.nbytes for tensor in tensors)

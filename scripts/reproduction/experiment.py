@@ -57,7 +57,7 @@ class Experiment:
 
     @property
     def trainings(self) -> list[Training]:
-        """Whose runs are shown, each once."""
+        """The trainings whose runs are shown, each once."""
         subjects = [cell.subject for row in self.rows for cell in row.cells.values()]
         return list(dict.fromkeys([*self.shown.values(), *(s for s in subjects if isinstance(s, Training))]))
 
@@ -67,7 +67,7 @@ class Experiment:
         return list(self.table.columns[: len(self.rows[0].labels)]) if self.table else []
 
     def of_paper(self, row: Row, column: str) -> Any:
-        """What the paper has in a cell; None where it has none."""
+        """Return what the paper has in a cell; None where it has none."""
         if self.table is None or column in self.ours or any(label in self.ours for label in row.labels):
             return None
         return self.table.row(row.labels)[column]

@@ -23,22 +23,22 @@ from train.files import CONFIG
 
 
 def score(training: Training, name: str = "top1") -> Cell:
-    """A number of the last evaluation, in percent."""
+    """Return a cell with a number of the last evaluation, in percent."""
     return Cell(training, lambda run: epochs_of(run.folder)[-1]["val"][name])
 
 
 def quantized(training: Training, network: str, name: str = "top1") -> Cell:
-    """A number of a network of a quantization ("fp32", "INT8" or "INT8, onnxruntime"), in percent."""
+    """Return a cell with a number of a quantized network ("fp32", "INT8" or "INT8, onnxruntime"), in percent."""
     return Cell(training, lambda run: json.loads(run.result.read_text())[network][name])
 
 
 def throughput(training: Training) -> Cell:
-    """Images per second of the deployed network."""
+    """Return a cell with the images per second of the deployed network."""
     return Cell(training, lambda run: json.loads(run.result.read_text())["images_per_second"], decimals=0)
 
 
 def training_speed(training: Training, of: str, column: str) -> Cell:
-    """A column of what benchmark.py has measured of "RepOpt" or "RepVGG"."""
+    """Return a cell with a column of what benchmark.py has measured of "RepOpt" or "RepVGG"."""
 
     def value(run: ExperimentRun) -> Any:
         rows = next(iter(json.loads(run.result.read_text())["tables"].values()))
@@ -49,7 +49,7 @@ def training_speed(training: Training, of: str, column: str) -> Cell:
 
 
 def kernel_std(training: Training, form: str, part: str) -> Cell:
-    """The standard deviation of the weights of the paper's layer: "std", "central" or "surrounding"."""
+    """Return a cell with the standard deviation of the paper's layer: "std", "central" or "surrounding"."""
 
     def value(run: ExperimentRun) -> float | None:
         layer, forms = kernels(run)
@@ -67,7 +67,7 @@ def kernels(run: ExperimentRun) -> tuple[str, Mapping[str, Mapping[str, Tensor]]
 
 
 def setting(training: Training, key: str) -> Cell:
-    """What the run is configured with; what follows from the data set is known once it has begun."""
+    """Return what the run is configured with; what follows from the data set is known once it has begun."""
 
     def value(run: ExperimentRun) -> Any:
         path = run.folder / CONFIG
@@ -77,7 +77,7 @@ def setting(training: Training, key: str) -> Cell:
 
 
 def counted(arch: str, count: Callable[[str], Any], decimals: int = 1) -> Cell:
-    """What is counted of an architecture: nothing is run."""
+    """Return a cell of what is counted of an architecture: nothing is run."""
     return Cell(arch, count, decimals, ordered=False)
 
 

@@ -17,7 +17,7 @@ from reproduction.experiment import Cell, Experiment
 from reproduction.run import ExperimentRun, Training, with_needs
 
 Content = dict[str, Any]
-"""Of a result's JSON."""
+"""The JSON of a result, or a part of it."""
 
 DEMO = (
     "At demo scale the runs are of small networks on other images: the orderings of rows compare with the paper's, the "
@@ -121,7 +121,7 @@ def _number(value: float | None, decimals: int, sign: str = "") -> str | None:
 
 
 def orderings(rows: Sequence[Content]) -> list[str]:
-    """Of every column: how many pairs of rows the runs order as the paper does, and which they order otherwise.
+    """Return for every column how many pairs of rows the runs order as the paper does, and which otherwise.
 
     Two rows of which several seeds were run are not ordered where their means are closer than the standard deviation of
     the difference of two single runs.
@@ -159,7 +159,7 @@ def _numbers(rows: Sequence[Content], column: str) -> Iterator[tuple[str, float,
 
 
 def as_markdown(content: Content) -> str:
-    """All of a result that is text."""
+    """Return all of a result that is text."""
     parts = [f"## {content['name'].capitalize()}: {content['title']} ({content['scale']} scale)"]
     parts += ["\n".join(content["notes"])] if content["notes"] else []
     parts += [table_of(content)] if content["rows"] else []

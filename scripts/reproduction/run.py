@@ -126,7 +126,7 @@ class ExperimentRun:
 
     @property
     def kind(self) -> Kind:
-        """How it is run."""
+        """The way in which it is run."""
         return self.training.kind
 
     @property
@@ -136,19 +136,19 @@ class ExperimentRun:
 
     @property
     def script(self) -> str:
-        """That does it."""
+        """The script that does it."""
         return self.kind.script
 
     @property
     def arch(self) -> str:
-        """Of main_repopt.py."""
+        """The architecture, as main_repopt.py names it."""
         arch = self.training.arch or (self.of.arch if self.of else None)
         assert arch is not None
         return arch
 
     @property
     def folder(self) -> Path:
-        """Where it writes."""
+        """The folder into which it writes."""
         return self.output / self.arch / self._tag
 
     @property
@@ -186,7 +186,7 @@ class ExperimentRun:
         return config.parse(self.command, self.kind.program).cfg
 
     def is_done(self) -> bool:
-        """Whether it came to its end, in whatever start.
+        """Return whether it came to its end, in whatever start.
 
         Raises:
             UserError: its folder is that of a run with other settings.
@@ -229,11 +229,11 @@ class ExperimentRun:
         return " ".join([launcher, self.script, *words])
 
     def progress(self) -> int:
-        """Epochs done, or 1 where there are none."""
+        """Return the epochs done; 1 of something else that is done."""
         return len(epochs_of(self.folder)) if self.kind.result is None else int(self.is_done())
 
     def length(self) -> int:
-        """What `progress` ends at."""
+        """Return what `progress` ends at."""
         return self.cfg.TRAIN.EPOCHS if self.kind.result is None else 1
 
 

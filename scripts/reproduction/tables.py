@@ -83,11 +83,11 @@ def quantization(full: bool, kind: Kind) -> tuple[Training, Training]:
 
 
 def _table1(full: bool) -> Experiment:
-    columns: dict[str, Callable[[str], Any]] = {
-        "layers of the four stages": layers,
-        "channels of the four stages": channels,
-        "FLOPs (B multiply-adds)": multiply_adds,
-        "params (M)": deployed_parameters,
+    columns: dict[str, tuple[Callable[[str], Any], int]] = {  # and decimals
+        "layers of the four stages": (layers, 0),
+        "channels of the four stages": (channels, 0),
+        "FLOPs (B multiply-adds)": (multiply_adds, 1),
+        "params (M)": (deployed_parameters, 1),
     }
     return Experiment(
         "Architectures",
@@ -97,7 +97,7 @@ def _table1(full: bool) -> Experiment:
         ),
         paper.read("table1_architecture"),
         tuple(
-            Row((name,), {column: counted(f"{name}-target", count) for column, count in columns.items()})
+            Row((name,), {column: counted(f"{name}-target", *count) for column, count in columns.items()})
             for name in (f"RepOpt-VGG-{model}" for model in MODELS)
         ),
     )

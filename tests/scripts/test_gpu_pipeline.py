@@ -12,6 +12,7 @@ import quantize
 
 import main_repopt
 from repopt.errors import UserError
+from train import config
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "RepOpt-VGG-nano"
@@ -77,36 +78,40 @@ def do(tmp_path, monkeypatch):
     return do
 
 
-def test_parts_that_are_really_run(do, tmp_path):
-    for part, options in {
-        "search": ("--epochs", "3", "--tried", "2"),
-        "target": ("--epochs", "20", "--tried", "0"),
-    }.items():
-        ((found,),) = do(part, *options).values()
-        assert found["network"] == f"{NANO}-{gpu_pipeline.MODES[part]}"
-        assert found["epochs"] == int(options[1])
-        assert (tmp_path / "out" / f"{part}-metrics.jsonl").is_file()
-        assert not (tmp_path / "runs" / found["network"] / "speed").exists()
-    checkpoint = tmp_path / "runs" / f"{NANO}-target" / "target" / "latest.pth"
-    written = checkpoint.stat().st_mtime_ns
+def test_parts_that_are_really_run(do, tmp_path, monkeypatch):
+    ((found,),) = do("search", "--epochs", "3", "--tried", "2").values()
+    assert (found["network"], found["epochs"]) == (f"{NANO}-hs", 3)
+    assert not (tmp_path / "runs" / found["network"] / "speed").exists()
+    monkeypatch.setattr(gpu_pipeline, "QUANTIZED", ("target",))
     trained, rows = do("int8", "--epochs", "20", "--tried", "0").values()
-    assert [found["network"] for found in trained] == [f"{NANO}-repvgg"]  # that of target is not trained again
-    assert checkpoint.stat().st_mtime_ns == written
-    assert [(found["preset"], found["network"]) for found in rows] == [
-        ("fbgemm", f"{NANO}-{mode}") for mode in ("target", "repvgg")
-    ]
+    assert [(row["network"], row["epochs"]) for row in trained] == [(f"{NANO}-target", 20)]
+    assert [(row["preset"], row["network"]) for row in rows] == [("fbgemm", f"{NANO}-target")]
     files = list((tmp_path / "out").iterdir())
-    assert "scales.pth" in {path.name for path in files}
+    assert {"scales.pth", "search-metrics.jsonl"} <= {path.name for path in files}
     assert max(path.stat().st_size for path in files) < 16 * 2**20
 
 
-def test_mistakes(tmp_path):
+@pytest.mark.parametrize("part", gpu_pipeline.MODES)
+def test_the_command_line_of_a_part(part, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(gpu_pipeline, "start", lambda script, arguments: given.append((script, arguments)))
+    scales = tmp_path / "scales.pth"
+    gpu_pipeline.Training(part, NANO, "digits", tmp_path / "runs", scales, 240, tried=0)._run("x", 48)
+    ((script, arguments),) = given
+    cfg = config.parse(arguments).cfg
+    assert script == "main_repopt.py"
+    assert f"{NANO}-{gpu_pipeline.MODES[part]}" == cfg.MODEL.ARCH
+    assert (cfg.DATA.DATASET, cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS, cfg.TEST.PERIOD) == ("digits", 48, 2, 8)
+    assert (str(scales) if part == "target" else None) == cfg.TRAIN.SCALES_PATH
+
+
+def test_mistakes(do, tmp_path):
     code, text, row = start(tmp_path, "train")
     assert (code, row) == (2, None)
     assert text == "gpu_pipeline.sh: there is no part 'train' (allowed: search target repvgg sgd int8, next)\n"
-    code, text, row = start(tmp_path, "target")
-    assert (row["part"], row["exit"]) == ("glyphs-target", 2)
-    assert "gpu_pipeline.py: there are no searched scales: run the part search before" in text
+    with pytest.raises(UserError, match="there are no searched scales: run the part search before"):
+        do("target")
 
 
 def training(tmp_path, part, epochs=240):
