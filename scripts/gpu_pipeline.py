@@ -79,14 +79,9 @@ class Training(NamedTuple):
         return self.folder(self.part) / "latest.pth"
 
     @property
-    def _mark(self) -> Path:
+    def mark(self) -> Path:
         """A file that is there when the training has come to its end: one that was stopped leaves a checkpoint, too."""
         return self.folder(self.part) / "done"
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has come to its end."""
-        return self._mark.is_file()
 
     def train(self, deadline: float) -> Row:
         """Train for as many epochs as end before `deadline` (of time.monotonic); what was found.
@@ -97,7 +92,7 @@ class Training(NamedTuple):
         started = time.monotonic()
         epochs = min(self.epochs, self._that_fit(deadline)) if self.tried else self.epochs
         self._run(self.part, epochs)
-        self._mark.touch()
+        self.mark.touch()
         found = epochs_of(self.folder(self.part))
         return {
             "network": self.arch,
@@ -237,7 +232,7 @@ def int8(
     trainings: Sequence[Training], presets: Sequence[str], deadline: float, keep_found: Callable[[Tables], None]
 ) -> None:
     """Quantize networks, which are trained before where they are not there; `keep_found` gets what is found so far."""
-    missing = [training for training in trainings if not training.is_done]
+    missing = [training for training in trainings if not training.mark.is_file()]
     trained: list[Row] = []
     for index, training in enumerate(missing):
         now = time.monotonic()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -135,8 +135,7 @@ def processes_tables(found: dict[str, Measured], processes: int, load: Load, siz
         {
             "setting": setting,
             "overlap": overlap,
-            "predicted ms per step": 1e3
-            * predict(found[APART].seconds, size, processes, **ring, overlap=overlap).step_seconds,
+            "predicted ms per step": 1e3 * predict(found[APART].seconds, size, processes, **ring, overlap=overlap),
             "measured ms per step": 1e3 * found[setting].seconds,
         }
         for setting, overlap in ((DDP, 1), (AFTERWARDS, 0))
@@ -176,13 +175,6 @@ def growth(
     return rows
 
 
-class Prediction(NamedTuple):
-    """Of `predict`: seconds of a step, and how much of it a process alone would need."""
-
-    step_seconds: float
-    efficiency: float
-
-
 def predict(
     step_seconds: float,
     gradient_bytes: int,
@@ -191,8 +183,8 @@ def predict(
     bandwidth_bytes_per_s: float,
     latency_s: float,
     overlap: float,
-) -> Prediction:
-    """A step in processes that all-reduce their gradients around a ring.
+) -> float:
+    """Return the seconds of a step in processes that all-reduce their gradients around a ring.
 
     Args:
         step_seconds: of a process alone.
@@ -204,35 +196,29 @@ def predict(
     """
     others = world_size - 1
     exchange = 2 * others / world_size * gradient_bytes / bandwidth_bytes_per_s + 2 * others * latency_s
-    seconds = step_seconds + max(0.0, exchange - overlap * BACKWARD * step_seconds)
-    return Prediction(seconds, step_seconds / seconds)
+    return step_seconds + max(0.0, exchange - overlap * BACKWARD * step_seconds)
 
 
-def on_paper(
-    step_seconds: float, gradient_bytes: int, *, bandwidth_bytes_per_s: float, latency_s: float
-) -> Sequence[Row]:
-    """Many processes between the best case, in which messages travel during the whole backward pass, and the worst."""
+def on_paper(step_seconds: float, gradient_bytes: int, **ring: float) -> Sequence[Row]:
+    """Return rows for many processes.
+
+    They lie between the best case, in which messages travel during the whole backward pass, and the worst.
+
+    Args:
+        step_seconds, gradient_bytes: as of `predict`.
+        ring: its `bandwidth_bytes_per_s` and `latency_s`.
+    """
     rows = []
     for world_size in ON_PAPER:
-        best, worst = (
-            predict(
-                step_seconds,
-                gradient_bytes,
-                world_size,
-                bandwidth_bytes_per_s=bandwidth_bytes_per_s,
-                latency_s=latency_s,
-                overlap=overlap,
-            )
-            for overlap in (1, 0)
-        )
+        best, worst = (predict(step_seconds, gradient_bytes, world_size, overlap=overlap, **ring) for overlap in (1, 0))
         rows.append(
             {
                 "processes": world_size,
-                "exchange ms": 1e3 * (worst.step_seconds - step_seconds),
-                "ms per step, full overlap": 1e3 * best.step_seconds,
-                "efficiency, full overlap": best.efficiency,
-                "ms per step, no overlap": 1e3 * worst.step_seconds,
-                "efficiency, no overlap": worst.efficiency,
+                "exchange ms": 1e3 * (worst - step_seconds),
+                "ms per step, full overlap": 1e3 * best,
+                "efficiency, full overlap": step_seconds / best,
+                "ms per step, no overlap": 1e3 * worst,
+                "efficiency, no overlap": step_seconds / worst,
             }
         )
     return rows

@@ -19,7 +19,6 @@ COMMANDS = {
     "import torch": ["-c", "import torch"],
     "import timm": ["-c", "import timm"],
     "import repopt": ["-c", "import repopt"],
-    "import repopt; repopt.create_model": ["-c", "import repopt; repopt.create_model"],
     "main_repopt.py --help": ["main_repopt.py", "--help"],
     "main_repopt.py --flag (which there is not)": ["main_repopt.py", "--flag"],
     "main_repopt.py --arch B1 (which there is not)": ["main_repopt.py", "--arch", "B1"],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import torch
 from tqdm import tqdm
 from workers import run_side_by_side
 
@@ -36,7 +37,7 @@ def show(runs: Sequence[ExperimentRun], scale: str) -> str:
 
 
 def gpus(run: ExperimentRun, scale: str) -> int:
-    """That a run takes."""
+    """Return how many a run takes."""
     return run.training.gpus if scale == "full" else 0
 
 
@@ -50,38 +51,23 @@ def execute(runs: Sequence[ExperimentRun], scale: str) -> None:
     todo = [run for run in runs if not run.is_done()]
     for run in todo:
         run.with_folders()
+    by_themselves = [run for run in todo if scale == "full" or run.kind.alone]
     if scale == "full":
-        check_gpus(todo)
-        for run in tqdm(todo, unit="run"):
-            alone(run, scale)
-        return
-    beside, by_themselves = ([run for run in todo if run.kind.alone == alone] for alone in (False, True))
-    side_by_side(beside)
-    for run in tqdm(by_themselves, unit="run", desc="measuring", disable=None if by_themselves else True):
+        needed, there = max((run.training.gpus for run in todo), default=0), torch.cuda.device_count()
+        if needed > there:
+            raise UserError(
+                f"full scale needs {needed} GPUs, and there are {there}: --dry-run prints the commands to run "
+                "elsewhere, --scale demo runs on a CPU"
+            )
+    elif beside := [run for run in todo if not run.kind.alone]:
+        total = sum(run.length() for run in beside)
+        with tqdm(total=total, unit="epoch", desc=f"{len(beside)} runs", disable=None) as bar:
+            try:
+                run_side_by_side(beside, lambda: bar.update(sum(run.progress() for run in beside) - bar.n))
+            except RuntimeError as error:
+                raise UserError(str(error)) from None
+    for run in tqdm(by_themselves, unit="run", disable=None if by_themselves else True):
         alone(run, scale)
-
-
-def check_gpus(runs: Sequence[ExperimentRun]) -> None:
-    """UserError where runs need more GPUs than there are."""
-    import torch
-
-    most, there = max((run.training.gpus for run in runs), default=0), torch.cuda.device_count()
-    if most > there:
-        raise UserError(
-            f"full scale needs {most} GPUs, and there are {there}: --dry-run prints the commands to run elsewhere, "
-            "--scale demo runs on a CPU"
-        )
-
-
-def side_by_side(runs: Sequence[ExperimentRun]) -> None:
-    """Run several at a time on the CPU."""
-    if not runs:
-        return
-    with tqdm(total=sum(run.length() for run in runs), unit="epoch", desc=f"{len(runs)} runs", disable=None) as bar:
-        try:
-            run_side_by_side(runs, lambda: bar.update(sum(run.progress() for run in runs) - bar.n))
-        except RuntimeError as error:
-            raise UserError(str(error)) from None
 
 
 def alone(run: ExperimentRun, scale: str) -> None:

@@ -28,27 +28,22 @@ IMAGES, SIZE = 16, 224  # of the identity's share
 
 
 def deployed_kernels(runs: First, path: Path) -> None:
-    """Histograms of the kernels of the paper's layer as they are deployed (figure 3)."""
-    plot_weights(
-        {name: {form: split(kernel) for form, kernel in [*forms.items()][-1:]} for name, forms in _layers(runs)},
-        path,
-        title="Weights of the layer that the paper shows, as deployed; a panel is as wide as the range of INT8",
-    )
+    """Draw histograms of the kernels of the paper's layer as they are deployed (figure 3)."""
+    layers = {name: dict([[*forms.items()][-1]]) for name, forms in _layers(runs).items()}
+    title = "Weights of the layer that the paper shows, as deployed; a panel is as wide as the range of INT8"
+    plot_weights(layers, path, title=title)
 
 
 def kernels_on_their_way(runs: First, path: Path) -> None:
-    """The same in every form from the training to the deployment (figure 5)."""
-    plot_weights(
-        {name: {form: split(kernel) for form, kernel in forms.items()} for name, forms in _layers(runs)},
-        path,
-        title="Weights of the layer that the paper shows; a panel is as wide as the range of INT8",
-    )
+    """Draw the same in every form from the training to the deployment (figure 5)."""
+    title = "Weights of the layer that the paper shows; a panel is as wide as the range of INT8"
+    plot_weights(_layers(runs), path, title=title)
 
 
-def _layers(runs: First) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    for name, run in runs.items():
-        layer, every = kernels(run)
-        yield name, every[layer]
+def _layers(runs: First) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """The weights of the paper's layer by run, form and place."""
+    found = {name: kernels(run) for name, run in runs.items()}
+    return {name: {form: split(k) for form, k in forms[layer].items()} for name, (layer, forms) in found.items()}
 
 
 def identity_share(runs: First, path: Path) -> None:

@@ -99,6 +99,7 @@ def test_where_nothing_compiles_the_row_is_left_out(monkeypatch):
         return lambda images: torch._check(False, lambda: "no compiler")
 
     monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(infer, "in_onnxruntime", lambda arch, model, images: (model, model, "none"))
     with pytest.warns(UserWarning, match="RepOpt-VGG-nano: not compiled.*no compiler"):
         rows = measured("--arch", "RepOpt-VGG-nano")
     assert len(rows) == 6 and not any("compiled" in row["form"] for row in rows)
