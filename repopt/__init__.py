@@ -15,6 +15,8 @@ from repopt.layers import RepConv2d
 from repopt.models import create_model, list_models
 from repopt.optim import RepAdam, RepAdamW, RepLion, RepOptimizer, RepRMSprop, RepSGD, clip_grad_norm_
 from repopt.reparam import (
+    BoundScales,
+    bind,
     build_optimizer,
     constant_scales,
     declared_blocks,
@@ -30,6 +32,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Block",
+    "BoundScales",
     "Branch",
     "ConvBranch",
     "Declaration",
@@ -44,6 +47,7 @@ __all__ = [
     "RepSGD",
     "Target",
     "UserError",
+    "bind",
     "build_optimizer",
     "clip_grad_norm_",
     "constant_scales",

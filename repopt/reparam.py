@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,14 +15,80 @@ from torch.nn.parallel import DistributedDataParallel
 from repopt.csla import GradMult
 from repopt.errors import UserError, shown, unknown
 from repopt.layers import Around, Mode, RepConv2d
-from repopt.optim import PLAIN_ONLY, REFUSED, RULES, Implementation
+from repopt.optim import PLAIN_ONLY, REFUSED, RULES, Implementation, clip_grad_norm_
 
-Scales = Mapping[str, Tensor]
 IdentityInit = Literal["searched", "one"]
-Constants = Literal["searched", "channel-mean", "initial", "one"]
+ScaleSource = Literal["searched", "channel-mean", "initial", "one"]
 
-# Of scales; they are kept as they are, and the rules compute with them in float64 or the model's own type.
+# Scales are kept in the type that they have; the rules compute in float64 or in the model's own type.
 _SCALE_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundScales:
+    """Scales that `bind` has matched with a model's declared blocks and validated; both rules follow from them.
+
+    Attributes:
+        model: the model itself, not its wrappers.
+        scales: (O,) each by name, those of the model's blocks and no others.
+    """
+
+    model: nn.Module
+    scales: dict[str, Tensor]
+
+    @torch.no_grad()
+    def initialize(self, *, identity: IdentityInit = "searched") -> None:
+        """Apply the Rule of Initialization to the model, in place; see `repopt.initialize`."""
+        for path, module in declared_blocks(self.model, "csla", "target"):
+            like = module.kernel()
+            values = {name: scale.to(like) for name, scale in self._of_block(path, module).items()}
+            kernels = module.block.fresh_kernels(values if identity == "searched" else {})
+            kernels = {name: kernel.to(like) for name, kernel in kernels.items()}
+            if module.mode == "target":
+                module.values(module.block.target.name).copy_(module.block.merge(kernels, values))
+            else:
+                for name, tensor in (values | kernels).items():
+                    module.values(name).copy_(tensor)
+
+    def grad_mults(self, degree: int) -> dict[str, GradMult]:
+        """Return the multipliers of the Rule of Iteration by parameter name; see `repopt.grad_mults`."""
+        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
+        mults: dict[str, GradMult] = {}
+        for path, module in declared_blocks(self.model, "target"):
+            kernel = module.kernel()
+            if not kernel.requires_grad:
+                continue
+            scales = {name: scale.double() for name, scale in self._of_block(path, module).items()}
+            mult = module.block.grad_mult(scales, degree).beside(kernel)  # rounded once, here
+            shared = mults.setdefault(names[kernel], mult)
+            if any(not torch.equal(a, b) for a, b in zip(shared.tensors(), mult.tensors(), strict=True)):
+                raise UserError(
+                    f"block {path!r} shares its kernel with {names[kernel]!r}, but has other scales: one kernel can "
+                    "follow one set of branches only"
+                )
+        return mults
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the model's gradients in place so that those of the equivalent multi-branch network are clipped.
+
+        Args:
+            max_norm: bound of the 2-norm over all gradients of that network (`repopt.clip_grad_norm_`).
+
+        Returns:
+            The norm before clipping, a scalar tensor; nothing waits for the device.
+        """
+        return clip_grad_norm_(self.model.named_parameters(), max_norm, self._squares)
+
+    @functools.cached_property
+    def _squares(self) -> dict[str, GradMult]:
+        return self.grad_mults(degree=1)
+
+    def _of_block(self, path: str, module: RepConv2d) -> dict[str, Tensor]:
+        """Return a block's scales by the names of its declaration."""
+        return {branch.searched: self.scales[key_of(path, branch.searched)] for branch in module.block.branches}
+
+
+Scales = Mapping[str, Tensor] | BoundScales
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -33,8 +101,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def declared_blocks(model: nn.Module, *modes: Mode) -> Iterator[tuple[str, RepConv2d]]:
-    """Every declared block of a model, with the path of its module.
+def declared_blocks(model: nn.Module, *modes: Mode) -> list[tuple[str, RepConv2d]]:
+    """Return every declared block of a model, with the path of its module.
 
     Raises:
         UserError: modes are asked for, and there is no block, or one in another mode.
@@ -45,13 +113,16 @@ def declared_blocks(model: nn.Module, *modes: Mode) -> Iterator[tuple[str, RepCo
     for path, module in found:
         if modes and module.mode not in modes:
             raise UserError(f"this needs a model in {' or '.join(modes)} mode, not {module.mode} ({path})")
-        yield path, module
+    return found
 
 
 def extract_scales(model: nn.Module) -> dict[str, Tensor]:
-    """What a hyper-search found, as the scale file stores it: (O,) tensors by name, on the CPU.
+    """Return what a hyper-search found, as the scale file stores it: (O,) tensors by name, on the CPU.
 
     An identity branch is listed too, though what was searched there is a kernel (its constant scale is 1).
+
+    Raises:
+        UserError: the model is not in hs or csla mode.
     """
     return {
         key_of(path, branch.searched): module.values(branch.searched).detach().cpu().clone()
@@ -60,26 +131,59 @@ def extract_scales(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
-    """Those scales that belong to the model's blocks, all of them; entries of other modules are passed over.
+def bind(model: nn.Module, scales: Scales | None = None, *, source: ScaleSource = "searched") -> BoundScales:
+    """Match scales with the declared blocks of a model and validate them, once for everything that follows from them.
 
-    So are those of stages that have been emptied, as a feature extractor's are after its last feature.
+    Entries of other modules are passed over, as a whole hyper-search state dict has them; and those of stages that have
+    been emptied, as a feature extractor's are after its last feature.
 
     Args:
         model: in any mode of declared blocks.
-        scales: by name, (O,) each; or a whole hyper-search state dict, which has more.
+        scales: by name, (O,) each, from `load_scales` or `extract_scales`; None where there was no search. Scales that
+            are bound to this model already are not matched again.
+        source: which scales are meant (table 4 of the paper): "searched"; "channel-mean", where every channel of a
+            branch has the mean of its searched scales; "initial", those at which a hyper-search of the model begins;
+            "one".
 
     Raises:
         UserError: a block without its scales, scales of another shape or type or not finite, or scales of a block that
-            the model lacks.
+            the model lacks; another source, one that needs a search where there is none or has no use for one.
     """
+    model = unwrapped(model)
+    if source not in get_args(ScaleSource):
+        raise unknown("source of constants", source, get_args(ScaleSource))
+    if source in ("initial", "one"):
+        if scales is not None:
+            raise UserError(f"constants that are {source!r} come from no search: leave the searched scales out")
+        return BoundScales(model, _initial_scales(model, one=source == "one"))
+    if scales is None:
+        raise UserError(f"constants that are {source!r} come from a hyper-search: its scales are needed")
+    if isinstance(scales, BoundScales):
+        bound = scales if scales.model is model else BoundScales(model, _matched(model, scales.scales))
+    else:
+        bound = BoundScales(model, _matched(model, scales))
+    if source == "searched":
+        return bound
+    means = {name: scale.double().mean().to(scale.dtype).expand_as(scale) for name, scale in bound.scales.items()}
+    return BoundScales(model, {name: mean.clone() for name, mean in means.items()})
+
+
+def _initial_scales(model: nn.Module, *, one: bool) -> dict[str, Tensor]:
+    return {
+        key_of(path, branch.searched): torch.full(module.block.target.shape[:1], 1.0 if one else branch.initial)
+        for path, module in declared_blocks(model)
+        for branch in module.block.branches
+    }
+
+
+def _matched(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those scales that belong to the model's blocks, all of them, after validation."""
+    blocks = declared_blocks(model)
     found: dict[str, Tensor] = {}
-    endings: set[str] = set()
-    for path, module in declared_blocks(model):
+    for path, module in blocks:
         expected = (module.block.target.shape[0],)
         for branch in module.block.branches:
             key = key_of(path, branch.searched)
-            endings.add(key_of("", branch.searched))
             if key not in scales:
                 raise UserError(f"the scales do not fit the model: block {path!r} needs {key!r}, which is not there")
             shape = tuple(scales[key].shape) if isinstance(scales[key], Tensor) else expected
@@ -88,23 +192,37 @@ def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
                     f"the scales do not fit the model: block {path!r} expects {key!r} of the shape {expected}, "
                     f"found {shown(shape)}"
                 )
-            if problem := flaw_of(scales[key]):
+            if problem := invalid_reason(scales[key]):
                 raise UserError(f"the scales do not fit the model: {key!r} of block {path!r} {problem}")
             found[key] = scales[key]
+    endings = {key_of("", branch.searched) for _, module in blocks for branch in module.block.branches}
     for key in scales:
         if not isinstance(key, str):
             raise UserError(f"the scales do not fit the model: {shown(key)} is no name of a block's scales")
-        if (
-            key not in found
-            and any(key.endswith(f".{ending}") for ending in endings)
-            and not _emptied(unwrapped(model), key)
-        ):
+        if key not in found and any(not _emptied(model, path) for path in _block_paths(key, endings)):
             raise UserError(f"the scales do not fit the model: they hold {shown(key)}, and the model has no such block")
     return found
 
 
-def flaw_of(scale: object) -> str | None:
-    """Why something cannot be the scales of one branch ("is no tensor"), or None."""
+def _block_paths(key: str, endings: set[str]) -> list[str]:
+    """Return the paths of the blocks whose branch a state-dict key would be, given how the keys of branches end."""
+    splits = (key.rsplit(".", count) for count in {ending.count(".") + 1 for ending in endings})
+    return [path for path, *ending in splits if ".".join(ending) in endings]
+
+
+def _emptied(model: nn.Module, path: str) -> bool:
+    """Whether a path leads into an empty `nn.Sequential`."""
+    module = model
+    for part in path.split("."):
+        children = dict(module.named_children())
+        if part not in children:
+            break
+        module = children[part]
+    return isinstance(module, nn.Sequential) and not len(module)
+
+
+def invalid_reason(scale: object) -> str | None:
+    """Return why something cannot be the scales of one branch ("is of the type int, not a tensor"), or None."""
     if not isinstance(scale, Tensor):
         return f"is of the type {type(scale).__name__}, not a tensor"
     if scale.layout is not torch.strided or scale.is_meta:
@@ -118,43 +236,16 @@ def flaw_of(scale: object) -> str | None:
     return None
 
 
-def constant_scales(model: nn.Module, constants: Constants, searched: Scales | None = None) -> dict[str, Tensor]:
-    """The scales that the two rules take, from the sources that table 4 of the paper compares.
-
-    Args:
-        model: in any mode of declared blocks.
-        constants: "searched"; "channel-mean", where every channel of a branch has the mean of its searched scales;
-            "initial", those at which a hyper-search of the model begins; "one".
-        searched: from `load_scales` or `extract_scales`; None where there was no search.
-
-    Returns:
-        (O,) each by name, as `extract_scales` gives them.
-
-    Raises:
-        UserError: another source, one that needs a search where there is none or has no use for one, or scales that
-            are not those of this model.
-    """
-    if constants not in get_args(Constants):
-        raise unknown("source of constants", constants, get_args(Constants))
-    if constants in ("initial", "one"):
-        if searched is not None:
-            raise UserError(f"constants that are {constants!r} come from no search: leave the searched scales out")
-        return {
-            key_of(path, branch.searched): torch.full(
-                module.block.target.shape[:1], branch.initial if constants == "initial" else 1.0
-            )
-            for path, module in declared_blocks(model)
-            for branch in module.block.branches
-        }
-    if searched is None:
-        raise UserError(f"constants that are {constants!r} come from a hyper-search: its scales are needed")
-    scales = fit_scales(model, searched)
-    if constants == "channel-mean":
-        return {name: scale.double().mean().to(scale.dtype).expand_as(scale).clone() for name, scale in scales.items()}
-    return scales
+def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
+    """Return those scales that belong to the model's blocks, all of them; see `bind`, which raises the same errors."""
+    return bind(model, scales).scales
 
 
-@torch.no_grad()
+def constant_scales(model: nn.Module, constants: ScaleSource, searched: Scales | None = None) -> dict[str, Tensor]:
+    """Return the scales of one of the sources that table 4 of the paper compares; see `bind`, whose `source` it is."""
+    return bind(model, searched, source=constants).scales
+
+
 def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "searched") -> None:
     """Rule of Initialization, in place: fresh kernels, weighted by the searched scales. For fresh training only.
 
@@ -162,24 +253,14 @@ def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "se
 
     Args:
         model: in target mode, where the kernels are merged, or csla mode, where kernels and scales are set.
-        scales: from `load_scales` or `extract_scales`.
+        scales: from `load_scales`, `extract_scales` or `bind`.
         identity: the identity branch enters with its searched values, or with the 1 that the paper names.
 
     Raises:
         UserError: the scales are not those of this model; the message names the block.
     """
-    blocks = list(declared_blocks(model, "csla", "target"))
-    scales = fit_scales(model, scales)
-    for path, module in blocks:
-        like = module.kernel()
-        values = {name: tensor.to(like) for name, tensor in _of_block(path, module, scales).items()}
-        kernels = module.block.fresh_kernels(values if identity == "searched" else {})
-        kernels = {name: kernel.to(like) for name, kernel in kernels.items()}
-        if module.mode == "target":
-            module.values(module.block.target.name).copy_(module.block.merge(kernels, values))
-        else:
-            for name, tensor in (values | kernels).items():
-                module.values(name).copy_(tensor)
+    declared_blocks(model, "csla", "target")  # refuses another mode before it looks at the scales
+    bind(model, scales).initialize(identity=identity)
 
 
 def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, GradMult]:
@@ -187,7 +268,7 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Gr
 
     Args:
         model: in target mode.
-        scales: from `load_scales` or `extract_scales`.
+        scales: from `load_scales`, `extract_scales` or `bind`.
         degree: of the update rule: 1 for SGD, 0 for AdamW (``RepSGD.degree``).
 
     Returns:
@@ -198,22 +279,8 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Gr
         UserError: the scales are not those of this model, or those of two blocks with one kernel differ; the message
             names the block.
     """
-    blocks = list(declared_blocks(model, "target"))
-    scales = {name: scale.double() for name, scale in fit_scales(model, scales).items()}  # rounded once, at the end
-    names = {param: name for name, param in unwrapped(model).named_parameters()}
-    mults: dict[str, GradMult] = {}
-    for path, module in blocks:
-        kernel = module.kernel()
-        if not kernel.requires_grad:
-            continue
-        mult = module.block.grad_mult(_of_block(path, module, scales), degree).beside(kernel)
-        shared = mults.setdefault(names[kernel], mult)
-        if any(not torch.equal(a, b) for a, b in zip(shared.tensors(), mult.tensors(), strict=True)):
-            raise UserError(
-                f"block {path!r} shares its kernel with {names[kernel]!r}, but has other scales: one kernel can follow "
-                "one set of branches only"
-            )
-    return mults
+    declared_blocks(model, "target")  # refuses another mode before it looks at the scales
+    return bind(model, scales).grad_mults(degree)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -228,7 +295,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         for branch in module.block.branches
         if module.mode == "csla" or (module.mode == "hs" and branch.scale is None and branch.decay_in_search)
     }
-    decayed, rest = [], []
+    decayed: list[tuple[str, nn.Parameter]] = []
+    rest: list[tuple[str, nn.Parameter]] = []
     for name, param in unwrapped(model).named_parameters():
         if param.requires_grad:
             (decayed if param.dim() > 1 or name in kernels else rest).append((name, param))
@@ -250,7 +318,7 @@ def build_optimizer(
     Args:
         name: of the update rule, one of `RULES`: "sgd", "adamw" ...; without scales one of `PLAIN_ONLY`, too.
         model: in target mode if scales are given, else any.
-        scales: from `load_scales` or `extract_scales`.
+        scales: from `load_scales`, `extract_scales` or `bind`.
         lr: learning rate.
         weight_decay: of the decayed group (`param_groups`).
         implementation: of a RepOptimizer's step (`RepOptimizer`).
@@ -282,21 +350,5 @@ def build_optimizer(
 
 
 def key_of(path: str, name: str) -> str:
-    """The state-dict key of a declared name in the block at `path`."""
+    """Return the state-dict key of a declared name in the block at `path`."""
     return f"{path}.{name}.weight" if path else f"{name}.weight"
-
-
-def _emptied(model: nn.Module, name: str) -> bool:
-    """Whether a dotted name leads into an empty `nn.Sequential`."""
-    module = model
-    for part in name.split("."):
-        children = dict(module.named_children())
-        if part not in children:
-            break
-        module = children[part]
-    return isinstance(module, nn.Sequential) and not len(module)
-
-
-def _of_block(path: str, module: RepConv2d, scales: Scales) -> dict[str, Tensor]:
-    """A block's scales by the names of its declaration."""
-    return {branch.searched: scales[key_of(path, branch.searched)] for branch in module.block.branches}

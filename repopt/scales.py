@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repopt import checkpoint
 from repopt.errors import UserError, shown
-from repopt.reparam import flaw_of
+from repopt.reparam import invalid_reason
 
 
 def load_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def scales_of(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[
     if not state:
         raise UserError(f"{os.fspath(path)!r} holds no searched scales")
     for name, value in state.items():
-        if problem := flaw_of(value):
+        if problem := invalid_reason(value):
             raise UserError(f"{os.fspath(path)!r} cannot give scales: {shown(name)} {problem}")
     return state
 

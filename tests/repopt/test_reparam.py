@@ -135,3 +135,53 @@ def test_build_optimizer(scales):
         repopt.build_optimizer("sgd", model, lr=0.1, momentun=0.9)
     with pytest.raises(UserError, match=r"optimizer 'sgd': .*-1"):
         repopt.build_optimizer("sgd", model, lr=-1)
+
+
+def test_scales_are_bound_once(scales, monkeypatch):
+    """What follows from bound scales is what follows from plain ones, and nothing looks at them again."""
+    model, other = create("target"), create("target")
+    bound = repopt.bind(torch.compile(model), scales | {"linear.bias": torch.ones(10)})
+    assert bound.model is model
+    assert bound.scales.keys() == scales.keys()
+    monkeypatch.setattr("repopt.reparam.invalid_reason", None)  # cannot be called
+    assert repopt.bind(model, bound) is bound
+    assert repopt.fit_scales(model, bound) == bound.scales
+    torch.manual_seed(0)
+    repopt.initialize(model, bound, identity="one")
+    optimizer = repopt.build_optimizer("adamw", model, bound, lr=0.1)
+    means = repopt.constant_scales(model, "channel-mean", bound)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    repopt.initialize(other, scales, identity="one")
+    assert torch.equal(model.stage2[3].conv.weight, other.stage2[3].conv.weight)
+    for degree, found in ((0, optimizer.grad_mults), (1, bound.grad_mults(1))):
+        expected = repopt.grad_mults(other, scales, degree=degree)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name].dense(), mult.dense()) for name, mult in expected.items())
+    assert all(torch.equal(values, means[name].mean().expand_as(values)) for name, values in means.items())
+
+
+def test_bound_scales_clip_as_the_function_does(scales):
+    model = create("target")
+    bound = repopt.bind(model, scales)
+    gradients = [torch.randn_like(param) for param in model.parameters()]
+    found = []
+    for clip in (
+        lambda: bound.clip_grad_norm_(2.0),
+        lambda: repopt.clip_grad_norm_(model.named_parameters(), 2.0, repopt.grad_mults(model, scales, degree=1)),
+    ):
+        for param, gradient in zip(model.parameters(), gradients, strict=True):
+            param.grad = gradient.clone()
+        found.append([clip(), *(param.grad for param in model.parameters())])
+    assert found[0][0] > 2
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_scales_that_are_bound_to_another_model_are_matched_again(scales):
+    bound = repopt.bind(create("csla"), scales)
+    model = create("target")
+    assert repopt.bind(model, bound).model is model
+    with pytest.raises(UserError, match="do not fit the model"):
+        repopt.initialize(repopt.create_model("RepOpt-VGG-A0", mode="target"), bound)
+    with pytest.raises(UserError, match="target mode, not csla"):
+        bound.grad_mults(1)
