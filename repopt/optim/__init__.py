@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.optim import Lion
+from typing_extensions import override
 
 from repopt.optim.adam import RepAdam, RepAdamW
 from repopt.optim.base import Implementation, NamedParams, RepOptimizer
@@ -28,28 +29,28 @@ class OptimizerPair(NamedTuple):
         return set(inspect.signature(self.rep).parameters) - {"params", "grad_mults", "implementation"}
 
 
-def _sgd(params: NamedParams, dampening: float = 0.0, **settings: Any) -> torch.optim.SGD:
-    """torch's SGD, fused.
+class _ZeroInitializedSGD(torch.optim.SGD):
+    """torch's SGD, whose momentum buffers begin as zeros, which comes to the same without dampening.
 
-    Where its first step is left out, it leaves the momentum buffers unset, and goes on with what lies there. So they
-    begin as zeros, which comes to the same; but not with dampening, which the first step has not: that is not fused.
+    Where the first step of a fused SGD is skipped, it would leave them unset, and go on with what lies there.
     """
-    optimizer = torch.optim.SGD(params, dampening=dampening, fused=not dampening, **settings)
 
-    def begin(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                state = optimizer.state[param]
-                if group["momentum"] and state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(param)
-        hook.remove()
-
-    if not dampening:
-        hook = optimizer.register_step_pre_hook(begin)
-    return optimizer
+    @override
+    def _init_group(self, group: dict[str, Any], params: Any, grads: Any, momentum_buffer_list: Any) -> bool:
+        for param in group["params"]:
+            if group["momentum"] and param.grad is not None and self.state[param].get("momentum_buffer") is None:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        return super()._init_group(group, params, grads, momentum_buffer_list)
 
 
-RULES = {  # fused: fast, and a step can be left out without asking the device
+def _sgd(params: NamedParams, dampening: float = 0.0, **settings: Any) -> torch.optim.SGD:
+    """Return torch's SGD: fused, but with dampening, which the first step has not."""
+    if dampening:
+        return torch.optim.SGD(params, dampening=dampening, **settings)
+    return _ZeroInitializedSGD(params, fused=True, **settings)
+
+
+RULES = {  # fused: fast, and a step can be skipped without asking the device
     "sgd": OptimizerPair(_sgd, RepSGD),
     "adamw": OptimizerPair(functools.partial(torch.optim.AdamW, fused=True), RepAdamW),
     "adam": OptimizerPair(functools.partial(torch.optim.Adam, fused=True), RepAdam),

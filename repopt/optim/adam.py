@@ -60,8 +60,8 @@ class RepAdam(RepOptimizer):
         decoupled = group.get("decoupled_weight_decay", self.defaults["decoupled_weight_decay"])
         if group["weight_decay"] and not decoupled:
             raise UserError(
-                "weight decay that is added to the gradient breaks the law under Adam, whose update would normalise it "
-                "together with the gradient: set decoupled_weight_decay=True, or use AdamW"
+                "weight decay that is added to the gradient breaks the equivalence under Adam, whose update would "
+                "normalise it together with the gradient: set decoupled_weight_decay=True, or use AdamW"
             )
 
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: D102

@@ -56,7 +56,7 @@ class RepOptimizer(torch.optim.Optimizer):
 
     Raises:
         UserError: negative hyper-parameters, parameters without names, multipliers for names or shapes that are not
-            among the parameters or of another degree, or a rule that breaks the law.
+            among the parameters or of another degree, or a rule that breaks the equivalence.
     """
 
     _step_supports_amp_scaling: ClassVar[bool] = True  # by which GradScaler knows it
@@ -73,7 +73,7 @@ class RepOptimizer(torch.optim.Optimizer):
         implementation: Implementation,
     ) -> None:
         for name, value in defaults.items():
-            numbers = value if isinstance(value, tuple) else (value,)
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
             if any(isinstance(number, (int, float, Tensor)) and not number >= 0 for number in numbers):
                 raise UserError(f"{name} of an optimizer is not negative: {value}")
         if implementation not in get_args(Implementation):
@@ -140,7 +140,7 @@ class RepOptimizer(torch.optim.Optimizer):
         self._mults |= found
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Refuse hyper-parameters of a group, given or loaded, that break the law or are not followed here."""
+        """Refuse hyper-parameters of a group, given or loaded, that break the equivalence or are not followed here."""
         if group.get("maximize"):
             raise UserError("a RepOptimizer minimizes: maximize=True is not followed")
 
@@ -171,8 +171,8 @@ class RepOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step, as `torch.optim.Optimizer.step`.
 
-        A `torch.amp.GradScaler` (and this package's engine) says by the attributes ``found_inf`` and ``grad_scale``, as
-        to torch's fused optimizers, whether it is left out; on a GPU nothing waits for the answer.
+        A `torch.amp.GradScaler` (or a training loop) says by the attributes ``found_inf`` and ``grad_scale``, as
+        to torch's fused optimizers, whether it is skipped; on a GPU nothing waits for the answer.
         """
         loss = None
         if closure is not None:
@@ -185,7 +185,7 @@ class RepOptimizer(torch.optim.Optimizer):
                 return loss
         first, tasks = [], []
         for group in self.param_groups:
-            constants = {name: group[name] for name in self._constants}
+            constants = {name: _hashable(group[name]) for name in self._constants}
             names = self.state_names(group)
             params = [param for param in group["params"] if param.grad is not None]
             places = [self._place(param, names) for param in params]
@@ -319,6 +319,11 @@ def _memory(param: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> tup
     """Where and how a parameter and its state lie in memory."""
     tensors = [param, *(local(state[name]) for name in names if state.get(name) is not None)]
     return names, *((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in tensors)
+
+
+def _hashable(value: Any) -> Any:
+    """Return a constant as what is the same can be compiled once: betas may come as a list, from a file say."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _on_host(answer: Tensor) -> bool:

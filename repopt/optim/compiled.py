@@ -10,17 +10,20 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import remove_from_cache
 
 from repopt.csla import GradMult
 from repopt.optim.update import Hyper, Place, Rule, State, Task, apply
 
-MOST_PROGRAMS = 8  # that one optimizer compiles before it gives that up
+MAX_PROGRAMS = 8  # that one optimizer compiles before it gives that up
 LANES = 16  # input channels that share a row of the layout: with a 3x3 kernel, 144 numbers
 
 # Inductor would keep intermediate results that are read often; here none is worth a pass over the memory.
@@ -104,7 +107,6 @@ def _by_program(guards: Sequence[Any]) -> list[bool]:
     return [guard.name == "program" for guard in guards]
 
 
-@functools.partial(torch.compile, fullgraph=True, dynamic=False, options={**OPTIONS, "guard_filter_fn": _by_program})
 def _update(program: int, rule: Rule, groups: list[tuple[Hyper, list[tuple[Any, ...]]]]) -> None:
     assert program > 0  # reads it, so that it is guarded
     for constants, entries in groups:
@@ -114,7 +116,13 @@ def _update(program: int, rule: Rule, groups: list[tuple[Hyper, list[tuple[Any, 
             apply(rule, param, gradient, mult, state, {**constants, **scalars})
 
 
-_programs = itertools.count(1)
+def _compiled_copy(function: FunctionType) -> Callable[..., None]:
+    """Return a function under torch.compile, with code of its own, by which its programs are kept and freed."""
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    options = {**OPTIONS, "guard_filter_fn": _by_program}
+    compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    weakref.finalize(compiled, remove_from_cache, own)  # a program and its code hold each other
+    return compiled
 
 
 class CompiledUpdate:
@@ -124,6 +132,7 @@ class CompiledUpdate:
         self.rule = rule
         self._slots: dict[Place, _Slot | None] = {}
         self._known: dict[Any, tuple[int, _Scalars]] = {}
+        self._update = _compiled_copy(_update)
 
     def __call__(self, tasks: list[Task]) -> list[Task]:
         """Do the tasks, and return those that it cannot do because their parameters are neither contiguous nor
@@ -145,10 +154,10 @@ class CompiledUpdate:
         )
         is_new = key not in self._known
         if is_new:
-            if len(self._known) == MOST_PROGRAMS:
+            if len(self._known) == MAX_PROGRAMS:
                 raise CompileError("which parameters have gradients, or hyper-parameters, change again and again")
             self._slots |= {task.place: _slot(task.place) for task in tasks if task.place not in self._slots}
-            self._known[key] = next(_programs), _Scalars(tasks)
+            self._known[key] = len(self._known) + 1, _Scalars(tasks)
         program, room = self._known[key]
         room.set(tasks)
         scalars_of = dict(zip((task.place for task in tasks), room.of_task, strict=True))
@@ -169,10 +178,9 @@ class CompiledUpdate:
         return left
 
     def _run(self, program: int, ready: list[tuple[Hyper, list[tuple[Any, ...]]]], is_new: bool) -> None:
-        limits = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}  # few, and of the whole process, else
         try:
-            with torch._dynamo.config.patch(limits) if is_new else nullcontext():
-                _update(program, self.rule, ready)
+            with torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS + 1) if is_new else nullcontext():
+                self._update(program, self.rule, ready)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise CompileError(str(error).strip().splitlines()[0]) from error
 

@@ -1,6 +1,8 @@
 """The compiled step is the eager step, to rounding."""
 
+import gc
 import logging
+import weakref
 
 import check_equivalency
 import pytest
@@ -10,7 +12,7 @@ from check_equivalency import BLOCKS, SETTINGS
 import repopt
 from repopt.layers import RepConv2d
 from repopt.optim import RULES, RepSGD
-from repopt.optim.compiled import MOST_PROGRAMS, tiles_of
+from repopt.optim.compiled import MAX_PROGRAMS, tiles_of
 
 WIDE = check_equivalency.Setup(  # 16 input channels: the tiled layout
     repopt.Block(repopt.Target("conv", (32, 32, 3, 3)), BLOCKS["3x3 + 1x1 + identity"].block.branches)
@@ -101,7 +103,7 @@ def test_where_compiling_fails_it_says_so_and_steps_eagerly(monkeypatch, warning
     def broken(*_):
         raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nwas found")
 
-    monkeypatch.setattr("repopt.optim.compiled._update", broken)
+    monkeypatch.setattr("repopt.optim.compiled._compiled_copy", lambda function: broken)
     model = network(False)
     optimizer = repopt.build_optimizer("sgd", model, scales_of(model), lr=0.1, momentum=0.9, implementation="compiled")
     for _ in range(3):
@@ -121,7 +123,7 @@ def test_gradients_come_and_go_and_hyperparameters_change(warnings):
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2).double()
         optimizer = RepSGD(model.named_parameters(), lr=0.1, momentum=0.9, grad_mults={}, implementation=implementation)
-        for step in range(MOST_PROGRAMS + 10):
+        for step in range(MAX_PROGRAMS + 10):
             for param in model.parameters():
                 param.grad = torch.full_like(param, step)
             if step in (3, 5, 7):
@@ -197,3 +199,20 @@ def test_auto_compiles_large_networks_only(monkeypatch):
     monkeypatch.setattr("repopt.optim.base.COMPILE_FROM", 1000)
     optimizer = repopt.build_optimizer("sgd", model, scales_of(model), lr=0.1)
     assert optimizer._compiles()
+
+
+def test_what_was_compiled_is_freed_with_its_optimizer():
+    """Also when a state is loaded, after which it is compiled anew: a sweep in one process does not grow."""
+    layer = torch.nn.Linear(3, 3)
+    optimizer = repopt.RepSGD(layer.named_parameters(), lr=0.1, momentum=0.9, grad_mults={}, implementation="compiled")
+    codes = []
+    for _ in range(3):
+        for _ in range(2):
+            layer(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+        assert optimizer.implementation == "compiled"
+        codes.append(weakref.ref(optimizer._compiled_update._update._torchdynamo_orig_callable.__code__))
+        optimizer.load_state_dict(optimizer.state_dict())
+    del optimizer
+    gc.collect()
+    assert [code() for code in codes] == [None] * 3

@@ -11,7 +11,7 @@ from timm.optim import Lion
 import repopt
 from repopt.csla import Block, ConvBranch, Target
 from repopt.errors import UserError
-from repopt.optim import RepAdam, RepAdamW, RepLion, RepOptimizer, RepRMSprop, RepSGD
+from repopt.optim import RULES, RepAdam, RepAdamW, RepLion, RepOptimizer, RepRMSprop, RepSGD
 
 
 def network(seed=0):
@@ -365,3 +365,39 @@ def test_clipped_plain_network_is_the_clipped_csla_network(rule):
             optimizer.step()
     assert clipped > 5
     torch.testing.assert_close(target.kernel(), csla.kernel(), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_hooks_of_others_and_groups_added_later(name):
+    """A plain rule makes what its first step needs without a hook; in groups that come later, too."""
+    model, called = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)), []
+    settings = {"momentum": 0.9} if name == "sgd" else {}
+    optimizer = repopt.build_optimizer(name, model[0], lr=0.1, **settings)
+    for _ in range(2):
+        optimizer.register_step_pre_hook(lambda *_: called.append(1))
+    optimizer.add_param_group({"params": list(model[1].named_parameters())})
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.found_inf = torch.ones(())  # both steps are skipped
+        optimizer.step()
+    assert len(called) == 4
+    if name == "sgd":
+        assert all(not optimizer.state[param]["momentum_buffer"].any() for param in model.parameters())
+
+
+@pytest.mark.parametrize("rule", [repopt.RepAdamW, repopt.RepLion])
+@pytest.mark.parametrize("implementation", ["eager", "compiled"])
+def test_betas_may_be_a_list(rule, implementation):
+    found = []
+    for betas in ((0.9, 0.95), [0.9, 0.95]):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 3)
+        optimizer = rule(layer.named_parameters(), betas=betas, grad_mults={}, implementation=implementation)
+        for _ in range(3):
+            layer(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        found.append(layer.weight)
+    assert torch.equal(*found)
+    with pytest.raises(UserError, match="betas of an optimizer is not negative"):
+        rule(layer.named_parameters(), betas=[-0.1, 0.9], grad_mults={})
