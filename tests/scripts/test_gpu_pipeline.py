@@ -103,7 +103,7 @@ def test_the_command_line_of_a_part(part, tmp_path, monkeypatch):
     assert script == "main_repopt.py"
     assert f"{NANO}-{gpu_pipeline.MODES[part]}" == cfg.MODEL.ARCH
     assert (cfg.DATA.DATASET, cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS, cfg.TEST.PERIOD) == ("digits", 48, 2, 8)
-    assert (str(scales) if part == "target" else "") == cfg.TRAIN.SCALES_PATH
+    assert (str(scales) if part == "target" else None) == cfg.TRAIN.SCALES_PATH
 
 
 def test_mistakes(do, tmp_path):
