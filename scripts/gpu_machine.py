@@ -2,7 +2,8 @@
 
     python scripts/gpu_machine.py DEVICE MODULE=PACKAGE...
 
-Prints members of a JSON object: the machine, torch's version, and the time. What is missing is one line, exit code 2.
+Prints members of a JSON object: the machine, torch's version, and the time. What is missing is one line, exit code 2;
+so nothing is imported here before it is known to be there.
 """
 
 from __future__ import annotations
@@ -12,34 +13,28 @@ import json
 import sys
 from datetime import UTC, datetime
 
-import _root  # noqa: F401
 
-from repopt.errors import UserError
-from train.command import run_command
-
-
-def main(device: str, needed: list[str]) -> None:
-    """Print it.
+def main(device: str, *needed: str) -> str | None:
+    """Print what machine it is, or return what is wrong.
 
     Args:
         device: "cuda" or "cpu".
         needed: modules and the packages that have them, as MODULE=PACKAGE.
-
-    Raises:
-        UserError: a module or the GPU is not there.
     """
     packages = dict(pair.split("=") for pair in needed)
     if missing := [package for module, package in packages.items() if importlib.util.find_spec(module) is None]:
-        raise UserError(f"{' '.join(missing)} missing here: put the wheels into .whl (scripts/gpu_common.sh says how)")
+        return f"{' '.join(missing)} missing here: put the wheels into .whl (scripts/gpu_common.sh says how)"
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no GPU here (DEVICE=cpu TINY=1 tries the script without)")
+        return "there is no GPU here (DEVICE=cpu TINY=1 tries the script without)"
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    found = {"machine": machine, "torch": torch.__version__, "run": now}
-    print(json.dumps(found)[1:-1])
+    print(json.dumps({"machine": machine, "torch": torch.__version__, "run": now})[1:-1])
+    return None
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("gpu_machine.py", lambda: main(sys.argv[1], sys.argv[2:])))
+    if wrong := main(*sys.argv[1:]):
+        print(f"gpu_machine.py: {wrong}", file=sys.stderr)
+        sys.exit(2)

@@ -81,6 +81,19 @@ def test_what_is_missing_is_said_in_one_line(run):
     ]
 
 
+def test_without_torch_and_timm_it_is_one_line_too():
+    program = (
+        "import runpy, sys; sys.modules.update(torch=None, timm=None); "
+        "runpy.run_path('scripts/gpu_machine.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, "cuda", "torch=torch", "timm=timm", "yacs=yacs"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_USAGE_ERROR
+    assert done.stderr == (
+        "gpu_machine.py: torch timm missing here: put the wheels into .whl (scripts/gpu_common.sh says how)\n"
+    )
+
+
 @pytest.fixture
 def tiny(run, tmp_path):
     """Command lines of a tiny run of gpu_check.sh, and a folder with the row of every part."""
