@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from reproduction import paper
 
+import repopt
 from benchmarks.arguments import add_rounds, positive, rounds_of
 from benchmarks.as_trained import AS_IN_TRAINING, MODES, mode_on
 from benchmarks.report import Row, Table
@@ -56,6 +57,9 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     batch_size = arguments.batch_size or (32 if gpu else 8)
     if batch_size < 4:
         raise UserError(f"--batch-size {batch_size}: at least 4, for half of it is measured too")
+    with torch.device("meta"):  # all names are checked before anything is measured
+        for arch in arguments.arch:
+            repopt.create_model(arch, mode="target")
     rounds, size = rounds_of(arguments), arguments.image_size
     mode = arguments.compile or mode_on(device, batch_size, size)
     peak = matrix_rate(device)
