@@ -15,8 +15,9 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import _root
 from runs import epochs_of
@@ -41,36 +42,33 @@ FAMILIES = {
 }
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class DemoRun:
     """One training: the family's model in a mode, as an architecture's name ends, and a seed."""
 
     family: Family
     mode: str
-    seed: int
+    seed: int = 0
+    script: ClassVar = "main_repopt.py"
 
     @property
     def arch(self) -> str:
-        """Of main_repopt.py."""
+        """The architecture, as main_repopt.py takes it."""
         return f"{self.family.model}-{self.mode}"
 
     @property
     def folder(self) -> Path:
-        """Where it writes."""
+        """The folder that it writes to."""
         return self.family.folder / self.arch / f"seed{self.seed}"
 
     @property
-    def script(self) -> str:
-        """That does it."""
-        return "main_repopt.py"
-
-    @property
-    def needs(self) -> list[Run]:
+    def needs(self) -> list[DemoRun]:
         """The search whose scales it takes."""
-        return [search_of(self.family)] if self.mode == "target" else []
+        return [DemoRun(self.family, "hs")] if self.mode == "target" else []
 
     @property
     def command(self) -> list[str]:
-        """Arguments of main_repopt.py."""
+        """The arguments of main_repopt.py."""
         arguments = ["--arch", self.arch, "--tag", f"seed{self.seed}"]
         arguments += ["--output", str(self.family.folder)]
         arguments += ["--cfg", f"configs/digits/{'search' if self.mode == 'hs' else 'train'}.yaml"]
@@ -79,19 +77,15 @@ class Run(NamedTuple):
         return [*arguments, "--opts", "SEED", str(self.seed)]
 
 
-def search_of(family: Family) -> Run:
-    """The hyper-search whose scales all targets of a family use."""
-    return Run(family, "hs", 0)
-
-
-def setups_of(family: Family) -> dict[str, list[Run]]:
-    """What is compared, by name, a run per seed."""
+def runs_of(family: Family) -> dict[str, list[DemoRun]]:
+    """Return what is compared, by name: a run per seed, and one search whose scales all targets use."""
     modes = {
         "plain network, RepOptimizer": "target",
         f"{family.baseline_name}, folded afterwards": family.baseline,
         "plain network, SGD": "target-norepopt",
     }
-    return {name: [Run(family, mode, seed) for seed in SEEDS] for name, mode in modes.items()}
+    compared = {name: [DemoRun(family, mode, seed) for seed in SEEDS] for name, mode in modes.items()}
+    return compared | {"searched network (hyper-search)": [DemoRun(family, "hs")]}
 
 
 def main() -> None:
@@ -110,7 +104,8 @@ def train_all(family: Family) -> None:
     """Train every run, several at a time; those that need the searched scales wait for them."""
     from tqdm import tqdm
 
-    runs = [search_of(family), *(run for of_setup in setups_of(family).values() for run in of_setup)]
+    runs = [run for group in runs_of(family).values() for run in group]
+    runs.sort(key=lambda run: run.mode != "hs")  # the search first: others wait for it
     with tqdm(total=EPOCHS * len(runs), unit="epoch", desc=f"{len(runs)} runs") as bar:
         run_side_by_side(runs, lambda: bar.update(sum(len(epochs_of(run.folder)) for run in runs) - bar.n))
 
@@ -126,8 +121,8 @@ def report(family: Family) -> None:
         f"| {family.model}, digits, {EPOCHS} epochs | top-1 (%) | training (s) | parameters (M): trained | deployed |",
         "|---|---|---|---|---|",
     ]
-    curves, search = {}, search_of(family)
-    for name, runs in {**setups_of(family), "searched network (hyper-search)": [search]}.items():
+    curves = {}
+    for name, runs in runs_of(family).items():
         model = repopt.create_model(family.model, mode=parse_arch(runs[0].arch).mode, num_classes=10)
         trained, deployed = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, repopt.deploy(model)))
         epochs = [epochs_of(run.folder) for run in runs]
@@ -139,12 +134,13 @@ def report(family: Family) -> None:
     print(table)
     (family.folder / "results.md").write_text(table + "\n")
     plot_scores(curves, family.folder / "accuracy.png", measure="top-1")
+    search = DemoRun(family, "hs")
     model = repopt.create_model(family.model, mode=search.mode)
     plot_scales(model, repopt.load_scales(search.folder / "scales.pth"), family.folder / "scales.png")
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean of several seeds' numbers and their standard deviation; of a single one, itself."""
+    """Return the mean of several seeds' numbers and their standard deviation; of a single one, itself."""
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 

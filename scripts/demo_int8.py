@@ -16,11 +16,12 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar
 
 import _root
-from demo import FAMILIES, SEEDS, Family, Run, spread
+from demo import FAMILIES, SEEDS, DemoRun, Family, spread
 from workers import run_side_by_side
 
 from repopt.errors import UserError
@@ -30,31 +31,24 @@ from train.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
 METHODS = ("ptq", "qat")
 
 
-class Quantization(NamedTuple):
+@dataclass(frozen=True)
+class Quantization:
     """One quantization of a trained network."""
 
-    run: Run
+    run: DemoRun
     method: str
     preset: str
-
-    @property
-    def script(self) -> str:
-        """That does it."""
-        return "quantize.py"
-
-    @property
-    def needs(self) -> list[Run]:
-        """Nothing that is still to be done."""
-        return []
+    script: ClassVar = "quantize.py"
+    needs: ClassVar = ()  # the demo has been run
 
     @property
     def folder(self) -> Path:
-        """Where its files are."""
+        """The folder of its results."""
         return self.run.family.folder / "int8" / self.run.arch / self._tag / ARTIFACTS
 
     @property
     def command(self) -> list[str]:
-        """Arguments of scripts/quantize.py."""
+        """The arguments of scripts/quantize.py."""
         arguments = ["--cfg", "configs/digits/quantize.yaml", "--arch", self.run.arch, "--tag", self._tag]
         arguments += ["--resume", str(self.run.folder / "latest.pth"), "--output", str(self.run.family.folder / "int8")]
         return [*arguments, "--method", self.method, "--preset", self.preset, "--opts", "SEED", str(self.run.seed)]
@@ -64,17 +58,17 @@ class Quantization(NamedTuple):
         return f"{self.method}-{self.preset}-seed{self.run.seed}"
 
     def top1(self, network: str) -> float:
-        """Accuracy in percent of "fp32", "INT8" or "INT8, onnxruntime"."""
+        """Return the accuracy in percent of "fp32", "INT8" or "INT8, onnxruntime"."""
         return json.loads((self.folder / RESULTS).read_text())[network]["top1"]
 
     def signal_to_noise(self) -> dict[str, float]:
-        """Of every layer's output, in dB; infinite where there is no noise."""
+        """Return the ratio of every layer's output, in dB; infinite where there is no noise."""
         ratios = json.loads((self.folder / SIGNAL_TO_NOISE).read_text())
         return {layer: float("inf") if ratio is None else ratio for layer, ratio in ratios.items()}
 
 
 def networks_of(family: Family) -> dict[str, str]:
-    """Their modes by name."""
+    """Return the modes of the networks by name."""
     return {"plain network, RepOptimizer": "target", f"{family.baseline_name}, folded": family.baseline}
 
 
@@ -99,7 +93,7 @@ def run(family: Family) -> None:
 
     started = time.perf_counter()
     every = [
-        Quantization(Run(family, mode, seed), method, preset)
+        Quantization(DemoRun(family, mode, seed), method, preset)
         for mode in networks_of(family).values()
         for seed in SEEDS
         for method in METHODS
@@ -115,11 +109,12 @@ def run(family: Family) -> None:
 
 
 def report(family: Family, every: Sequence[Quantization]) -> None:
-    """Print the table; write it, and the picture."""
+    """Print the table; write it and the picture."""
     from benchmarks.report import as_table
     from plots import plot_by_depth
 
-    rows, panels, layers = [], {}, {}
+    rows, layers = [], {}
+    panels: dict[str, Any] = {}
     for preset in dict.fromkeys(quantization.preset for quantization in every):
         for network, mode in networks_of(family).items():
             ptq, qat = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import _root
 import numpy as np
 import torch
-from demo import EPOCHS, FAMILIES, Run, search_of
+from demo import EPOCHS, FAMILIES, DemoRun
 from runs import epochs_of
 from torch.profiler import ProfilerActivity, profile
 
@@ -149,7 +149,8 @@ def digits(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tabl
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         family = FAMILIES["vgg"]._replace(folder=Path(folder))
-        for name, trained in {"hyper-search": search_of(family), "plain network": Run(family, "target", 0)}.items():
+        for name, mode in {"hyper-search": "hs", "plain network": "target"}.items():
+            trained = DemoRun(family, mode)
             if main_repopt.main([*trained.command, "TRAIN.EPOCHS", str(arguments.epochs)]) != EXIT_DONE:
                 raise UserError(f"the training on digits has failed ({name})")
             epochs = epochs_of(trained.folder)
