@@ -24,6 +24,7 @@ DIR/kernels.json, pictures to DIR/histograms.png (one layer) and DIR/depth.png (
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -82,7 +83,7 @@ def analyse(files: Sequence[str], archs: Sequence[str] | None, layer: str | None
     """
     if archs is not None and len(archs) != len(files):
         raise UserError(f"--arch names the network of each FILE: {len(files)} of them, not {len(archs)}")
-    sources = [trained.read(*pair) for pair in zip(files, archs or [None] * len(files), strict=True)]
+    sources = [trained.read(file, arch) for file, arch in itertools.zip_longest(files, archs or [])]
     names = network_names(sources)
     models = {name: network_of(source) for name, source in zip(names, sources, strict=True)}
     networks = {name: forms_of(model) for name, model in models.items()}
@@ -112,8 +113,8 @@ def analyse(files: Sequence[str], archs: Sequence[str] | None, layer: str | None
     print(text, "", *(out / name for name in ("kernels.md", "kernels.json", "histograms.png", "depth.png")), sep="\n")
 
 
-def network_names(sources: Sequence[trained.Trained]) -> list[str]:
-    """What the networks are called: by their architecture, or by their files where there are two of one."""
+def network_names(sources: Sequence[trained.LoadedCheckpoint]) -> list[str]:
+    """Return the networks' names: their architectures, or their files where two have one."""
     archs, paths = [source.name for source in sources], [source.path for source in sources]
     names = archs if len(set(archs)) == len(archs) else paths
     if len(set(names)) < len(names):
@@ -121,8 +122,8 @@ def network_names(sources: Sequence[trained.Trained]) -> list[str]:
     return names
 
 
-def network_of(source: trained.Trained) -> nn.Module:
-    """The trained network, in eval mode; UserError where it has not the kernels that this is about."""
+def network_of(source: trained.LoadedCheckpoint) -> nn.Module:
+    """Return the trained network, in eval mode; UserError where it has not the kernels that this is about."""
     if source.arch.mode == zoo.MODE:
         raise UserError(f"{source.path!r} is of {source.name}, which has no declared blocks: give one of our networks")
     if source.arch.mode in ("hs", "csla"):
@@ -134,7 +135,7 @@ def network_of(source: trained.Trained) -> nn.Module:
 
 
 def forms_of(model: nn.Module) -> Kernels:
-    """The kernels of every block of a plain network or a baseline, in the order of their way to inference."""
+    """Return the kernels of every block of a plain network or a baseline, in the order of their way to inference."""
     deployed = repopt.deploy(model)
     found = {}
     for path, module in model.named_modules():
@@ -150,21 +151,22 @@ def forms_of(model: nn.Module) -> Kernels:
 
 
 def baseline_forms(module: Baseline) -> dict[str, Tensor]:
-    """The kernel of the branch that has the merged kernel's shape, by itself and times the scale of its batch norm."""
+    """Return the kernel of the branch that has the merged kernel's shape, alone and times its batch norm's scale."""
     kernels, scales, _ = module.terms()
     branch = next(b for b in module.block.branches if kernels[b.kernel].shape == module.block.target.shape)
+    assert branch.scale is not None  # a baseline's branches have batch norms
     kernel, scale = kernels[branch.kernel], scales[branch.scale]
     return {"before BN fusion": kernel, "after BN fusion": kernel * scale.view(-1, 1, 1, 1)}
 
 
 def kernel_of_shape(shape: Shape, module: nn.Module) -> Tensor:
-    """The kernel of the one convolution of this shape that a module has."""
+    """Return the kernel of the one convolution of this shape that a module has."""
     (kernel,) = (m.weight for m in module.modules() if isinstance(m, nn.Conv2d) and m.weight.shape == shape)
     return kernel
 
 
 def check(networks: Mapping[str, Kernels]) -> None:
-    """UserError where networks have different layers, or a kernel holds an infinity or what is no number."""
+    """Raise UserError where networks have different layers, or a kernel holds an infinity or what is no number."""
     first, *_ = networks
     for name, blocks in networks.items():
         if blocks.keys() != networks[first].keys():
@@ -176,7 +178,7 @@ def check(networks: Mapping[str, Kernels]) -> None:
 
 
 def papers_layer(model: nn.Module, layers: Sequence[str]) -> str:
-    """The layer that the paper shows, the 8th of the stage of 16; in a model without one, the middle layer.
+    """Return the layer that the paper shows, the 8th of the stage of 16; in a model without one, the middle layer.
 
     The model is one of ours, or has one as its backbone.
     """
@@ -189,7 +191,7 @@ def papers_layer(model: nn.Module, layers: Sequence[str]) -> str:
 
 
 def split(kernel: Tensor) -> dict[str, Tensor]:
-    """The weights at the centre of a kernel (O, I, kh, kw), and those around it, flat."""
+    """Return the weights at the centre of a kernel (O, I, kh, kw), and those around it, flat."""
     height, width = kernel.shape[2:]
     centre = torch.zeros(height, width, dtype=torch.bool)
     centre[height // 2, width // 2] = True
@@ -197,7 +199,7 @@ def split(kernel: Tensor) -> dict[str, Tensor]:
 
 
 def statistics(kernel: Tensor) -> dict[str, float | None]:
-    """The numbers of a kernel (O, I, kh, kw), in float64; None where there is none, of weights that are all equal."""
+    """Return the numbers of a kernel (O, I, kh, kw), in float64; None where equal weights have none."""
     kernel = kernel.double()
     std = deviation(kernel)
     parts = {name: deviation(part) for name, part in split(kernel).items()}
@@ -214,43 +216,43 @@ def statistics(kernel: Tensor) -> dict[str, float | None]:
 
 
 def deviation(values: Tensor) -> float:
-    """The standard deviation; 0 where all values are equal, whatever their mean is rounded to."""
+    """Return the standard deviation; 0 where all values are equal, whatever their mean is rounded to."""
     return float(values.std(correction=0)) if values.min() < values.max() else 0.0
 
 
 def int8(values: Tensor, highest: Tensor) -> Tensor:
-    """The nearest values that symmetric INT8 has, -127 to 127 times a scale; `highest` (broadcast) stands at 127."""
+    """Return the nearest values of symmetric INT8, -127 to 127 times a scale; `highest` (broadcast) is at 127."""
     scale = highest / 127
     return torch.where(scale > 0, (values / scale).round() * scale, 0)
 
 
 def signal_to_noise(values: Tensor, rounded: Tensor) -> float:
-    """The power of values by that of their rounding's error, in dB; infinite where there is none."""
+    """Return the power of values by that of their rounding's error, in dB; infinite where there is none."""
     noise = float((values - rounded).square().sum())
     return 10 * math.log10(float(values.square().sum()) / noise) if noise else math.inf
 
 
 def written(row: Mapping[str, Any]) -> dict[str, str | None]:
-    """A row with its numbers to three digits."""
-    return {name: _digits(value) if isinstance(value, float) else value for name, value in row.items()}
+    """Return a row with its numbers to three digits."""
 
+    def digits(value: float) -> str:
+        return f"{value:.0f}" if 999.5 <= abs(value) < math.inf else f"{value:#.3g}".rstrip(".")
 
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if 999.5 <= abs(value) < math.inf else f"{value:#.3g}".rstrip(".")
+    return {name: digits(value) if isinstance(value, float) else value for name, value in row.items()}
 
 
 def as_json(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without infinities, which JSON does not have: they are the string "inf"."""
+    """Return a row without infinities, which JSON does not have: they are the string "inf"."""
     return {name: str(value) if value == math.inf else value for name, value in row.items()}
 
 
 def by_depth(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, list[float | None]]]]:
-    """What is drawn of all layers: by quantity, network and form, a number per layer."""
+    """Return what is drawn of all layers: by quantity, network and form, a number per layer."""
     panels: dict[str, dict[str, dict[str, list[float | None]]]] = {}
     for column, title in BY_DEPTH.items():
-        networks = panels.setdefault(title, {})
         for row in rows:
-            networks.setdefault(row["network"], {}).setdefault(row["form"], []).append(row[column])
+            forms = panels.setdefault(title, {}).setdefault(row["network"], {})
+            forms.setdefault(row["form"], []).append(row[column])
     return panels
 
 

@@ -1,4 +1,4 @@
-"""Shows that a plain network under a RepOptimizer is the imagined CSLA network under the plain optimizer.
+"""Shows that a plain network under a RepOptimizer is the multi-branch (CSLA) network under the plain optimizer.
 
     python scripts/check_equivalency.py [--model ghost | --model timm/repvgg_a0] [--steps 3]
 
@@ -15,17 +15,18 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _root  # noqa: F401
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 import repopt
 from repopt.csla import Block, Branch, ConvBranch, IdentityBranch, Target
-from repopt.layers import RepConv2d
+from repopt.layers import Mode, RepConv2d
 
 BOUND = 1e-10
 
@@ -60,7 +61,7 @@ BLOCKS = {
 # Epsilon breaks the degree of homogeneity; where it is far below every gradient, the rules are exact to rounding.
 ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-30, "weight_decay": 0.01}
 RMSPROP = {"lr": 0.01, "alpha": 0.9, "eps": 1e-30, "weight_decay": 0.01}
-SETTINGS = {
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("sgd", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     "sgd, dampened": ("sgd", {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}),
     "adamw": ("adamw", ADAM),
@@ -75,7 +76,7 @@ SIGNS = {"positive": 0.0, "mixed": 0.5}
 
 @functools.singledispatch
 def branch_output(branch: Branch, kernel: Tensor, x: Tensor, module: RepConv2d) -> Tensor:
-    """What one branch makes of x, (N, C, H, W) -> (N, O, H', W'), before its scale; no embedding is involved."""
+    """Return a branch's output of x, (N, C, H, W) -> (N, O, H', W'), before its scale, by an operation of its own."""
     raise NotImplementedError(type(branch))
 
 
@@ -91,7 +92,7 @@ def _(branch: IdentityBranch, kernel: Tensor, x: Tensor, module: RepConv2d) -> T
 
 
 def branch_by_branch(module: RepConv2d, x: Tensor) -> Tensor:
-    """The block's output as the sum over separate branches."""
+    """Return the block's output as the sum over separate branches."""
     outputs = []
     for branch in module.block.branches:
         y = branch_output(branch, module.values(branch.kernel), x, module)
@@ -102,11 +103,12 @@ def branch_by_branch(module: RepConv2d, x: Tensor) -> Tensor:
 class OneBlock(RepConv2d):
     """The smallest network around a declared block, (N, C, H, W) -> (N, O): batch norm, ReLU, pooling."""
 
-    def __init__(self, setup: Setup, mode: str) -> None:
+    def __init__(self, setup: Setup, mode: Mode) -> None:
         super().__init__(setup.block, mode, setup.stride, setup.dilation)
         self.bn = nn.BatchNorm2d(setup.block.target.shape[0])
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.bn(self.conv2d(x))).mean((2, 3))
 
 
@@ -132,7 +134,7 @@ def largest_difference(csla: nn.Module, target: nn.Module, rule: str, sign: floa
         torch.manual_seed(2)
         repopt.initialize(model, scales)
     for module in _blocks(csla):
-        module.conv2d = types.MethodType(branch_by_branch, module)
+        module.conv2d = types.MethodType(branch_by_branch, module)  # type: ignore[method-assign]  # for this one alone
     name, settings = SETTINGS[rule]
     train(csla, repopt.build_optimizer(name, csla, **settings), images, steps)
     train(target, repopt.build_optimizer(name, target, scales, **settings), images, steps)
@@ -142,7 +144,7 @@ def largest_difference(csla: nn.Module, target: nn.Module, rule: str, sign: floa
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, steps: int) -> None:
-    """Some steps of training to tell the images apart."""
+    """Train for some steps, to tell the images apart."""
     torch.manual_seed(3)  # of dropout
     for _ in range(steps):
         logits = model(images)
@@ -151,15 +153,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, st
         optimizer.zero_grad()
 
 
-def create(model: str, mode: str) -> nn.Module:
-    """A network of ours by name, or one of timm's, converted: "timm/repvgg_a0"."""
+def create(model: str, mode: Mode) -> nn.Module:
+    """Return a network of ours by name, or one of timm's, converted: "timm/repvgg_a0"."""
     if model.startswith("timm/"):
         return repopt.convert_model(timm.create_model(model.removeprefix("timm/"), num_classes=4), mode)
     return repopt.create_model(model, mode=mode, num_classes=4)
 
 
 def cases(model: str, steps: int = 50, network_steps: int = 3) -> Iterator[tuple[str, str, str, Callable[[], float]]]:
-    """(network, rule, signs of the scales, what measures the difference), one by one: single blocks, then `model`.
+    """Yield (network, rule, signs of the scales, what measures the difference): single blocks, then `model`.
 
     Args:
         model: the name of a network, as `create` takes it.
@@ -167,23 +169,17 @@ def cases(model: str, steps: int = 50, network_steps: int = 3) -> Iterator[tuple
     """
     generator = torch.Generator().manual_seed(0)
     small, large = (8, 7), (4, 64)  # images, and pixels of a side
-    networks = [
-        (
-            name,
-            setup.block.target.shape[1] * setup.block.target.groups,
-            small,
-            functools.partial(OneBlock, setup),
-            steps,
-        )
-        for name, setup in BLOCKS.items()
-    ]
+    networks: list[tuple[str, int, tuple[int, int], Callable[[Mode], nn.Module], int]] = []
+    for name, setup in BLOCKS.items():
+        channels = setup.block.target.shape[1] * setup.block.target.groups
+        networks.append((name, channels, small, functools.partial(OneBlock, setup), steps))
     networks.append((model, 3, large, functools.partial(create, model), network_steps))
     for rule in SETTINGS:
         for signs, probability in SIGNS.items():
             for name, channels, (count, size), build, trained in networks:
                 images = torch.randn(count, channels, size, size, generator=generator, dtype=torch.float64)
-                models = [build(mode).double() for mode in ("csla", "target")]
-                measure = functools.partial(largest_difference, *models, rule, probability, images, trained)
+                csla, target = build("csla").double(), build("target").double()
+                measure = functools.partial(largest_difference, csla, target, rule, probability, images, trained)
                 yield name, rule, signs, measure
 
 

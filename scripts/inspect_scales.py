@@ -73,7 +73,7 @@ def inspect(file: Path, arch: str | None, out: Path) -> None:
 
 
 def of_backbone(scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The scales by the names of a classifier: those of its backbone alone where they are of a network that has one."""
+    """Return scales by the names of a classifier: of a network with a backbone, those of the backbone alone."""
     for body in (segmentation.BODY, detection.BODY):
         if own := {name.removeprefix(f"{body}."): s for name, s in scales.items() if name.startswith(f"{body}.")}:
             return own
@@ -81,7 +81,7 @@ def of_backbone(scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def fitting_models(scales: Mapping[str, Tensor]) -> list[str]:
-    """Names of the models that the scales fit, and of these the ones that leave the fewest other entries unexplained.
+    """Return the names of the models that the scales fit and that leave the fewest other entries unexplained.
 
     A hyper-search's checkpoint has such entries: what else of its model is one-dimensional.
     """
@@ -98,13 +98,13 @@ def fitting_models(scales: Mapping[str, Tensor]) -> list[str]:
 
 @functools.cache
 def search_model(name: str) -> nn.Module:
-    """A model as it is searched on, without values."""
+    """Return a model as it is searched on, without values."""
     with torch.device("meta"):
         return repopt.create_model(name, mode="hs")
 
 
 def scale_rows(model: nn.Module, scales: Mapping[str, Tensor]) -> Iterator[tuple[str, ...]]:
-    """Of every branch of every block its scales in numbers, and of all of them how many are negative."""
+    """Yield the scales of every branch of every block in numbers, then those of all."""
     for block, module in repopt.declared_blocks(model):
         for branch in module.block.branches:
             values = scales[key_of(block, branch.searched)]
@@ -116,7 +116,7 @@ def scale_rows(model: nn.Module, scales: Mapping[str, Tensor]) -> Iterator[tuple
 
 
 def mult_row(name: str, mult: Tensor) -> tuple[str, ...]:
-    """The extremes of a Grad Mult (O, I, *k) with the first place of each, and its median."""
+    """Return the extremes of a Grad Mult (O, I, *k) with the first place of each, and its median."""
     low, high = (
         ",".join(str(int(index)) for index in torch.unravel_index(place, mult.shape))
         for place in (mult.argmin(), mult.argmax())
@@ -125,7 +125,7 @@ def mult_row(name: str, mult: Tensor) -> tuple[str, ...]:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, names: int) -> None:
-    """Columns as wide as their widest entry, the first ones, which are names, to the left and numbers to the right."""
+    """Print columns as wide as their widest entry: first `names` columns to the left, then numbers to the right."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

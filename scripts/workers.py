@@ -16,22 +16,19 @@ from typing import Protocol
 
 
 class Job(Protocol):
-    """A command line of a script, which may need others done before."""
+    """A command line of a script, which may need others done before; what is not among the jobs is done already."""
 
     @property
     def script(self) -> str:
-        """Whose `main` takes the command line."""
-        ...
+        """The script whose `main` takes the command line."""
 
     @property
     def command(self) -> list[str]:
-        """Its arguments."""
-        ...
+        """The arguments."""
 
     @property
     def needs(self) -> Sequence[Job]:
-        """What comes before; what is not among the jobs is done already."""
-        ...
+        """The jobs that come before."""
 
 
 def run_side_by_side(jobs: Sequence[Job], watch: Callable[[], object]) -> None:
@@ -45,7 +42,7 @@ def run_side_by_side(jobs: Sequence[Job], watch: Callable[[], object]) -> None:
         while todo or running:
             for job in [job for job in todo if all(other in done or other not in jobs for other in job.needs)]:
                 todo.remove(job)
-                running[pool.submit(quietly, module_of(job.script), job.command)] = job
+                running[pool.submit(run_captured, module_of(job.script), job.command)] = job
             finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             for future in finished:
                 future.result()  # raises what went wrong in it
@@ -55,7 +52,7 @@ def run_side_by_side(jobs: Sequence[Job], watch: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """As many processes as there are cores, or jobs; where something fails, what has not begun is left."""
+    """Around jobs: as many processes as there are cores, or jobs; where one fails, what has not begun is left."""
     os.environ["OMP_NUM_THREADS"] = "1"  # one thread per job, as many jobs at a time as there are cores
     context = multiprocessing.get_context("spawn")
     count = max(1, min(jobs, os.cpu_count() or 1))
@@ -68,12 +65,12 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def module_of(script: str) -> str:
-    """The name by which a script is imported: scripts/downstream/detect.py is downstream.detect."""
+    """Return the name by which a script is imported: scripts/downstream/detect.py is downstream.detect."""
     return ".".join(part for part in Path(script).with_suffix("").parts if part != "scripts")
 
 
-def quietly(program: str, argv: Sequence[str]) -> None:
-    """Run the `main` of a module; its log is in its folder.
+def run_captured(program: str, argv: Sequence[str]) -> None:
+    """Run the `main` of a module and print nothing; its log is in its folder.
 
     Raises:
         RuntimeError: its exit code is not 0; with what it said.

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")  # files, no windows
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from yacs.config import CfgNode
@@ -27,10 +25,10 @@ from train.placement import to_device
 from train.tasks.base import source_of
 
 IMAGES = 6  # that are shown
-LEAST_SCORE = 0.5  # of a box that is shown
-ENLARGED = 320  # pixels that the longer side of an image has at least, so that labels can be read
+MIN_SCORE = 0.5  # of a box that is shown
+MIN_SIDE = 320  # pixels of the longer side of an image, so that labels can be read
 FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-PALETTE = [tuple(round(255 * part) for part in color) for color in matplotlib.colormaps["tab20"].colors]
+PALETTE = [tuple(color) for color in matplotlib.colormaps["tab20"](range(20), bytes=True)[:, :3].tolist()]  # by class
 
 Rows = dict[str, list[Tensor]]  # uint8 (3, H, W) by what they show
 
@@ -45,7 +43,8 @@ def draw(cfg: CfgNode) -> None:
     repopt.load_weights(model, checkpoint.state_dict_of(checkpoint.read(path)))
     rows = DRAWN[cfg.TASK](cfg, model.eval(), task.eval_loader(split="val", most=IMAGES))
     columns = len(next(iter(rows.values())))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(2.4 * columns, 2.6 * len(rows)), squeeze=False)
+    figure = Figure(figsize=(2.4 * columns, 2.6 * len(rows)))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for of_row, (title, pictures) in zip(axes, rows.items(), strict=True):
         of_row[0].set_title(title, loc="left", fontsize=10)
         for axis, picture in zip(of_row, pictures, strict=True):
@@ -53,11 +52,10 @@ def draw(cfg: CfgNode) -> None:
             axis.axis("off")
     figure.tight_layout()
     figure.savefig(Path(cfg.OUTPUT, PREDICTIONS), dpi=100)
-    plt.close(figure)
 
 
 def segmented(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Rows:
-    """Images, their labels, and the predicted ones."""
+    """Return images, their labels, and the predicted ones."""
     info = of_labels.describe(source_of(cfg))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (info.mean, info.std))
     rows: Rows = {"image": [], "labels": [], "prediction": []}
@@ -72,16 +70,16 @@ def segmented(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Tensor, Te
 
 
 def colored(picture: Tensor, label: Tensor, classes: int) -> Tensor:
-    """A picture with a colour over every pixel of a class."""
+    """Return a picture with a colour over every pixel of a class; label (H, W)."""
     masks = torch.stack([label == index for index in range(classes)])
-    return draw_segmentation_masks(picture, masks, alpha=0.7, colors=[color_of(index) for index in range(classes)])
+    return draw_segmentation_masks(picture, masks, alpha=0.7, colors=colors_of(range(classes)))
 
 
 def detected(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> Rows:
-    """Images with the objects in them, and with those that are found."""
+    """Return images with the objects in them, and with those that are found."""
     source = source_of(cfg)
     info, truth = of_boxes.describe(source), of_boxes.ground_truth(source)
-    rows: Rows = {"objects": [], f"found (score of {LEAST_SCORE} and more)": []}
+    rows: Rows = {"objects": [], f"found (score of {MIN_SCORE} and more)": []}
     there, found = rows.values()
     for images, targets in batches:
         for image, target, output in zip(images, targets, model(images), strict=True):
@@ -90,33 +88,29 @@ def detected(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Any, Any]])
             boxes = torch.tensor([thing["bbox"] for thing in objects]).view(-1, 4)
             labels = [info.category_ids.index(thing["category_id"]) for thing in objects]
             there.append(boxed(picture, torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels, info))
-            sure = output["scores"] >= LEAST_SCORE
+            sure = output["scores"] >= MIN_SCORE
+            classes = (output["labels"][sure] - 1).tolist()
             if "masks" in output and sure.any():
-                picture = masked(picture, output["masks"][sure, 0].cpu() > 0.5, (output["labels"][sure] - 1).tolist())
-            found.append(boxed(picture, output["boxes"][sure].cpu(), (output["labels"][sure] - 1).tolist(), info))
+                masks = output["masks"][sure, 0].cpu() > 0.5
+                picture = draw_segmentation_masks(picture, masks, alpha=0.6, colors=colors_of(classes))
+            found.append(boxed(picture, output["boxes"][sure].cpu(), classes, info))
     return rows
 
 
 def boxed(picture: Tensor, boxes: Tensor, classes: Sequence[int], info: of_boxes.Info) -> Tensor:
-    """A picture, enlarged where it is small, with boxes (N, 4) and the names of their classes."""
-    times = -(-ENLARGED // max(picture.shape[1:]))
+    """Return a picture, enlarged where it is small, with boxes (N, 4) and the names of their classes."""
+    times = -(-MIN_SIDE // max(picture.shape[1:]))
     picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
     if not len(boxes):
         return picture
-    names, colors = [info.class_names[index] for index in classes], [color_of(index) for index in classes]
-    return draw_bounding_boxes(
-        picture, times * boxes, names, colors, width=2, font=FONT, font_size=20, label_colors="white", fill_labels=True
-    )
+    options: dict[str, Any] = {"width": 2, "font": FONT, "font_size": 20, "label_colors": "white", "fill_labels": True}
+    names = [info.class_names[index] for index in classes]
+    return draw_bounding_boxes(picture, times * boxes, names, colors_of(classes), **options)
 
 
-def masked(picture: Tensor, masks: Tensor, classes: Sequence[int]) -> Tensor:
-    """A picture with masks (N, H, W)."""
-    return draw_segmentation_masks(picture, masks, alpha=0.6, colors=[color_of(index) for index in classes])
-
-
-def color_of(index: int) -> tuple[int, ...]:
-    """Of a class."""
-    return PALETTE[index % len(PALETTE)]
+def colors_of(classes: Iterable[int]) -> list[tuple[int, ...]]:
+    """Return the colour of every class."""
+    return [PALETTE[index % len(PALETTE)] for index in classes]
 
 
 DRAWN = {SEGMENT: segmented, DETECT: detected}
