@@ -97,14 +97,15 @@ def report(sources: Iterable[Path], out: Path) -> None:
         UserError: a source that is neither a run nor a table, or damaged.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Pictures(Path(folder), f"{out.stem}_pictures".replace(" ", "_"))
+        pictures = Pictures(Path(folder, "pictures"), f"{out.stem}_pictures".replace(" ", "_"))
+        pictures.folder.mkdir()
         page = "\n\n".join(["# RepOpt: results", *(section_of(source, pictures) for source in sources)]) + "\n"
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".html":
             out.write_text(as_html(page, pictures), encoding="utf-8")
         else:
             out.write_text(page, encoding="utf-8")
-            shutil.copytree(folder, out.parent / pictures.name, dirs_exist_ok=True)
+            shutil.copytree(pictures.folder, out.parent / pictures.name, dirs_exist_ok=True)
     print(out)
 
 

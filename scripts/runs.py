@@ -12,9 +12,9 @@ import _root  # noqa: F401
 
 from repopt.errors import UserError, one_line
 from train import config
-from train.files import COLUMNS, CONFIG, Column
+from train.files import COLUMNS, CONFIG, RUN, Column
 
-METRICS, RUN = "metrics.jsonl", "run.json"
+METRICS = "metrics.jsonl"
 NONE = "–"
 
 

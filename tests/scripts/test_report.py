@@ -203,7 +203,7 @@ def test_the_runs_in_numbers(page, runs):
     assert page.lines.count(f"    main_repopt.py --arch {NANO}-hs --opts SEED 0") == 1
 
 
-def test_pictures(page, tmp_path):
+def test_pictures(page):
     captions = [
         "Figure 1",
         "top-1 by epoch: the mean over the seeds, and the band between the worst and the best",
@@ -226,6 +226,8 @@ def test_pictures(page, tmp_path):
         with Image.open(file) as image:
             assert image.format == "PNG"
             assert len(set(image.convert("L").resize((99, 99)).tobytes())) > 1 or image.size == (30, 20)  # not blank
+    (beside := page.path.parent / "folder").mkdir()
+    assert files[0].parent.stat().st_mode == beside.stat().st_mode  # others may read it too
     for caption in captions:
         assert f"{caption}\n\n![{caption}](page_pictures/" in page.text
 
@@ -249,8 +251,8 @@ def test_quantization(page):
 
 def test_what_is_configured_differently_comes_first(page):
     assert page.rows("MODEL.ARCH")[0][1:4] == [f"{NANO}-hs", f"{NANO}-target", f"{NANO}-repvgg"]
-    assert page.rows("TRAIN.EPOCHS")[0] == ["300", "3", "3", "3", config.KEYS["TRAIN.EPOCHS"].meaning]
-    assert page.rows("TRAIN.BASE_LR") == [["0.0005", config.KEYS["TRAIN.BASE_LR"].meaning]] * 3
+    assert page.rows("TRAIN.EPOCHS")[0] == ["300", "3", "3", "3", config.KEYS["TRAIN.EPOCHS"].help]
+    assert page.rows("TRAIN.BASE_LR") == [["0.0005", config.KEYS["TRAIN.BASE_LR"].help]] * 3
     assert len(re.findall(r"<summary>\d+ keys that have their defaults</summary>", page.text)) == 3
 
 
