@@ -10,15 +10,16 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from repopt.errors import UserError, one_line
-from repopt.quantize import Int8, export_program
+from repopt.quantization import Int8, export_program
 
 try:
     import onnx
@@ -33,12 +34,12 @@ OPSET = 20
 INPUT, OUTPUT = "images", "logits"
 # Of torch's and onnxruntime's outputs. Where a number is about halfway between two integers, float and integer
 # arithmetic round it to different ones.
-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE_INT8 = 1e-3, 0.1
+MAX_DIFFERENCE, MAX_DIFFERENCE_INT8 = 1e-3, 0.1
 
 
 @torch.no_grad()
 def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
-    """Write a network as ONNX, and check what onnxruntime makes of it; batches have up to `quantize.MAX_BATCH` images.
+    """Write a network as ONNX for batches of up to `quantization.MAX_BATCH` images, and check it with onnxruntime.
 
     Args:
         model: a deployed network, or `Int8`, whose integers are QuantizeLinear and DequantizeLinear pairs.
@@ -49,7 +50,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
         The difference of the outputs: root of the mean square, relative to that of torch's.
 
     Raises:
-        UserError: the file exists; an operation cannot be exported; onnxruntime computes something else.
+        UserError: the file exists, an operation cannot be exported, or onnxruntime computes something else.
     """
     with new_file(path) as beside:
         exported = export_program(model, images)
@@ -67,13 +68,14 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
                 )
         except Exception as error:  # of many kinds, with the exporter's own words
             raise UserError(f"{type(model).__name__} cannot be exported to ONNX: {_cause(error)}") from error
+        assert program is not None
         program.model.graph.metadata_props.clear()
         for node in program.model.graph:
             node.metadata_props.clear()  # where in our code it was traced
         _separate_zero_points(program.model.graph)
         program.save(beside)
         difference = relative_difference(OnnxNetwork(beside)(images), model(images))
-        if not difference <= (LARGEST_DIFFERENCE_INT8 if isinstance(model, Int8) else LARGEST_DIFFERENCE):
+        if not difference <= (MAX_DIFFERENCE_INT8 if isinstance(model, Int8) else MAX_DIFFERENCE):
             raise UserError(
                 f"onnxruntime's outputs differ from torch's by {difference:.2g}: {path.name} is not written"
             )
@@ -86,8 +88,9 @@ def _separate_zero_points(graph: ir.Graph) -> None:
     On CPUs without VNNI onnxruntime makes other integers of kernels and of their zero points, each once.
     """
     for node in graph:
-        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
-            kernel, _, zero_points = node.inputs
+        if node.op_type == "DequantizeLinear" and node.inputs[0] and node.inputs[0].is_initializer():
+            kernel: Any = node.inputs[0]
+            zero_points: Any = node.inputs[2]
             own = ir.Value(name=f"{kernel.name}_zero_point", const_value=zero_points.const_value)
             own.shape, own.type = zero_points.shape, zero_points.type
             graph.register_initializer(own)
@@ -111,13 +114,14 @@ class OnnxNetwork(nn.Module):
         self.training = False
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         (outputs,) = self._session.run(None, {self._session.get_inputs()[0].name: x.cpu().numpy()})
         return torch.from_numpy(outputs).to(x.device)
 
 
 def operations(path: str | os.PathLike[str]) -> Counter[str]:
-    """What onnxruntime really runs of an ONNX file on this CPU: ``QLinearConv`` is a convolution of integers."""
+    """Count what onnxruntime really runs of an ONNX file on this CPU: ``QLinearConv`` is a convolution of integers."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder, "optimized.onnx")
         _session(Path(path), threads=1, optimized=optimized)
@@ -137,7 +141,7 @@ def write_safetensors(model: nn.Module, path: Path) -> None:
 def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
     """Write a network as a torch.export program (``.pt2``), which `torch.export.load` reads.
 
-    It takes batches of up to `quantize.MAX_BATCH` images.
+    It takes batches of up to `quantization.MAX_BATCH` images.
 
     Raises:
         UserError: the file exists; an operation cannot be exported.
@@ -163,13 +167,13 @@ def write_compiled(model: nn.Module, images: Tensor, path: Path) -> None:
 
 
 def relative_difference(outputs: Tensor, reference: Tensor) -> float:
-    """The root of the mean square of the difference, relative to that of the reference."""
+    """Return the root of the mean square of the difference, relative to that of the reference."""
     return ((outputs - reference).square().mean() / reference.square().mean()).sqrt().item()
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path` if all goes well.
+    """Give a name beside `path` to write to; the file becomes `path` if all goes well.
 
     Raises:
         UserError: there is such a file.
@@ -185,7 +189,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Nothing is written over.
+    """Refuse to write over what is there.
 
     Raises:
         UserError: there is such a file or folder.
@@ -211,7 +215,7 @@ def _session(path: Path, *, threads: int, optimized: Path | None = None) -> onnx
 
 
 def _cause(error: BaseException) -> str:
-    """What is at the bottom of a chain of errors, on one line."""
+    """Return what is at the bottom of a chain of errors, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error)
@@ -221,7 +225,7 @@ def _quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, 
     """torch's operation. The exporter's own translation forgets the range, where it is not all that the type holds."""
 
     def constant(number: int) -> Any:
-        return op.Cast(op.Constant(value_int=number), to=dtype)
+        return op.Cast(op.Constant(value_int=number), to=dtype)  # type: ignore[type-var]  # it takes any type's number
 
     quantized = op.QuantizeLinear(x, scale, constant(zero_point))
     if (quant_min, quant_max) in _WHOLE_RANGES:
@@ -230,4 +234,6 @@ def _quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, 
 
 
 _WHOLE_RANGES = {(0, 255), (-128, 127)}
-_TRANSLATIONS = {torch.ops.quantized_decomposed.quantize_per_tensor.default: _quantize_per_tensor}
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.quantized_decomposed.quantize_per_tensor.default: _quantize_per_tensor
+}

@@ -89,7 +89,7 @@ def run(family: Family) -> None:
     """
     from tqdm import tqdm
 
-    from repopt.quantize import PRESETS
+    from repopt.quantization import PRESETS
 
     started = time.perf_counter()
     every = [

@@ -31,7 +31,7 @@ from runs import epochs_of
 
 from data import glyphs
 from repopt.errors import UserError
-from repopt.quantize import PRESETS
+from repopt.quantization import PRESETS
 from train.command import run_command
 from train.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
 

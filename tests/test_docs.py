@@ -22,7 +22,7 @@ from reproduction.result import table_of
 from reproduction.tables import EXPERIMENTS
 from test_convert import fenced_code
 
-from repopt import quantize
+from repopt import quantization
 from repopt.layers import MODES
 from repopt.models import list_archs, registry, timm_registry
 from repopt.optim import RULES
@@ -91,7 +91,7 @@ def test_reproduction_is_what_was_run(file):
 
 def test_quantization_names_every_preset():
     text = (DOCS / "quantization.md").read_text()
-    for name, preset in quantize.PRESETS.items():
+    for name, preset in quantization.PRESETS.items():
         row = re.search(rf"^\| `{name}` .*$", text, re.MULTILINE)[0]
         for low, high in (preset.weights, preset.activations):
             assert f"{low}..{high}" in row

@@ -18,7 +18,7 @@ FLOORS = [
     {"layers"},
     {"reparam"},
     {"models"},
-    {"torchfile", "checkpoint", "run_folder", "scales", "deploy", "convert", "quantize", "export"},
+    {"torchfile", "checkpoint", "run_folder", "scales", "deploy", "convert", "quantization", "export"},
     {"engine"},
     {"segmentation", "detection"},
 ]

@@ -285,7 +285,7 @@ KEYS: dict[str, Key] = {
         immutable_on_resume=True,
     ),
     "QUANT.PRESET": Key(
-        "default", "How numbers become integers: a row of repopt/quantize.py.", immutable_on_resume=True
+        "default", "How numbers become integers: a row of repopt/quantization/presets.py.", immutable_on_resume=True
     ),
     "QUANT.CALIBRATION_IMAGES": Key(
         1024, "Training images, transformed as in evaluation, that choose the ranges.", minimum=1

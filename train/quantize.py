@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 import data
 import repopt
-from repopt import checkpoint, export, quantize
+from repopt import checkpoint, export, quantization
 from repopt.errors import UserError, shown
 from train import config, run_record, trained
 from train.checkpoint import RunFolder
@@ -50,7 +50,7 @@ def start(settings: config.Settings, argv: Sequence[str], program: config.Progra
         raise UserError("how to quantize? --method ptq (after training) or --method qat (by training on)")
     if not cfg.MODEL.RESUME:
         raise UserError("a trained network is needed: --resume FILE")
-    quantize.find_preset(cfg.QUANT.PRESET)
+    quantization.find_preset(cfg.QUANT.PRESET)
     if cfg.TASK == config.DETECT:
         raise UserError("TASK detect cannot be quantized: what a detector computes depends on what it has found")
     settings = settings.with_defaults({"TAG": f"{cfg.QUANT.METHOD}-{cfg.QUANT.PRESET}"})
@@ -80,7 +80,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     decided_by_first(lambda: export.refuse_existing(artifacts))
     if not trains:  # a training writes it when it is sure to go on
         run_record.write(task, folder)
-    logger.info(f"{cfg.QUANT.PRESET}: {quantize.find_preset(cfg.QUANT.PRESET).meaning}")
+    logger.info(f"{cfg.QUANT.PRESET}: {quantization.find_preset(cfg.QUANT.PRESET).meaning}")
     source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH)
     if (was := source.setting("TASK") or config.CLASSIFY) != cfg.TASK:
         raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and this recipe's is {cfg.TASK}")
@@ -93,7 +93,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     own = own_checkpoint(cfg, folder) if trains else None
     scales = find_scales(task, model, own or source.content) if trains else None
     del source  # its optimizer's state is as large as the network
-    prepared = quantize.prepare(model, images[:1].to(world.device), cfg.QUANT.METHOD, cfg.QUANT.PRESET)
+    prepared = quantization.prepare(model, images[:1].to(world.device), cfg.QUANT.METHOD, cfg.QUANT.PRESET)
     calibrate(prepared, FixedSizeBatches(task, task.calibration_loader(), images.shape[2:]))
     if trains:
         trainer = prepare(task, prepared, scales, folder, own)
@@ -101,7 +101,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
         if not fit(trainer):
             return False
         del trainer
-    int8 = quantize.convert(prepared)
+    int8 = quantization.convert(prepared)
     results["INT8"] = evaluate(batches, "INT8, torch", int8)
     written = decided_by_first(lambda: write_artifacts(artifacts, cfg, prepared, float_network, int8, images))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -142,10 +142,10 @@ def evaluate(batches: FixedSizeBatches, name: str, model: nn.Module) -> Result:
     return result
 
 
-def calibrate(prepared: quantize.Observed, batches: FixedSizeBatches) -> None:
+def calibrate(prepared: quantization.PreparedModel, batches: FixedSizeBatches) -> None:
     """Let the network see the images that choose its ranges."""
     batches.progress = "calibration"
-    quantize.calibrate(prepared, (batches.task.network_input(images) for images, _ in batches))
+    quantization.calibrate(prepared, (batches.task.network_input(images) for images, _ in batches))
 
 
 def own_checkpoint(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
@@ -169,9 +169,9 @@ def own_checkpoint(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
 def write_artifacts(
     path: Path,
     cfg: CfgNode,
-    prepared: quantize.Observed,
+    prepared: quantization.PreparedModel,
     float_network: nn.Module,
-    int8: quantize.Int8,
+    int8: quantization.Int8,
     images: Tensor,
 ) -> Path:
     """Write the files of both networks to a folder beside `path`, and check them; that folder."""
@@ -181,7 +181,7 @@ def write_artifacts(
     try:
         content = {"model": prepared.state_dict(), "config": config.as_dict(cfg), "image_size": list(images.shape[2:])}
         checkpoint.write(content, beside / QUANTIZED)
-        write_json(quantize.signal_to_noise(prepared.cpu(), int8.cpu(), images), beside / SIGNAL_TO_NOISE)
+        write_json(quantization.signal_to_noise(prepared.cpu(), int8.cpu(), images), beside / SIGNAL_TO_NOISE)
         export.write_safetensors(float_network.cpu(), beside / FP32_SAFETENSORS)
         for network, name in ((float_network, FP32_ONNX), (int8, INT8_ONNX)):
             difference = export.write_onnx(network, images, beside / name)

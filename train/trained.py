@@ -19,7 +19,7 @@ from train import config, tasks
 from train.distributed import World
 
 if TYPE_CHECKING:
-    from repopt import quantize
+    from repopt import quantization
 
 
 # Keys of which a network is made.
@@ -67,19 +67,19 @@ class LoadedCheckpoint(NamedTuple):
             repopt.load_weights(model, weights)
         return model.eval()
 
-    def int8_network(self) -> quantize.Int8:
+    def int8_network(self) -> quantization.Int8:
         """Return the quantized network, for images of `image_size`.
 
         Raises:
             UserError: the content is not what scripts/quantize.py writes.
         """
-        from repopt import quantize  # an extra
+        from repopt import quantization  # an extra
 
         cfg = self.settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET")
         images = torch.zeros(1, 3, *self.image_size)
-        observed = quantize.prepare(self._build(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
-        quantize.load(observed, checkpoint.state_dict_of(self.content))
-        return quantize.convert(observed)
+        observed = quantization.prepare(self._build(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
+        quantization.load(observed, checkpoint.state_dict_of(self.content))
+        return quantization.convert(observed)
 
     @property
     def image_size(self) -> tuple[int, int]:

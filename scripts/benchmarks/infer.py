@@ -148,15 +148,15 @@ def in_onnxruntime(arch: str, model: nn.Module, images: Tensor) -> tuple[nn.Modu
     Raises:
         UserError: the extra is not installed; the network cannot be exported; onnxruntime computes something else.
     """
-    from repopt import export, quantize  # an extra
+    from repopt import export, quantization  # an extra
 
     deployed = repopt.deploy(model)
-    observed = quantize.prepare(model, images, "ptq", "default")
-    quantize.calibrate(observed, [images])
+    observed = quantization.prepare(model, images, "ptq", "default")
+    quantization.calibrate(observed, [images])
     with tempfile.TemporaryDirectory() as folder:
         fp32, int8 = Path(folder, f"{arch}-fp32.onnx"), Path(folder, f"{arch}-int8.onnx")
         export.write_onnx(deployed, images, fp32)
-        export.write_onnx(quantize.convert(observed), images, int8)
+        export.write_onnx(quantization.convert(observed), images, int8)
         convolutions = sum(isinstance(module, nn.Conv2d) for module in deployed.modules())
         integers = f"{export.operations(int8)['QLinearConv']} of {convolutions}"
         return export.OnnxNetwork(fp32), export.OnnxNetwork(int8), integers

@@ -24,7 +24,7 @@ from train_helpers import run_epoch
 import repopt
 from benchmarks import device as of_the_device
 from main_repopt import main
-from repopt import quantize
+from repopt import quantization
 from repopt.optim import RULES
 from train.command import EXIT_DONE, EXIT_INTERRUPTED
 from train.compilation import COMPILE_MODES, compiled
@@ -196,9 +196,9 @@ def images_and_network(device):
 
 def test_quantization_after_training(device):
     images, model = images_and_network(device)
-    observed = quantize.prepare(model, images, "ptq", "default")
-    quantize.calibrate(observed, [images])
-    int8 = quantize.convert(observed)
+    observed = quantization.prepare(model, images, "ptq", "default")
+    quantization.calibrate(observed, [images])
+    int8 = quantization.convert(observed)
     there = int8(images).cpu()
     torch.testing.assert_close(int8.cpu()(images.cpu()), there, rtol=0.1, atol=0.1)
 
@@ -206,8 +206,8 @@ def test_quantization_after_training(device):
 def test_quantization_by_training_on(device):
     images, model = images_and_network(device)
     labels = torch.arange(8, device=device)
-    observed = quantize.prepare(model, images, "qat", "default")
-    quantize.calibrate(observed, [images])
+    observed = quantization.prepare(model, images, "qat", "default")
+    quantization.calibrate(observed, [images])
     optimizer = repopt.build_optimizer("sgd", observed, scales_of(model, torch.float32), **SETTINGS)
     guard = NonFiniteGuard(observed, optimizer, device)
     losses = []

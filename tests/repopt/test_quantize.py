@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import repopt
-from repopt import export, quantize
+from repopt import export, quantization
 from repopt.errors import UserError
+from repopt.quantization import flow, graph
 from train.nonfinite import NonFiniteGuard
 from train.parallel import average_statistics, data_parallel
 
@@ -49,14 +50,14 @@ def network(mode="target", name="RepOpt-VGG-nano", **overrides):
 
 def calibrated(model, method="ptq", preset="default", x=None):
     x = images() if x is None else x
-    observed = quantize.prepare(model, x, method, preset)
-    quantize.calibrate(observed, [x])
+    observed = quantization.prepare(model, x, method, preset)
+    quantization.calibrate(observed, [x])
     return observed
 
 
 def quantized(model, method="ptq", preset="default", x=None):
     observed = calibrated(model, method, preset, x)
-    return observed, quantize.convert(observed)
+    return observed, quantization.convert(observed)
 
 
 class Converted(NamedTuple):
@@ -64,8 +65,8 @@ class Converted(NamedTuple):
 
     model: nn.Module
     x: torch.Tensor
-    observed: quantize.Observed
-    int8: quantize.Int8
+    observed: quantization.PreparedModel
+    int8: quantization.Int8
 
 
 @pytest.fixture(scope="module", params=["target", "repvgg"])
@@ -77,7 +78,7 @@ def qat(request):
     torch.manual_seed(0)
     model, x = network(request.param), images()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "_round_bias", lambda *arguments: None)
+        patch.setattr(graph, "round_bias", lambda *arguments: None)
         return Converted(model, x, *quantized(model, "qat", x=x))
 
 
@@ -136,10 +137,10 @@ class TestIntegers:
         _, int8 = quantized(model, preset="per_tensor", x=x)
         torch.testing.assert_close(outputs(int8, x), signal, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("preset", quantize.PRESETS)
+    @pytest.mark.parametrize("preset", quantization.PRESETS)
     def test_weights_are_rounded_as_the_preset_says(self, preset):
         """They are integers of the preset's range, by the names of their layers; no other kernels are left."""
-        row = quantize.PRESETS[preset]
+        row = quantization.PRESETS[preset]
         model = network()
         _, int8 = quantized(model, preset=preset)
         state = int8.state_dict()
@@ -167,7 +168,7 @@ class TestIntegers:
         _, int8 = quantized(network(), x=x)
         assert len(outputs(int8, x)[:, 0].unique()) > 200
 
-    @pytest.mark.parametrize("preset", quantize.PRESETS)
+    @pytest.mark.parametrize("preset", quantization.PRESETS)
     @pytest.mark.parametrize(("name", "mode"), [("RepOpt-VGG-nano", "target"), ("RepOpt-VGG-nano", "repvgg")])
     def test_it_is_nearly_the_same_function(self, name, mode, preset):
         model, x = network(mode, name), images()
@@ -193,7 +194,7 @@ class TestPreparing:
     def test_what_is_converted_stays_as_it_is(self, method):
         observed = calibrated(network("repvgg"), method)
         before = {name: value.clone() for name, value in observed.state_dict().items()}
-        quantize.convert(observed)
+        quantization.convert(observed)
         for name, value in observed.state_dict().items():
             assert torch.equal(value, before[name]), name
 
@@ -202,28 +203,28 @@ class TestPreparing:
         model, x = network(mode), images()
         observed, int8 = quantized(model, method, x=x)
         fresh = repopt.create_model("RepOpt-VGG-nano", mode=mode, num_classes=10, **SMALL)
-        again = quantize.prepare(fresh, x, method, "default")
-        quantize.load(again, observed.state_dict())
-        assert torch.equal(outputs(quantize.convert(again), x), outputs(int8, x))
+        again = quantization.prepare(fresh, x, method, "default")
+        quantization.load(again, observed.state_dict())
+        assert torch.equal(outputs(quantization.convert(again), x), outputs(int8, x))
 
     def test_a_state_dict_of_another_network_is_refused(self):
         observed, _ = quantized(network())
-        other = quantize.prepare(network("repvgg"), images(), "ptq", "per_tensor")
+        other = quantization.prepare(network("repvgg"), images(), "ptq", "per_tensor")
         with pytest.raises(UserError, match="the weights are not those of this model"):
-            quantize.load(other, observed.state_dict())
+            quantization.load(other, observed.state_dict())
 
     def test_mistakes(self):
         model, x = network(), images()
         with pytest.raises(UserError, match="unknown quantization preset 'defualt'; did you mean 'default'"):
-            quantize.prepare(model, x, "ptq", "defualt")
+            quantization.prepare(model, x, "ptq", "defualt")
         with pytest.raises(UserError, match="unknown quantization method 'ptqq'; did you mean 'ptq'"):
-            quantize.prepare(model, x, "ptqq", "default")
+            quantization.prepare(model, x, "ptqq", "default")
         with pytest.raises(UserError, match="no images to calibrate with"):
-            quantize.calibrate(quantize.prepare(model, x, "ptq", "default"), [])
+            quantization.calibrate(quantization.prepare(model, x, "ptq", "default"), [])
 
     def test_batches_are_bounded_as_batch_norms_on_gpus_need_it(self):
-        program = quantize.export_program(network(), images())
-        assert [bounds.upper for bounds in program.range_constraints.values()] == [quantize.MAX_BATCH]
+        program = quantization.export_program(network(), images())
+        assert [bounds.upper for bounds in program.range_constraints.values()] == [quantization.MAX_BATCH]
 
     def test_an_operator_that_cannot_be_exported_is_one_line(self):
         class Decides(nn.Module):
@@ -231,7 +232,7 @@ class TestPreparing:
                 return x if x.sum() > 0 else -x
 
         with pytest.raises(UserError, match="Decides cannot be exported") as caught:
-            quantize.prepare(Decides(), images(), "ptq", "default")
+            quantization.prepare(Decides(), images(), "ptq", "default")
         assert "\n" not in str(caught.value)
 
 
@@ -272,8 +273,8 @@ class TestTraining:
             if isinstance(norm, nn.BatchNorm2d):
                 norm.eps, norm.momentum = 1e-2, 0.05
         scales = scales_of(model) if with_scales else None
-        observed = quantize.prepare(model, images(), "qat", "default")
-        observed.network.apply(quantize.pt2e.disable_fake_quant)
+        observed = quantization.prepare(model, images(), "qat", "default")
+        observed.network.apply(flow.pt2e.disable_fake_quant)
         before = copy.deepcopy(model.state_dict())
         for trained in (model.train(), observed.train()):
             source = torch.Generator().manual_seed(0)
@@ -298,8 +299,8 @@ class TestTraining:
 
     def test_calibration_averages_ranges_over_batches(self):
         x = images()
-        observed = quantize.prepare(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval(), x, "qat", "default")
-        quantize.calibrate(observed, [x, 3 * x, 5 * x])
+        observed = quantization.prepare(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval(), x, "qat", "default")
+        quantization.calibrate(observed, [x, 3 * x, 5 * x])
         of_image = observed.network.activation_post_process_0.activation_post_process
         torch.testing.assert_close(of_image.max_val, 3 * x.max())
         torch.testing.assert_close(of_image.min_val, 3 * x.min())
@@ -328,8 +329,8 @@ class TestTraining:
         x, y = images(32), torch.arange(32) % 10
         model = network()
         scales = {name: torch.ones_like(scale) for name, scale in scales_of(model).items()}
-        observed = quantize.prepare(model, x, "qat", "default")
-        quantize.calibrate(observed, [x])
+        observed = quantization.prepare(model, x, "qat", "default")
+        quantization.calibrate(observed, [x])
         optimizer = repopt.build_optimizer("sgd", observed.train(), scales, lr=0.05, momentum=0.9)
         losses = []
         for _ in range(30):
@@ -392,7 +393,7 @@ def test_processes_average_what_they_measured(tmp_path):
 
 class TestSignalToNoise:
     def check(self, model, x, observed, int8):
-        ratios = quantize.signal_to_noise(observed, int8, x)
+        ratios = quantization.signal_to_noise(observed, int8, x)
         signal = outputs(model, x)
         noise = outputs(int8, x) - signal
         assert ratios["linear"] == pytest.approx(
@@ -412,7 +413,9 @@ class TestSignalToNoise:
 
     def test_more_noise_per_tensor(self):
         model, x = network("repvgg"), images()
-        ratios = {p: quantize.signal_to_noise(*quantized(model, preset=p, x=x), x) for p in ("default", "per_tensor")}
+        ratios = {
+            p: quantization.signal_to_noise(*quantized(model, preset=p, x=x), x) for p in ("default", "per_tensor")
+        }
         assert sum(ratios["default"].values()) > sum(ratios["per_tensor"].values())
 
 
@@ -461,7 +464,7 @@ class TestOnnx:
         assert export.relative_difference(self.written(int8, x, tmp_path / "q.onnx")(x), outputs(int8, x)) < 0.05
         assert export.operations(tmp_path / "q.onnx")["QLinearConv"] == 6
 
-    @pytest.mark.parametrize("preset", quantize.PRESETS)
+    @pytest.mark.parametrize("preset", quantization.PRESETS)
     def test_what_leaves_the_range_is_cut_alike(self, tmp_path, preset):
         """Seven bits end at 127, though the type holds more."""
         model, x = network(), images()
@@ -488,7 +491,7 @@ class TestOnnx:
         observed = calibrated(model, method, x=x)
         assert export.relative_difference(outputs(observed, x), outputs(model, x)) < (0.2 if method == "qat" else 1e-4)
         if method == "ptq":
-            int8 = quantize.convert(observed)
+            int8 = quantization.convert(observed)
             assert export.relative_difference(self.written(int8, x, tmp_path / "q.onnx")(x), outputs(int8, x)) < 0.1
 
     def test_squeeze_and_excitation(self, tmp_path):

@@ -118,7 +118,7 @@ def test_without_the_extra_rows_of_onnxruntime_are_left_out_and_it_is_said_once(
 def test_a_network_that_onnxruntime_computes_otherwise_is_named(compiled, monkeypatch):
     from repopt import export
 
-    monkeypatch.setattr(export, "LARGEST_DIFFERENCE_INT8", -1.0)
+    monkeypatch.setattr(export, "MAX_DIFFERENCE_INT8", -1.0)
     with pytest.warns(UserWarning, match="rows of onnxruntime .* differ .*RepOpt-VGG-nano-int8.onnx is not written"):
         rows = measured("--arch", "RepOpt-VGG-nano")
     assert len(rows) == 5 and not any(row["form"] in ONNXRUNTIME for row in rows)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 import main_repopt
-from repopt import checkpoint, export, quantize
+from repopt import checkpoint, export, quantization
 from repopt.errors import UserError
 from train import trained
 from train.command import EXIT_INTERRUPTED
@@ -142,7 +142,7 @@ def test_training_on_resumes_as_if_it_never_stopped(target, tmp_path, monkeypatc
     def convert(observed):
         raise UserError("it takes 15 seconds")
 
-    monkeypatch.setattr(quantize, "convert", convert)
+    monkeypatch.setattr(quantization, "convert", convert)
 
     def training(tag):
         arguments = ("--resume", target, "--tag", tag, "--method", "qat")

@@ -1,0 +1,238 @@
+"""The way to INT8: prepare, calibrate (and train), convert; and how much noise it brings."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torchao.quantization import pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
+from typing_extensions import override
+
+from repopt.checkpoint import load_weights
+from repopt.deploy import deploy
+from repopt.errors import UserError, one_line, unknown
+from repopt.layers import Around
+from repopt.quantization import graph as graphs
+from repopt.quantization.presets import AVERAGED_BATCHES, FakeQuantizedActivation, find_preset
+from repopt.reparam import declared_blocks
+
+MAX_BATCH = 65_535  # images in a batch of an exported network: with more, a GPU computes batch norms in another way
+_METHODS = ("ptq", "qat")
+
+
+class PreparedModel(Around):
+    """A network exported for quantization, (N, C, H, W) -> (N, num_classes), H and W fixed; its ranges are observed.
+
+    With `fake` it computes as the INT8 network will, and is trained (QAT): its parameters are those of `around`, and in
+    training mode it observes activations, while an evaluation leaves their ranges as they are. Without, it computes in
+    float and observes all that it sees (PTQ).
+
+    Args:
+        graph: prepared by torchao.
+        around: the network that was exported.
+        example: an input, (1, C, H, W).
+        fake: whether it is for QAT.
+    """
+
+    def __init__(self, graph: fx.GraphModule, around: nn.Module, example: Tensor, *, fake: bool) -> None:
+        super().__init__(around)
+        own = dict(graph.named_parameters())
+        if fake:
+            assert all(own[name] is param for name, param in around.named_parameters()), "torchao copied parameters"
+        self.network, self.fake = graph, fake
+        example = torch.zeros_like(example, memory_format=torch.contiguous_format)
+        self.register_buffer("example", example, persistent=False)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    @override
+    def train(self, mode: bool = True) -> PreparedModel:
+        """Set whether batch norms take their statistics from the batch, and activations are observed.
+
+        The ranges of weights are always those of the present weights.
+        """
+        self._switch(mode)
+        for observer in self._of_activations():
+            (pt2e.enable_observer if mode else pt2e.disable_observer)(observer)
+        return self
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Observe without quantizing yet, as in an evaluation otherwise."""
+        self._switch(training=False)
+        self.network.apply(pt2e.enable_observer)
+        self.network.apply(pt2e.disable_fake_quant)
+        yield
+        self.network.apply(pt2e.enable_fake_quant)
+        self.eval()
+        if self.fake:
+            self(self.example)  # torchao's fake quantizers compute scales from ranges in a forward pass only
+
+    def _switch(self, training: bool) -> None:
+        self.training = training
+        graphs.switch_training(self.network, training)
+
+    def average_over(self, batches: float) -> None:
+        """Let the next batch count as one of so many in the ranges of activations, where they are averages."""
+        for observer in self._of_activations():
+            observer.activation_post_process.averaging_constant = 1 / batches
+
+    def _of_activations(self) -> Iterator[Any]:
+        yield from (module for module in self.network.modules() if isinstance(module, FakeQuantizedActivation))
+
+
+class Int8(nn.Module):
+    """A quantized network as torch computes it: in float, with all that is rounded where the integers are.
+
+    Args:
+        graph: converted by torchao.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.network = graph
+        self.training = False
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    @override
+    def train(self, mode: bool = True) -> Int8:
+        assert not mode, "an INT8 network is not trained"
+        return self
+
+
+def prepare(model: nn.Module, images: Tensor, method: str, preset: str) -> PreparedModel:
+    """Return a copy of a model whose ranges are observed, for `calibrate` and `convert`.
+
+    With "qat" it is to be trained between the two, as the INT8 network that it will be. A target network keeps its
+    batch norms then, and its optimizer is built as always, of what this returns (``build_optimizer(name, prepared,
+    scales)``). In any other mode, and with "ptq", the branches are folded first, and their batch norms with them.
+
+    Args:
+        model: any of ours, or any that torch.export takes; it stays as it is.
+        images: (N, C, H, W), whose height and width the network will take.
+        method: "ptq" (after training) or "qat" (by training on).
+        preset: one of `PRESETS`.
+
+    Raises:
+        UserError: the method or the preset is unknown, or the model cannot be exported.
+    """
+    if method not in _METHODS:
+        raise unknown("quantization method", method, _METHODS)
+    fake = method == "qat"
+    quantizer = graphs.ConvBnReluQuantizer(find_preset(preset), fake=fake)
+    if not fake:
+        deployed = deploy(model)
+        graph = prepare_pt2e(export_program(deployed, images).module(), quantizer)
+        return PreparedModel(graph, deployed, images[:1], fake=False)
+    keeps_norms = {block.mode for _, block in declared_blocks(model)} == {"target"}
+    trained = (copy.deepcopy(model) if keeps_norms else deploy(model).requires_grad_()).train()
+    graph = export_program(trained, images).module()
+    graphs.drop_batch_counts(graph, trained)
+    settings = graphs.norm_settings(graph)
+    graph = prepare_qat_pt2e(graph, quantizer)
+    graphs.restore_norm_settings(graph, settings)
+    return PreparedModel(graph, trained, images[:1], fake=True)
+
+
+@torch.no_grad()
+def calibrate(prepared: PreparedModel, batches: Iterable[Tensor]) -> None:
+    """Let a network observe images, (N, C, H, W) each.
+
+    Raises:
+        UserError: there are none.
+    """
+    seen = 0
+    with prepared.calibrating():
+        for number, images in enumerate(batches, start=1):
+            prepared.average_over(number)
+            prepared(images)
+            seen += len(images)
+        prepared.average_over(AVERAGED_BATCHES)
+    if not seen:
+        raise UserError("there are no images to calibrate with")
+
+
+@torch.no_grad()
+def load(prepared: PreparedModel, state: Mapping[str, Tensor]) -> None:
+    """Load the state dict of a network that was prepared alike, whose ranges are known.
+
+    Raises:
+        UserError: it is another's.
+    """
+    with prepared.calibrating():
+        prepared(prepared.example)  # torchao's observers give their buffers a shape in a forward pass only
+    load_weights(prepared, state)
+
+
+@torch.no_grad()
+def convert(prepared: PreparedModel) -> Int8:
+    """Return the INT8 network of a calibrated or trained one, which stays as it is."""
+    prepared = copy.deepcopy(prepared).eval()
+    if prepared.fake:
+        prepared(prepared.example)  # for the ranges of the last weights, and the scales of ranges that were averaged
+    graph = convert_pt2e(prepared.network)
+    graphs.finish_conversion(graph)
+    return Int8(graph)
+
+
+@torch.no_grad()
+def signal_to_noise(prepared: PreparedModel, int8: Int8, images: Tensor) -> dict[str, float]:
+    """Return how far the noise of quantization is below every layer's output, in dB, by the path of its module.
+
+    A layer is a convolution or linear layer with what `convert` computes together with it; its output has the noise of
+    those before it, too. Infinite where there is no noise.
+
+    Args:
+        prepared: what was converted; the signals are its own in float.
+        int8: what `convert` made of it.
+        images: (N, C, H, W).
+    """
+    prepared = copy.deepcopy(prepared)
+    with prepared.calibrating():
+        signals = _layer_outputs(prepared.network, images)
+    ratios = {}
+    for path, output in _layer_outputs(int8.network, images).items():
+        noise = (output - signals[path]).square().sum()
+        ratios[path] = 10 * (signals[path].square().sum() / noise).log10().item() if noise else math.inf
+    return ratios
+
+
+def _layer_outputs(graph: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
+    ends = {graphs.output_of(node): graphs.path_of(node) for node in graphs.layers(graph)}
+    outputs = {}
+
+    class Record(fx.Interpreter):
+        @override
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n in ends:
+                outputs[ends[n]] = result.clone()  # ReLUs may overwrite it
+            return result
+
+    Record(graph).run(images)
+    return outputs
+
+
+def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """Return a model's operations, for batches of up to `MAX_BATCH` images of the height and width of `images`.
+
+    Raises:
+        UserError: there is an operation that cannot be exported.
+    """
+    pair = torch.cat([images[:1], images[:1]])  # torch.export takes a batch of one for a constant
+    try:
+        return torch.export.export(model, (pair,), dynamic_shapes=({0: Dim("batch", max=MAX_BATCH)},))
+    except Exception as error:  # of many kinds, with the tracer's own words
+        raise UserError(f"{type(model).__name__} cannot be exported: {one_line(error)}") from error

@@ -1,0 +1,195 @@
+"""Exported graphs: which operations become integers, and what torchao's graphs are mended in."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e import quantizer as ao
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+from typing_extensions import override
+
+from repopt.quantization.presets import Preset, specs_of
+
+_aten = torch.ops.aten
+LAYERS = (_aten.conv2d.default, _aten.linear.default)
+_NORMS = (_aten.batch_norm.default,)
+_RELUS = (_aten.relu.default, _aten.relu_.default)
+_TRAINING_FLAGS = {_aten.dropout.default: "train", _aten.batch_norm.default: "training"}
+# In QAT torchao multiplies a kernel by the scale of its batch norm, and divides the layer's output by it again.
+_QAT_RESCALE_OPS = (_aten.div.Tensor,)
+# What a kernel's dequantization takes, per tensor or per channel, and how it is called below the layer's name.
+_INTEGERS = {
+    "input": "weight",
+    "scale": "weight_scale",
+    "scales": "weight_scale",
+    "zero_point": "weight_zero_point",
+    "zero_points": "weight_zero_point",
+}
+
+
+class ConvBnReluQuantizer(ao.Quantizer):
+    """Marks what becomes integers: convolutions and linear layers, each with the batch norm and ReLU behind it.
+
+    Their inputs, weights and outputs are quantized; biases, and all else between, stay as they are, and so does what
+    the network gives.
+    """
+
+    def __init__(self, preset: Preset, *, fake: bool) -> None:
+        super().__init__()
+        self._activations, self._weights = specs_of(preset, fake=fake)
+
+    @override
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        for node in layers(model):
+            node.meta[Q_ANNOTATION_KEY] = ao.QuantizationAnnotation(
+                input_qspec_map={argument(node, "input"): self._activations, argument(node, "weight"): self._weights},
+                _annotated=True,
+            )
+            end = pattern_end(node)
+            if any(user.op != "output" for user in end.users):
+                annotation = end.meta.setdefault(Q_ANNOTATION_KEY, ao.QuantizationAnnotation(_annotated=True))
+                annotation.output_qspec = self._activations
+        return model
+
+    @override
+    def validate(self, model: fx.GraphModule) -> None:
+        pass  # nothing is left to check
+
+
+def layers(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """Yield the nodes of convolutions and linear layers."""
+    yield from (node for node in graph.graph.nodes if node.target in LAYERS)
+
+
+def path_of(node: fx.Node) -> str:
+    """Return the path of the module whose operation a node is."""
+    *_, (path, _) = node.meta["nn_module_stack"].values()
+    return path
+
+
+def output_of(layer: fx.Node) -> fx.Node:
+    """Return the end of what is computed together with a layer in a converted network, before it is rounded."""
+    return pattern_end(sole_user_in(layer, _QAT_RESCALE_OPS))
+
+
+def pattern_end(layer: fx.Node) -> fx.Node:
+    """Return the end of the chain of layer, batch norm and ReLU, where the latter are there."""
+    return sole_user_in(sole_user_in(layer, _NORMS), _RELUS)
+
+
+def sole_user_in(node: fx.Node, operations: tuple[Any, ...]) -> fx.Node:
+    """Return the only user of a node, where it is one of these operations; else the node itself."""
+    user = next(iter(node.users)) if len(node.users) == 1 else node
+    return user if user.target in operations else node
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """Return an argument of an operation by its name in the schema."""
+    place, default = _declared(node)[name]
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set an argument of an operation by its name in the schema."""
+    place, _ = _declared(node)[name]
+    if place < len(node.args):
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def _declared(node: fx.Node) -> dict[str, tuple[int, Any]]:
+    """Return the place and the default value of an operation's arguments by name."""
+    declared = node.target._schema.arguments  # type: ignore[union-attr]  # of an operation it is an OpOverload
+    return {item.name: (place, item.default_value) for place, item in enumerate(declared)}
+
+
+def value_of(graph: fx.GraphModule, value: Any) -> Any:
+    """Return a number as it is, and of a node the tensor that it stands for."""
+    return operator.attrgetter(str(value.target))(graph) if isinstance(value, fx.Node) else value
+
+
+def switch_training(graph: fx.GraphModule, training: bool) -> None:
+    """Let dropout and batch norms do as in training, or not.
+
+    torchao's own function for it (move_exported_model_to_eval) replaces them by ones of torch's default probability,
+    momentum and epsilon.
+    """
+    for node in graph.graph.nodes:
+        if flag := _TRAINING_FLAGS.get(node.target):
+            set_argument(node, flag, training)
+    graph.recompile()
+
+
+def drop_batch_counts(graph: fx.GraphModule, model: nn.Module) -> None:
+    """Remove the counters of batch norms: torch.export traces them to count in evaluations too, and none is read."""
+    norms = [path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    counts = {f"{path}.num_batches_tracked" for path in norms}
+    for node in graph.graph.nodes:
+        if node.target is _aten.add_.Tensor and argument(node, "self").target in counts:
+            graph.graph.erase_node(node)
+
+
+def norm_settings(graph: fx.GraphModule) -> dict[Any, tuple[float, float]]:
+    """Return momentum and epsilon of every batch norm, by the name of its running variance."""
+    return {
+        argument(node, "running_var").target: (argument(node, "momentum"), argument(node, "eps"))
+        for node in graph.graph.nodes
+        if node.target in _NORMS
+    }
+
+
+def restore_norm_settings(graph: fx.GraphModule, settings: dict[Any, tuple[float, float]]) -> None:
+    """Undo that torchao's QAT fusion puts torch's default momentum and epsilon into batch norms."""
+    for node in graph.graph.nodes:
+        if node.target in _NORMS:
+            momentum, epsilon = settings[argument(node, "running_var").target]
+            set_argument(node, "momentum", momentum)
+            set_argument(node, "eps", epsilon)
+        elif node.target is _aten.add.Tensor:
+            variance = getattr(argument(node, "self"), "target", None)
+            if variance in settings:  # where a kernel is scaled
+                set_argument(node, "other", settings[variance][1])
+    graph.recompile()
+
+
+def finish_conversion(graph: fx.GraphModule) -> None:
+    """Round biases, drop the float kernels that torchao leaves behind, and give the integers the layers' names."""
+    for node in layers(graph):
+        round_bias(graph, node)
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in graph.state_dict() if name not in used]:
+        _delete(graph, name)
+    graph.delete_all_unused_submodules()
+    for node in layers(graph):
+        kernel = argument(node, "weight")
+        for name in _declared(kernel):
+            source = argument(kernel, name)
+            if name in _INTEGERS and isinstance(source, fx.Node):  # else it is a number
+                value = value_of(graph, source)
+                _delete(graph, str(source.target))
+                graph.get_submodule(path_of(node)).register_buffer(_INTEGERS[name], value)
+                source.target = f"{path_of(node)}.{_INTEGERS[name]}"
+    graph.recompile()
+
+
+def round_bias(graph: fx.GraphModule, layer: fx.Node) -> None:
+    """Let a bias be what integer arithmetic makes of it, a multiple of an input's scale times a weight's.
+
+    torchao leaves it in float; onnxruntime and TensorRT add it to the sums of products as an integer of 32 bits.
+    """
+    if (bias := argument(layer, "bias")) is not None:
+        image, kernel = argument(layer, "input"), argument(layer, "weight")
+        of_kernel = "scales" if "scales" in _declared(kernel) else "scale"
+        step: Tensor = argument(image, "scale") * value_of(graph, argument(kernel, of_kernel))
+        own = value_of(graph, bias)
+        own.copy_((own / step).round() * step)
+
+
+def _delete(graph: fx.GraphModule, name: str) -> None:
+    path, _, leaf = name.rpartition(".")
+    delattr(graph.get_submodule(path), leaf)
