@@ -67,7 +67,7 @@ def write(
 
 
 def older(path: Path, number: int) -> Path:
-    """The file that stood at `path` before the last `number` writes, where it is kept."""
+    """Return where the file is kept that stood at `path` before the last `number` writes."""
     return path.with_stem(f"{path.stem}_{number}") if number else path
 
 
@@ -105,7 +105,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def state_dict_of(content: Mapping[str, Any], key: str = "model") -> dict[str, Tensor]:
-    """The state dict of a checkpoint: under `key`, under "state_dict", or the content itself; prefixes of DDP removed.
+    """Return the state dict of a checkpoint, without the prefixes of DDP.
+
+    It stands under `key`, under "state_dict", or is the content itself.
 
     Raises:
         UserError: there is none.
@@ -123,7 +125,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a state dict of the published names into a model; every name and shape has to fit, floats of any width.
 
     Raises:
-        UserError: what is missing, what is unknown, and which shapes and types differ, the first of each.
+        UserError: there are missing or unknown names, or shapes or types that differ; it says the first of each.
     """
     own = model.state_dict()
     problems = []
@@ -151,5 +153,5 @@ def _is_weight(name: object, value: object) -> bool:
 
 
 def _kind(value: Tensor) -> str:
-    """What converts into each other without a loss of meaning."""
+    """Return the kind of number: types of one kind convert into each other without a loss of meaning."""
     return "float" if value.is_floating_point() else "complex" if value.is_complex() else "integer"

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,12 +97,14 @@ def damage(training: Training, rng: random.Random, spoil: Callable[[Path, random
 
 def truncate(path: Path, rng: random.Random) -> None:
     """Cut a file at a random place."""
-    os.truncate(path, rng.randrange(path.stat().st_size - 100))  # within the seal itself nothing is missing
+    os.truncate(path, rng.randrange(path.stat().st_size))
 
 
 def flip(path: Path, rng: random.Random) -> None:
-    """Change one bit."""
-    place = rng.randrange(path.stat().st_size - 100)
+    """Change one bit of the largest tensor; there are bytes between tensors that nobody reads."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    place = largest.header_offset + 256 + rng.randrange(largest.file_size - 256)  # behind the entry's header
     with path.open("r+b") as file:
         file.seek(place)
         (byte,) = file.read(1)
