@@ -21,9 +21,9 @@ from repopt.errors import UserError
 
 T = TypeVar("T")
 
-BEAT_SECONDS = 5.0  # between two signs of life
-LOST_SECONDS = 45.0  # without one, after which a process is given up
-MEETING_SECONDS = 300.0  # that the first process may take to come to the others
+HEARTBEAT_VARIABLE = "REPOPT_HEARTBEAT_TIMEOUT"
+HEARTBEAT_TIMEOUT = 45  # seconds without a heartbeat, after which a process is given up
+RENDEZVOUS_TIMEOUT = 300.0  # seconds that the first process may take to come to the others
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def world() -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), and part from them at the end.
 
     Where another process ends before all have parted, this one ends within a minute, wherever it waits: the others of a
-    run are never left hanging.
+    run are never left hanging. REPOPT_HEARTBEAT_TIMEOUT in the environment is another number of seconds, 0 for never.
 
     Raises:
         UserError: more processes on this node than GPUs, or an environment that is not torchrun's.
     """
-    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    rank, size, timeout = _number("RANK", 0), _number("WORLD_SIZE", 1), _heartbeat_timeout()
     if torch.cuda.is_available():
         on_node, gpus = _number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
         if on_node > gpus:
@@ -68,38 +68,40 @@ def world() -> Iterator[World]:
     if size == 1:
         yield here
         return
-    global _hosts
+    global _cpu_group
+    backend, heartbeat, ended = "nccl" if device.type == "cuda" else "gloo", None, False
     try:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_meet(rank, size), rank=rank, world_size=size)
-        _hosts = dist.new_group(backend="gloo")
-        watch = _Watch(dist.new_group(backend="gloo", timeout=timedelta(seconds=LOST_SECONDS)))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"cannot meet the other {size - 1} processes (start with torchrun): {error}") from None
-    watch.start()
-    try:
+        try:
+            dist.init_process_group(backend, store=_rendezvous(rank, size), rank=rank, world_size=size)
+            _cpu_group = _new_cpu_group()
+            heartbeat = _Heartbeat(timeout)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"cannot meet the other {size - 1} processes (start with torchrun): {error}") from None
         yield here
-    except BaseException:
-        watch.leave()
-        raise
-    watch.part()
-    dist.destroy_process_group()
-    _hosts = None
+        heartbeat.shutdown()
+        ended = True
+    finally:
+        _cpu_group = None
+        waits = backend == "nccl" and not ended  # for the others' kernels: then the error would not be told
+        if heartbeat is not None and not ended:
+            heartbeat.abort(kill=waits)
+        if dist.is_initialized() and not waits:
+            dist.destroy_process_group()
 
 
-_hosts: dist.ProcessGroup | None = None  # what processes say to each other beside their devices' work
+_cpu_group: dist.ProcessGroup | None = None  # for what processes say to each other beside their devices' work
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on each of them."""
-    if dist.is_initialized():
+    if _cpu_group is not None:
         dist.all_reduce(values)
     return values
 
 
 def decided_by_first(decide: Callable[[], T]) -> T:
     """What the first process decides, on all of them; also if it is a UserError."""
-    if _hosts is None:
+    if _cpu_group is None:
         return decide()
     decision: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -107,7 +109,7 @@ def decided_by_first(decide: Callable[[], T]) -> T:
             decision = [decide()]
         except UserError as error:
             decision = [error]
-    dist.broadcast_object_list(decision, src=0, group=_hosts)
+    dist.broadcast_object_list(decision, src=0, group=_cpu_group)
     if isinstance(decision[0], UserError):
         raise decision[0]
     return decision[0]
@@ -115,10 +117,10 @@ def decided_by_first(decide: Callable[[], T]) -> T:
 
 def gather(value: Any) -> list[Any]:
     """The values of all processes, by rank, on the first; an empty list on the others."""
-    if _hosts is None:
+    if _cpu_group is None:
         return [value]
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0, group=_hosts)
+    dist.gather_object(value, values, dst=0, group=_cpu_group)
     return values or []
 
 
@@ -133,16 +135,16 @@ class Vote:
 
     def say(self, number: int) -> int:
         """The largest of what was said in the last call (0 in the first one); by a process alone, `number`."""
-        if _hosts is None:
+        if _cpu_group is None:
             return number
         known = self._arrived()
         message = torch.tensor(number)
-        self._travelling = message, dist.all_reduce(message, dist.ReduceOp.MAX, group=_hosts, async_op=True)
+        self._travelling = message, dist.all_reduce(message, dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
         return known
 
     def settle(self, number: int) -> int:
         """The largest of what was said in the last call and in this one; waits for the others."""
-        return max(self.say(number), self._arrived() if _hosts is not None else 0)
+        return max(self.say(number), self._arrived() if _cpu_group is not None else 0)
 
     def _arrived(self) -> int:
         if self._travelling is None:
@@ -153,7 +155,7 @@ class Vote:
         return int(message)
 
 
-def _meet(rank: int, size: int) -> dist.Store:
+def _rendezvous(rank: int, size: int) -> dist.Store:
     """A store that the processes which are alive share, and no others.
 
     torchrun has one store for all its restarts. There, processes would find the addresses of those before them, and
@@ -167,7 +169,7 @@ def _meet(rank: int, size: int) -> dist.Store:
         present = [store.get(f"{own}/{other}") for other in range(1, size)]
         store.set(f"{own}/present", b" ".join(present))
         return dist.PrefixStore(own, store)
-    meeting, deadline = "", time.monotonic() + MEETING_SECONDS
+    meeting, deadline = "", time.monotonic() + RENDEZVOUS_TIMEOUT
     while time.monotonic() < deadline:
         if (newest := store.get("meeting").decode()) != meeting:
             meeting = newest
@@ -175,50 +177,74 @@ def _meet(rank: int, size: int) -> dist.Store:
         if store.check([f"{meeting}/present"]) and own.encode() in store.get(f"{meeting}/present").split():
             return dist.PrefixStore(meeting, store)
         time.sleep(0.1)
-    raise RuntimeError(f"the first one has not opened a meeting within {MEETING_SECONDS:.0f} s")
+    raise RuntimeError(f"the first one has not opened a meeting within {RENDEZVOUS_TIMEOUT:.0f} s")
 
 
-class _Watch(threading.Thread):
-    """Exchanges signs of life with the other processes, and ends this one when one of them is gone.
+class _Heartbeat(threading.Thread):
+    """Exchanges heartbeats with the other processes, and ends this one when one of them is gone.
 
     A process whose peer is gone may wait for it in a kernel of its GPU, where no error ever reaches it.
+
+    Args:
+        timeout: Seconds without a heartbeat after which a process is given up, the smallest of all processes; 0: never.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(name="watch", daemon=True)
-        self._group, self._parts, self._leaves = group, threading.Event(), False
+    def __init__(self, timeout: int) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._ends, self._aborts = threading.Event(), False
+        smallest = torch.tensor(timeout)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=_cpu_group)
+        self._timeout = int(smallest)
+        if self._timeout:
+            self._group = _new_cpu_group(timedelta(seconds=self._timeout))
+            self.start()
 
     def run(self) -> None:
-        everyone_parts = torch.zeros((), dtype=torch.int64)
-        while not everyone_parts:
-            self._parts.wait(BEAT_SECONDS)
-            if self._leaves:
+        all_end = torch.zeros((), dtype=torch.int64)
+        while not all_end:
+            self._ends.wait(self._timeout / 9)
+            if self._aborts:
                 return
-            everyone_parts.fill_(self._parts.is_set())
+            all_end.fill_(self._ends.is_set())
             try:
-                dist.all_reduce(everyone_parts, dist.ReduceOp.MIN, group=self._group)
+                dist.all_reduce(all_end, dist.ReduceOp.MIN, group=self._group)
             except RuntimeError:
-                if not self._leaves:
+                if not self._aborts:
                     print("another process of this run has ended, so this one ends too", file=sys.stderr, flush=True)
                     os._exit(1)
                 return
 
-    def part(self) -> None:
-        """Wait until all processes part, so that nobody's end is taken for a failure."""
-        self._parts.set()
-        self.join()
+    def shutdown(self) -> None:
+        """Wait until all processes end, so that nobody's end is taken for a failure."""
+        self._ends.set()
+        if self._timeout:
+            self.join()
 
-    def leave(self) -> None:
-        """Give no more signs of life: this process ends by an error of its own, and if that hangs, in a while."""
-        self._leaves = True
-        self._parts.set()
-        end = threading.Timer(LOST_SECONDS, os._exit, [1])
-        end.daemon = True
-        end.start()
+    def abort(self, *, kill: bool) -> None:
+        """Send no more heartbeats: this process ends by an error of its own; with `kill`, if that hangs, in a while."""
+        self._aborts = True
+        self._ends.set()
+        if kill and self._timeout:
+            end = threading.Timer(self._timeout, os._exit, [1])
+            end.daemon = True
+            end.start()
 
 
-def _number(variable: str, default: int) -> int:
+def _new_cpu_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup), "every process is a member"
+    return group
+
+
+def _heartbeat_timeout() -> int:
+    debugged = sys.gettrace() is not None  # a debugger stops all threads
+    if sys.version_info >= (3, 12):
+        debugged = debugged or sys.monitoring.get_tool(sys.monitoring.DEBUGGER_ID) is not None
+    return 0 if debugged else _number(HEARTBEAT_VARIABLE, HEARTBEAT_TIMEOUT, "give seconds, or 0 for no heartbeat")
+
+
+def _number(variable: str, default: int, hint: str = "start with torchrun") -> int:
     text = os.environ.get(variable, str(default))
     if not text.isdecimal():
-        raise UserError(f"the environment's {variable} is {text!r}, not a number: start with torchrun")
+        raise UserError(f"the environment's {variable} is {text!r}, not a number: {hint}")
     return int(text)
