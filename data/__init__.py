@@ -1,11 +1,11 @@
 """An image's way: data set -> transform -> loader.
 
-types       what a caller says: Source, Augmentation; and gets: Info
-build       of classification: describe, train_loader, eval_loader
-segmentation, detection         the same of each: describe, train_loader, eval_loader, and the table of its data sets
-registry    the table of data sets for classification: a new one is a row there
-digits, patches, cifar, glyphs, fake    sets that live on the device as one tensor
-encoded, folder, zipped         images in files
+types       what a caller says: Source, Augmentation
+registry    the table of data sets: a new one is a row there
+build       train_loader, eval_loader, and what they need of a data set: ImageSet
+classification, segmentation, detection     a data set as each task takes it
+digits, patches, cifar, glyphs, fake        sets that live on the device as one tensor
+folder, zipped                  images in files
 caltech                         one whose split is ours
 cityscapes, coco                layouts of images with label images, and with boxes and masks
 scenes                          digits in both, made where they are absent
@@ -16,24 +16,28 @@ transforms, raug15              one decoded image -> uint8 tensor
 samplers                        which images in what order; randomness is that of data.seeding
 position                        what an epoch has been through: it may stop, and go on with other processes
 loader, resident, decoded       batches on the device; samples and unreadable images are decoded's
-on_device                       normalise, erase, mix: whole batches
+on_device                       normalize, erase, mix: whole batches
 """
 
-from data import detection, segmentation
-from data.build import describe, eval_loader, train_loader
+from data.build import ImageSet, eval_loader, train_loader
+from data.classification import Classification, describe
+from data.detection import Detection
 from data.loader import Loader
 from data.position import Position
-from data.types import Augmentation, Info, Source
+from data.segmentation import Segmentation
+from data.types import Augmentation, DatasetInfo, Source
 
 __all__ = [
     "Augmentation",
-    "Info",
+    "Classification",
+    "DatasetInfo",
+    "Detection",
+    "ImageSet",
     "Loader",
     "Position",
+    "Segmentation",
     "Source",
     "describe",
-    "detection",
     "eval_loader",
-    "segmentation",
     "train_loader",
 ]

@@ -1,160 +1,121 @@
-"""From a description of the images wanted to the loader that yields them."""
+"""From a data set, as a task takes it, to the loader that yields its batches: the same for every task."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import device as Device
+from torch.utils.data import default_collate
 
-from data import registry, transforms
-from data.decoded import Blank, Decoded, DecodedLoader, mending, replace
-from data.loader import Loader
-from data.on_device import Erase, Mix, Normalize
-from data.resident import RandomCropFlip, ResidentLoader
-from data.samplers import EvalSampler, TrainSampler
-from data.types import Augmentation, Info, Loading, Source
-from repopt.errors import UserError
+from data.decoded import BadSamplePolicy, Collate, DecodedLoader, ImageDataset, raise_on_bad, replace_bad
+from data.loader import BatchAugmentation, Loader
+from data.on_device import Normalize
+from data.registry import DatasetSpec
+from data.resident import InMemoryDataset, InMemoryLoader
+from data.samplers import EvalSampler, Sampler, TrainSampler
+from data.types import LoaderConfig, Source
 
 
-def describe(source: Source, *, splits: Sequence[str] = ("train", "val")) -> Info:
-    """What is known of a data set without decoding an image; only the `splits` named need to exist.
+class ImageSet(ABC):
+    """A data set as a task takes it: what its samples are, and how they become batches.
 
-    Raises:
-        UserError: an unknown data set, a missing or empty folder, splits with different classes.
+    Attributes:
+        source: where the images come from.
+        collate: makes a batch of its samples: images, targets and indices; a UserError refuses it.
     """
-    row = registry.find(source)
-    return row.info if isinstance(row, registry.Resident) else row.describe(source, splits)
+
+    source: Source
+    collate = staticmethod(default_collate)
+
+    @property
+    @abstractmethod
+    def spec(self) -> DatasetSpec:
+        """The data set's row in the table.
+
+        Raises:
+            UserError: an unknown data set.
+        """
+
+    @abstractmethod
+    def dataset(self, split: str, *, training: bool, seed: int, cfg: LoaderConfig) -> ImageDataset | InMemoryDataset:
+        """Return the samples of a split; with `training` they are varied, by draws that follow from the seed.
+
+        Raises:
+            UserError: the split is absent, or not sound.
+        """
+
+    def normalize(self, cfg: LoaderConfig) -> Normalize:
+        """Return what makes floats of a batch of uint8 images on the device."""
+        return Normalize(self.spec.mean, self.spec.std, cfg.device, cfg.memory_format)
+
+    def bad_sample_policy(self, split: str) -> BadSamplePolicy:
+        """Return what becomes of the unreadable samples of a split."""
+        return replace_bad if split == "train" and self.source.on_bad_image == "skip" else raise_on_bad
+
+    def batch_augmentations(self, batch_size: int, seed: int, device: Device) -> Sequence[BatchAugmentation]:
+        """Return what varies whole normalized batches of training, in its order."""
+        return ()
 
 
-def train_loader(
-    source: Source,
-    augmentation: Augmentation,
-    *,
-    image_size: int,
-    interpolation: str,
-    batch_size: int,
-    num_classes: int,
-    label_smoothing: float,
-    seed: int = 0,
-    **loading: Any,
-) -> Loader:
-    """Augmented training batches of one rank, all of `batch_size` images, in an order that (seed, epoch) gives.
+def train_loader(images: ImageSet, *, batch_size: int, seed: int = 0, **loading: Any) -> Loader:
+    """Return augmented training batches of one rank, all of `batch_size` images, in an order that (seed, epoch) gives.
 
     Args:
-        source: where the images come from.
-        augmentation: how they are varied; the sets that live on the device have crops of their own and heed only
-            the mixing.
-        image_size: side of the images in pixels.
-        interpolation: 'bilinear', 'bicubic', or 'random' (one of the two, per image).
+        images: the data set: a `Classification`, `Segmentation` or `Detection`.
         batch_size: images per step on this rank.
-        num_classes: of the model; width of the targets under mixup and cutmix.
-        label_smoothing: applied here only under mixup and cutmix, whose targets are distributions.
         seed: of the order and of every augmentation.
-        loading: see `Loading`.
+        loading: the fields of `LoaderConfig`.
 
     Raises:
-        UserError: as `describe`; a name (preset, interpolation, policy, mode) that does not exist; an image size that
-            does not fit the data set; more classes than `num_classes`; fewer images than one step takes.
+        UserError: as `ImageSet.dataset`; fewer images than one step takes.
     """
-    how = Loading(**loading)
-    row = _find(source, image_size, interpolation)
-    transforms.check_preset(augmentation.preset)
-    normalize = Normalize(row.mean, row.std, how.device, how.memory_format)
-    mix = (
-        Mix(augmentation, batch_size=batch_size, num_classes=num_classes, label_smoothing=label_smoothing, seed=seed)
-        if augmentation.mixes
-        else None
-    )
-
-    if isinstance(row, registry.Resident):
-        images, labels = row.load(source, "train", image_size, num_classes)
-        _check_labels(labels, num_classes, source)
-        sampler = TrainSampler(len(labels), batch_size, how.rank, how.world_size, seed)
-        images, labels = images.to(how.device), labels.to(how.device)
-        crop = RandomCropFlip(images, padding=row.padding, flip=row.flip, seed=seed)
-        return ResidentLoader(images, labels, sampler, normalize, crop=crop, mix=mix)
-
-    transform = transforms.train_transform(augmentation, image_size, interpolation)
-    erasing = augmentation.preset is None and augmentation.reprob > 0
-    files = row.open(source, "train", num_classes, how.rank, how.world_size)
-    _check_labels(files.labels, num_classes, source)
-    sharded = source.zip_mode and source.cache_mode == "part"
-    return DecodedLoader(
-        Decoded(files, transform, seed),
-        TrainSampler(len(files.labels), batch_size, how.rank, how.world_size, seed, sharded),
-        normalize,
-        mend=mending(source.on_bad_image, replace),
-        how=how,
-        erase=Erase(augmentation, seed, how.device) if erasing else None,
-        mix=mix,
-    )
+    cfg = LoaderConfig(**loading)
+    augmentations = images.batch_augmentations(batch_size, seed, cfg.device)
+    dataset = images.dataset("train", training=True, seed=seed, cfg=cfg)
+    sampler = TrainSampler(len(dataset), batch_size, cfg.rank, cfg.world_size, seed, images.source.sharded)
+    return _loader(images, "train", dataset, sampler, cfg, augmentations)
 
 
 def eval_loader(
-    source: Source,
+    images: ImageSet,
     *,
-    image_size: int,
-    interpolation: str,
-    crop: bool,
     batch_size: int,
-    num_classes: int,
     split: str = "val",
-    most: int | None = None,
+    max_images: int | None = None,
     seed: int = 0,
     **loading: Any,
 ) -> Loader:
-    """Evaluation batches of one rank; over all ranks every image comes exactly once, and the last batch may be smaller.
+    """Return evaluation batches of one rank; over all ranks every image comes once, and the last batch may be smaller.
 
     Args:
-        source: where the images come from.
-        image_size: side of the images in pixels.
-        interpolation: as for training, but 'random' is bicubic.
-        crop: resize the short side to 256/224 of `image_size` before the centre crop, instead of to `image_size`.
-        batch_size: most images per step on this rank.
-        num_classes: of the model.
-        split: whose images; "train" gives training images transformed as in evaluation, where another takes the place
-            of one that cannot be read.
-        most: how many of them; None = all.
+        images: the data set: a `Classification`, `Segmentation` or `Detection`.
+        batch_size: maximum number of images per step on this rank.
+        split: whose images; "train" gives training images as in evaluation, where another takes the place of one that
+            cannot be read.
+        max_images: how many of them; None = all.
         seed: which ones, where not all.
-        loading: see `Loading`.
+        loading: the fields of `LoaderConfig`.
 
     Raises:
-        UserError: as `describe`; an interpolation that does not exist; an image size that does not fit the data set;
-            more classes than `num_classes`.
+        UserError: as `ImageSet.dataset`.
     """
-    how = Loading(**loading)
-    row = _find(source, image_size, interpolation)
-    normalize = Normalize(row.mean, row.std, how.device, how.memory_format)
-
-    def sampler(num_images: int) -> EvalSampler:
-        return EvalSampler(num_images, batch_size, how.rank, how.world_size, most, seed)
-
-    if isinstance(row, registry.Resident):
-        images, labels = row.load(source, split, image_size, num_classes)
-        _check_labels(labels, num_classes, source)
-        return ResidentLoader(images.to(how.device), labels.to(how.device), sampler(len(labels)), normalize)
-
-    files = row.open(source, split, num_classes, how.rank, how.world_size)
-    _check_labels(files.labels, num_classes, source)
-    return DecodedLoader(
-        Decoded(files, transforms.eval_transform(image_size, interpolation, crop=crop), seed=0),  # nothing is random
-        sampler(len(files.labels)),
-        normalize,
-        mend=mending(source.on_bad_image, Blank(image_size) if split == "val" else replace),
-        how=how,
-    )
+    cfg = LoaderConfig(**loading)
+    dataset = images.dataset(split, training=False, seed=0, cfg=cfg)  # nothing is random
+    sampler = EvalSampler(len(dataset), batch_size, cfg.rank, cfg.world_size, max_images, seed)
+    return _loader(images, split, dataset, sampler, cfg)
 
 
-def _find(source: Source, image_size: int, interpolation: str) -> registry.Resident | registry.Decoded:
-    row = registry.find(source)
-    transforms.check_interpolation(interpolation)
-    if isinstance(row, registry.Resident) and row.info.image_size not in (None, image_size):
-        raise UserError(f"data set {source.dataset!r} has images of size {row.info.image_size}, not {image_size}")
-    return row
-
-
-def _check_labels(labels: Tensor, num_classes: int, source: Source) -> None:
-    found = int(labels.max()) + 1
-    if found > num_classes:
-        raise UserError(f"data set {source.dataset!r} has {found} classes, the model {num_classes}")
+def _loader(
+    images: ImageSet,
+    split: str,
+    dataset: ImageDataset | InMemoryDataset,
+    sampler: Sampler,
+    cfg: LoaderConfig,
+    augmentations: Sequence[BatchAugmentation] = (),
+) -> Loader:
+    if isinstance(dataset, InMemoryDataset):
+        return InMemoryLoader(dataset, sampler, images.normalize(cfg), augmentations)
+    collate = Collate(images.bad_sample_policy(split), images.collate)
+    return DecodedLoader(dataset, sampler, images.normalize(cfg), augmentations, collate=collate, cfg=cfg)

@@ -17,12 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data import seeding
-from data.encoded import EncodedImages
-from data.loader import Loader
-from data.on_device import Erase, Mix
+from data.loader import BatchAugmentation, Loader
 from data.samplers import Sampler
-from data.transforms import Transform
-from data.types import Loading
+from data.types import LoaderConfig
 from repopt.errors import UserError
 
 logger = logging.getLogger("repopt")
@@ -41,19 +38,12 @@ class Unreadable:
     reason: str
 
 
-@dataclass(frozen=True)
-class Refused:
-    """What a worker sends in place of a UserError, to whose message the DataLoader would add a traceback."""
-
-    message: str
-
-
-Mend = Callable[[list[Sample | Unreadable]], list[Sample]]
+BadSamplePolicy = Callable[[list[Sample | Unreadable]], list[Sample]]
 """What becomes of a batch with unreadable images; a UserError refuses it."""
 
 
-def refuse(samples: list[Sample | Unreadable]) -> list[Sample]:
-    """A batch with an unreadable image is an error.
+def raise_on_bad(samples: list[Sample | Unreadable]) -> list[Sample]:
+    """Refuse a batch with an unreadable image.
 
     Raises:
         UserError: always, naming the first.
@@ -63,14 +53,14 @@ def refuse(samples: list[Sample | Unreadable]) -> list[Sample]:
     raise UserError(f"cannot read image {first.name!r} ({first.reason}){more}")
 
 
-def replace(samples: list[Sample | Unreadable]) -> list[Sample]:
-    """For training: an unreadable image gives its place to the next readable one of the batch, cyclically.
+def replace_bad(samples: list[Sample | Unreadable]) -> list[Sample]:
+    """Give the place of an unreadable image to the next readable one of the batch, cyclically; for training.
 
     So batches keep their size, on which mixing in pairs, equal steps of all processes and compiled graphs rely. A batch
     without a readable image is refused: a disk is gone rather than an image.
     """
     if all(isinstance(sample, Unreadable) for sample in samples):
-        return refuse(samples)
+        return raise_on_bad(samples)
     return [
         next(sample for sample in samples[k:] + samples[:k] if not isinstance(sample, Unreadable))
         for k in range(len(samples))
@@ -78,8 +68,8 @@ def replace(samples: list[Sample | Unreadable]) -> list[Sample]:
 
 
 @dataclass(frozen=True)
-class Blank:
-    """For evaluation: an unreadable image is black and has the label `NO_LABEL`, so that it still counts as an image.
+class BlankBad:
+    """Makes an unreadable image black, with the label `NO_LABEL`, so that it still counts as an image; for evaluation.
 
     Attributes:
         image_size: side in pixels.
@@ -88,18 +78,13 @@ class Blank:
     image_size: int
 
     def __call__(self, samples: list[Sample | Unreadable]) -> list[Sample]:
-        """The batch without gaps."""
+        """Return the batch without gaps."""
         black = torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8)
         return [(black, NO_LABEL, s.index) if isinstance(s, Unreadable) else s for s in samples]
 
 
-def mending(on_bad_image: str, skip: Mend) -> Mend:
-    """What `Source.on_bad_image` asks for, where `skip` is the way to do without an image."""
-    return {"skip": skip, "raise": refuse}[on_bad_image]
-
-
-class Samples(Dataset, ABC):
-    """What workers make of the images of one split: item (epoch, index) is a `Sample`, `Unreadable`, or `Refused`.
+class ImageDataset(Dataset, ABC):
+    """What workers make of the images of one split: item (epoch, index) is a `Sample`, `Unreadable`, or a UserError.
 
     What `sample` draws depends on (seed, epoch, index) alone, so neither on the worker nor on what it did before.
 
@@ -128,65 +113,49 @@ class Samples(Dataset, ABC):
             UserError: the split is refused for it.
         """
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample | Unreadable | Refused:
+    def __getitem__(self, item: tuple[int, int]) -> Sample | Unreadable | UserError:
         return self.__getitems__([item])[0]
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample | Unreadable | Refused]:
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample | Unreadable | UserError]:
         """A batch of items; the DataLoader prefers it, and the generators are saved once for all of them."""
         with seeding.preserved():
             return [self._get(epoch, index) for epoch, index in items]
 
-    def _get(self, epoch: int, index: int) -> Sample | Unreadable | Refused:
+    def _get(self, epoch: int, index: int) -> Sample | Unreadable | UserError:
         try:
             seeding.reseed(self._seed, epoch, seeding.TRANSFORM, index)
             return *self.sample(index), index
-        except UserError as error:
-            return Refused(str(error))
+        except UserError as error:  # raised in the main process: the DataLoader would add a traceback to its message
+            return error.with_traceback(None)
         except (OSError, SyntaxError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             return Unreadable(index, self.name(index), reason)
 
 
-class Decoded(Samples):
-    """Images with one label each."""
-
-    def __init__(self, images: EncodedImages, transform: Transform, seed: int) -> None:
-        super().__init__(seed)
-        self._images, self._transform = images, transform
-        self.contents = images.labels
-
-    def __len__(self) -> int:
-        return len(self._images.labels)
-
-    def name(self, index: int) -> str:  # noqa: D102
-        return self._images.name(index)
-
-    def sample(self, index: int) -> tuple[Tensor, int]:  # noqa: D102
-        return self._transform(self._images.read(index)), int(self._images.labels[index])
-
-
-Join = Callable[[list[Sample]], tuple[Any, Any, Tensor]]
-"""Makes a batch of its samples: images, targets and indices; a UserError refuses it."""
-
-
 @dataclass(frozen=True)
 class Collate:
-    """Samples -> a batch, whose unreadable images `mend` mends."""
+    """Makes a batch of samples.
 
-    mend: Mend
-    join: Join = default_collate
+    Attributes:
+        on_bad: what becomes of unreadable images.
+        join: makes images, targets and indices of samples; a UserError refuses them.
+    """
+
+    on_bad: BadSamplePolicy
+    join: Callable[[list[Sample]], tuple[Any, Any, Tensor]] = default_collate
 
     def __call__(
-        self, samples: list[Sample | Unreadable | Refused]
-    ) -> tuple[tuple[Any, Any, Tensor] | Refused, list[Unreadable]]:
-        """What `join` makes of the samples, or why the batch is refused; and what is unreadable."""
+        self, samples: list[Sample | Unreadable | UserError]
+    ) -> tuple[tuple[Any, Any, Tensor] | UserError, list[Unreadable]]:
+        """Return what `join` makes of the samples, or why the batch is refused; and what is unreadable."""
         unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
-        if refused := next((sample for sample in samples if isinstance(sample, Refused)), None):
-            return refused, unreadable
         try:
-            return self.join(self.mend(samples) if unreadable else samples), unreadable
+            for sample in samples:
+                if isinstance(sample, UserError):
+                    raise sample
+            return self.join(self.on_bad(samples) if unreadable else samples), unreadable
         except UserError as error:
-            return Refused(str(error)), unreadable
+            return error.with_traceback(None), unreadable
 
 
 class _Batches:
@@ -201,8 +170,8 @@ class _Batches:
             yield [(epoch, index) for index in batch.tolist()]
 
 
-def heed_only_the_loader(worker: int) -> None:
-    """Makes a worker process deaf to the signals that end a run.
+def ignore_stop_signals(worker: int) -> None:
+    """Keep a worker process alive at the signals that end a run.
 
     They reach the whole process group, but it is the main process that acts on them, and it still needs batches for its
     last step. SIGTERM from the main process itself counts: at its exit it ends workers so, and waits until they are
@@ -214,10 +183,10 @@ def heed_only_the_loader(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     # A signal handler is not told the sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_wait_for_the_loaders_end_signal, daemon=True).start()
+    threading.Thread(target=_exit_at_the_parents_sigterm, daemon=True).start()
 
 
-def _wait_for_the_loaders_end_signal() -> None:
+def _exit_at_the_parents_sigterm() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -232,45 +201,48 @@ class DecodedLoader(Loader):
 
     def __init__(
         self,
-        samples: Samples,
+        dataset: ImageDataset,
         sampler: Sampler,
         normalize: Callable[[Any], Any],
+        augmentations: Sequence[BatchAugmentation] = (),
         *,
-        mend: Mend,
-        how: Loading,
-        join: Join = default_collate,
-        erase: Erase | None = None,
-        mix: Mix | None = None,
+        collate: Collate,
+        cfg: LoaderConfig,
     ) -> None:
-        super().__init__(samples.contents, sampler, normalize, erase=erase, mix=mix)
-        self._device = how.device
+        super().__init__(dataset.contents, sampler, normalize, augmentations)
+        self._device = cfg.device
         self._items = _Batches()
         self._workers = DataLoader(
-            samples,
+            dataset,
             batch_sampler=self._items,
-            collate_fn=Collate(mend, join),
-            num_workers=how.num_workers,
-            worker_init_fn=heed_only_the_loader,
-            persistent_workers=how.num_workers > 0,
-            pin_memory=how.pin_memory and how.device.type == "cuda",
+            collate_fn=collate,
+            num_workers=cfg.num_workers,
+            worker_init_fn=ignore_stop_signals,
+            persistent_workers=cfg.num_workers > 0,
+            pin_memory=cfg.pin_memory and cfg.device.type == "cuda",
             generator=torch.Generator(),  # or each iteration would draw from the global one
         )
 
     def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Any, Any, Tensor]]:
         self._items.epoch, self._items.batches = epoch, batches
         for batch, unreadable in self._workers:
-            if isinstance(batch, Refused):
-                raise UserError(batch.message)
+            if isinstance(batch, UserError):
+                raise batch
             for image in unreadable:
                 if image.name not in self.unreadable:
                     self.unreadable[image.name] = image.reason
                     logger.warning("cannot read image %r (%s)", image.name, image.reason)
             images, targets, indices = batch
-            yield *self._on_device(images, targets), indices
+            images, targets = self._send(images), self._send(targets)
+            yield (
+                [i.permute(2, 0, 1) for i in images] if isinstance(images, list) else images.permute(0, 3, 1, 2),
+                targets.long() if isinstance(targets, Tensor) else targets,  # sent as bytes, an eighth of the memory
+                indices,
+            )
 
-    def _on_device(self, images: Any, targets: Any) -> tuple[Any, Any]:
-        """What `join` made, on the device; images with their channels first."""
-        return self._send(images).permute(0, 3, 1, 2), self._send(targets)
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
+    def _send(self, batch: Any) -> Any:
+        if isinstance(batch, list):
+            return [self._send(item) for item in batch]
+        if isinstance(batch, dict):
+            return {key: self._send(item) for key, item in batch.items()}
+        return batch.to(self._device, non_blocking=True)

@@ -1,9 +1,9 @@
-"""Detection of objects, and their masks: images with boxes, and the table of data sets.
+"""Detection of objects, and their masks: images with boxes.
 
-    info = detection.describe(Source("scenes"))
-    loader = detection.train_loader(Source("scenes"), masks=True, batch_size=2, device=device)
+    images = data.Detection(Source("scenes"), masks=True)
+    loader = data.train_loader(images, batch_size=2, device=device)
 
-A batch is two lists: images float32 [3, H, W] in 0..1, of their own sizes and not normalised; and for each a dict of
+A batch is two lists: images float32 [3, H, W] in 0..1, of their own sizes and not normalized; and for each a dict of
 
     image_id  int64 []
     boxes     float32 [N, 4], left, top, right and bottom in pixels  \\
@@ -14,28 +14,28 @@ A batch is two lists: images float32 [3, H, W] in 0..1, of their own sizes and n
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from typing_extensions import override
 
-from data import coco, digits, scenes
+from data import coco, registry
+from data.build import ImageSet
 from data.decode import to_pixels
-from data.decoded import DecodedLoader, Sample, Samples, mending, refuse, replace
-from data.folder import Files, data_folder
-from data.loader import Loader
+from data.decoded import ImageDataset, Sample
+from data.folder import Files
 from data.on_device import Normalize
-from data.registry import IMAGENET_MEAN, IMAGENET_STD, look_up
-from data.samplers import EvalSampler, TrainSampler
-from data.types import Loading, Source
+from data.registry import DetectionSpec
+from data.types import LoaderConfig, Source
 from repopt.errors import UserError
 
 logger = logging.getLogger("repopt")
@@ -47,158 +47,86 @@ Target = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A data set in COCO's layout.
+class Detection(ImageSet):
+    """A data set with boxes, and masks where they are asked for; the annotations of "val" are read once.
+
+    Training leaves out crowds, and images that have no boxes then; half the images are mirrored where the set is one
+    that may be. In evaluation the targets are the images' ids.
 
     Attributes:
-        root: `Source.root` -> the folder with `train2017`, `val2017` and `annotations`.
-        mean: per channel, of values in 0..1.
-        std: likewise.
-        flip: whether half the training images are mirrored.
-    """
-
-    root: Callable[[str], Path]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    flip: bool
-
-
-DATASETS: dict[str, Row] = {
-    "coco": Row(data_folder, IMAGENET_MEAN, IMAGENET_STD, flip=True),
-    "scenes": Row(  # a mirrored digit is another thing
-        lambda root: scenes.find(root) / "coco", digits.MEAN, digits.STD, flip=False
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Info:
-    """What is known of a data set before any image is decoded.
-
-    Attributes:
-        class_names: of the labels 1..K.
-        category_ids: likewise, what the annotation files call them.
-        annotations: the annotation file of the split "val".
-    """
-
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    annotations: Path
-
-
-def describe(source: Source) -> Info:
-    """What the annotations of the split "val" say.
-
-    Raises:
-        UserError: an unknown data set; a folder that is not in its layout; annotations that are not sound.
-    """
-    split = coco.read(look_up(source, DATASETS).root(source.root), "val")
-    return Info(split.class_names, split.category_ids, split.file)
-
-
-def statistics(source: Source) -> dict[str, tuple[float, float, float]]:
-    """The "mean" and "std" by which images are normalised, per channel, of values in 0..1; no file is looked for.
-
-    Raises:
-        UserError: an unknown data set.
-    """
-    row = look_up(source, DATASETS)
-    return {"mean": row.mean, "std": row.std}
-
-
-def ground_truth(source: Source, *, masks: bool = False) -> COCO:
-    """The annotations of the split "val" for pycocotools' evaluation; `masks`: of masks too.
-
-    Raises:
-        UserError: as `describe`; pycocotools is absent; with `masks`, an annotation has none that is sound.
-    """
-    tools = coco.tools()
-    split = coco.read(look_up(source, DATASETS).root(source.root), "val")
-    if masks:
-        coco.check_masks(split, range(len(split.images)))
-    found = tools.coco.COCO()
-    found.dataset = split.content
-    with contextlib.redirect_stdout(io.StringIO()):
-        found.createIndex()
-    return found
-
-
-def train_loader(
-    source: Source,
-    *,
-    masks: bool,
-    batch_size: int,
-    seed: int = 0,
-    **loading: Any,
-) -> Loader:
-    """Training batches of one rank, all of `batch_size` images, in an order that (seed, epoch) gives.
-
-    Crowds are left out, and images that have no boxes then. Where the set is one that may be mirrored, half the images
-    are.
-
-    Args:
         source: where the images come from; `on_bad_image` also says what to do with boxes that are empty or outside
             their image: leave them out, or refuse the annotation file.
-        masks: whether targets have masks.
-        batch_size: images per step on this rank.
-        seed: of the order and of every variation.
-        loading: see `Loading`.
+        masks: whether training targets have masks, and the ground truth is also of masks.
 
     Raises:
-        UserError: as `describe`, of either split; splits with different categories; an empty box, or with `masks` an
-            annotation without one that is sound; fewer images than one step takes; and while iterating, an image whose
-            size is not the one that the annotation file gives.
+        UserError: (by what reads the annotations) an unknown data set; a folder that is not in its layout; annotations
+            that are not sound; splits with different categories; an empty box, or with `masks` an annotation without
+            one that is sound; and while iterating, a test image that cannot be read, or an image whose size is not the
+            one that the annotation file gives.
     """
-    how = Loading(**loading)
-    row, info = look_up(source, DATASETS), describe(source)
-    split = coco.read(row.root(source.root), "train")
-    if (split.category_ids, split.class_names) != (info.category_ids, info.class_names):
-        raise UserError(f"{split.file} and {info.annotations} have different categories")
-    samples = Annotated(split, _usable(split, source.on_bad_image), masks=masks, flip=row.flip, seed=seed)
-    return _Loader(
-        samples,
-        TrainSampler(len(samples), batch_size, how.rank, how.world_size, seed),
-        _Unit(how.device, how.memory_format),
-        mend=mending(source.on_bad_image, replace),
-        join=_join,
-        how=how,
-    )
 
+    source: Source
+    masks: bool = False
 
-def eval_loader(
-    source: Source,
-    *,
-    batch_size: int,
-    split: str = "val",
-    most: int | None = None,
-    seed: int = 0,
-    **loading: Any,
-) -> Loader:
-    """All images of a split, whose targets are their ids; over all ranks every image comes exactly once.
+    @property
+    @override
+    def spec(self) -> DetectionSpec:
+        return registry.find(self.source, DetectionSpec)
 
-    Args:
-        source: where the images come from.
-        batch_size: most images per step on this rank.
-        split: whose images.
-        most: how many of them; None = all.
-        seed: which ones, where not all.
-        loading: see `Loading`.
+    @functools.cached_property
+    def _val(self) -> coco.Split:
+        return coco.read(self.spec.root(self.source.root), "val")
 
-    Raises:
-        UserError: as `describe`; and while iterating, an image that cannot be read, or whose size is not the one that
-            the annotation file gives.
-    """
-    how = Loading(**loading)
-    found = coco.read(look_up(source, DATASETS).root(source.root), split)
-    samples = Images(found, np.arange(len(found.names)), seed=0)  # nothing is random
-    return _Loader(
-        samples,
-        EvalSampler(len(samples), batch_size, how.rank, how.world_size, most, seed),
-        _Unit(how.device, how.memory_format),
-        mend=refuse,
-        join=_join,
-        how=how,
-    )
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the labels 1..K."""
+        return self._val.class_names
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """What the annotation files call the labels 1..K."""
+        return self._val.category_ids
+
+    @property
+    def annotations(self) -> Path:
+        """The annotation file of the split "val"."""
+        return self._val.file
+
+    @functools.cached_property
+    def ground_truth(self) -> COCO:
+        """The annotations of the split "val" for pycocotools' evaluation.
+
+        Raises:
+            UserError: also where pycocotools is absent.
+        """
+        tools = coco.tools()
+        if self.masks:
+            coco.check_masks(self._val, range(len(self._val.images)))
+        found = tools.coco.COCO()
+        found.dataset = self._val.content
+        with contextlib.redirect_stdout(io.StringIO()):
+            found.createIndex()
+        return found
+
+    @override
+    def dataset(self, split: str, *, training: bool, seed: int, cfg: LoaderConfig) -> DetectionDataset:
+        found = self._val if split == "val" else coco.read(self.spec.root(self.source.root), split)
+        if not training:
+            return DetectionDataset(found, np.arange(len(found.names)), seed)
+        if (found.category_ids, found.class_names) != (self.category_ids, self.class_names):
+            raise UserError(f"{found.file} and {self.annotations} have different categories")
+        usable = _usable(found, self.source.on_bad_image)
+        return AnnotatedDataset(found, usable, masks=self.masks, flip=self.spec.flip, seed=seed)
+
+    @override
+    def normalize(self, cfg: LoaderConfig) -> Normalize:
+        return Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), cfg.device, cfg.memory_format)  # the network does the rest
+
+    @staticmethod
+    @override
+    def collate(samples: list[Sample]) -> tuple[list[Tensor], list[Target], Tensor]:
+        images, targets, indices = zip(*samples, strict=True)
+        return list(images), list(targets), torch.tensor(indices)
 
 
 def _usable(split: coco.Split, on_bad_image: str) -> np.ndarray:
@@ -217,7 +145,7 @@ def _usable(split: coco.Split, on_bad_image: str) -> np.ndarray:
     return chosen[np.argsort(split.images[chosen], kind="stable")]
 
 
-class Images(Samples):
+class DetectionDataset(ImageDataset):
     """Images with their ids.
 
     Args:
@@ -233,13 +161,16 @@ class Images(Samples):
         self._sizes, self._ids = split.sizes[which], torch.from_numpy(split.image_ids[which])
         self.contents = self._ids
 
+    @override
     def __len__(self) -> int:
         return len(self._files)
 
-    def name(self, index: int) -> str:  # noqa: D102
+    @override
+    def name(self, index: int) -> str:
         return self._files.name(index)
 
-    def sample(self, index: int) -> tuple[Tensor, Target]:  # noqa: D102
+    @override
+    def sample(self, index: int) -> tuple[Tensor, Target]:
         pixels = to_pixels(self._files.read(index))
         width, height = self._sizes[index].tolist()
         if pixels.shape[:2] != (height, width):
@@ -250,7 +181,7 @@ class Images(Samples):
         return pixels, {"image_id": self._ids[index].clone()}
 
 
-class Annotated(Images):
+class AnnotatedDataset(DetectionDataset):
     """Images with their boxes, mirrored or not.
 
     Args:
@@ -271,7 +202,8 @@ class Annotated(Images):
         of_images = torch.from_numpy(counts), self._labels, self._boxes.flatten().view(torch.int64)
         self.contents = torch.cat([self._ids, *of_images])
 
-    def sample(self, index: int) -> tuple[Tensor, Target]:  # noqa: D102
+    @override
+    def sample(self, index: int) -> tuple[Tensor, Target]:
         pixels, target = super().sample(index)
         size = height, width = tuple(pixels.shape[:2])
         own = range(self._ends[index], self._ends[index + 1])
@@ -284,27 +216,3 @@ class Annotated(Images):
             target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
         image, target = self._flip(tv_tensors.Image(pixels.permute(2, 0, 1)), target)
         return image.permute(1, 2, 0), {key: value.as_subclass(Tensor) for key, value in target.items()}
-
-
-class _Unit:
-    """uint8 images [3, H, W] -> float32 in 0..1 of a given memory format."""
-
-    def __init__(self, device: torch.device, memory_format: torch.memory_format) -> None:
-        self._normalize = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), device, memory_format)
-
-    def __call__(self, images: list[Tensor]) -> list[Tensor]:
-        """The images of a batch."""
-        return [self._normalize(image[None])[0] for image in images]
-
-
-class _Loader(DecodedLoader):
-    def _on_device(self, images: list[Tensor], targets: list[Target]) -> tuple[list[Tensor], list[Target]]:
-        return (
-            [self._send(image).permute(2, 0, 1) for image in images],
-            [{key: self._send(value) for key, value in target.items()} for target in targets],
-        )
-
-
-def _join(samples: list[Sample]) -> tuple[list[Tensor], list[Target], Tensor]:
-    images, targets, indices = zip(*samples, strict=True)
-    return list(images), list(targets), torch.tensor(indices)

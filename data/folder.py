@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.types import Info
+from data.types import DatasetInfo
 from repopt.errors import UserError
 
 
-def describe(root: str, splits: Sequence[str]) -> Info:
+def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
     """Counts the class folders, which must be the same in all `splits`.
 
     Raises:
@@ -27,7 +27,7 @@ def describe(root: str, splits: Sequence[str]) -> Info:
                 f"{first}/ and {split}/ in {root!r} have different classes ({len(expected)} and {len(found)}; "
                 f"{differing[0]!r} is in one only)"
             )
-    return Info(num_classes=len(expected), image_size=None)
+    return DatasetInfo(num_classes=len(expected), image_size=None)
 
 
 def data_folder(root: str) -> Path:

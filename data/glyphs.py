@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import generated
-from data.decoded import heed_only_the_loader
+from data.decoded import ignore_stop_signals
 from data.download import once_per_node
 from repopt.errors import UserError
 
@@ -118,7 +118,7 @@ def _write(root: Path, workers: int) -> None:
                 _Chunks(split),
                 batch_size=None,
                 num_workers=workers,
-                worker_init_fn=heed_only_the_loader,
+                worker_init_fn=ignore_stop_signals,
                 generator=torch.Generator(),  # or the training's own would be drawn from
             )
             drawn = []

@@ -10,20 +10,22 @@ from typing import Any
 from torch import Tensor
 
 from data import position
-from data.on_device import Erase, Mix
 from data.position import Leg, Position
 from data.samplers import Sampler
+
+BatchAugmentation = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Normalized images and targets of a batch, the images' indices and the epoch -> images and targets."""
 
 
 class Loader(ABC):
     """Batches of one rank, on the device: `for images, targets in loader`.
 
-    Images are normalised float32 [B, 3, H, W]; targets are int64 [B], or float [B, num_classes] under mixup or cutmix
+    Images are normalized float32 [B, 3, H, W]; targets are int64 [B], or float [B, num_classes] under mixup or cutmix
     (`data.segmentation` and `data.detection` say what theirs are). Iterating never waits for the device. A batch
     follows from the seed, the epoch and its images alone: neither stopping within an epoch, nor workers, nor (but for
     the images that meet in a batch) the number of processes change it.
 
-    In the evaluation of a classifier an unreadable image may come as zeros before normalisation, with the target -100,
+    In the evaluation of a classifier an unreadable image may come as zeros before normalization, with the target -100,
     which `torch.nn.functional.cross_entropy` ignores; in training another of its batch takes its place.
 
     Attributes:
@@ -40,16 +42,14 @@ class Loader(ABC):
         contents: Tensor,
         sampler: Sampler,
         normalize: Callable[[Any], Any],
-        *,
-        erase: Erase | None = None,
-        mix: Mix | None = None,
+        augmentations: Sequence[BatchAugmentation] = (),
     ) -> None:
         self.num_images = sampler.num_images
         self.images_per_batch = sampler.batch_size * sampler.world_size
         self.fingerprint = hashlib.sha256(contents.cpu().numpy().tobytes()).hexdigest()[:16]
         self.unreadable: dict[str, str] = {}
         self._sampler = sampler
-        self._normalize, self._erase, self._mix = normalize, erase, mix
+        self._normalize, self._augmentations = normalize, augmentations
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -88,10 +88,8 @@ class Loader(ABC):
         epoch = self._epoch
         for images, targets, indices in self._raw_batches(epoch, self._batches):
             images = self._normalize(images)
-            if self._erase:
-                self._erase(images, indices, epoch)
-            if self._mix:
-                images, targets = self._mix(images, targets, epoch, int(indices[0]))
+            for augment in self._augmentations:
+                images, targets = augment(images, targets, indices, epoch)
             yield images, targets
 
     @abstractmethod

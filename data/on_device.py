@@ -1,8 +1,9 @@
-"""What happens to a whole uint8 batch once it is on the device: normalise, erase, mix."""
+"""What happens to a whole uint8 batch once it is on the device: normalize, erase, mix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from repopt.errors import UserError, unknown
 
 
 class Normalize:
-    """uint8 [B, 3, H, W] -> float32 [B, 3, H, W] of a given memory format, (x / 255 - mean) / std per channel."""
+    """Makes float32 images of a given memory format of uint8 ones: (x / 255 - mean) / std per channel."""
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], device: torch.device, memory_format: torch.memory_format
@@ -24,14 +25,16 @@ class Normalize:
         self._shift = shift.float().view(3, 1, 1).to(device)
         self._memory_format = memory_format
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """The normalised copy."""
+    def __call__(self, images: Any) -> Any:
+        """Return the normalized copy of images [B, 3, H, W], or of a list of images [3, H, W]."""
+        if isinstance(images, list):
+            return [self(image[None])[0] for image in images]
         images = images.to(torch.float32, memory_format=self._memory_format)
         return images.mul_(self._scale).add_(self._shift)
 
 
 class Erase:
-    """timm's random erasing of normalised images, in place; an image's depends on (seed, epoch, image index) alone.
+    """timm's random erasing of normalized images, in place; an image's depends on (seed, epoch, image index) alone.
 
     Raises:
         UserError: an unknown filling mode.
@@ -48,17 +51,18 @@ class Erase:
         )
         self._seed, self._device = seed, device
 
-    def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> None:
-        """Erases in float images [B, 3, H, W]; `indices` int64 [B] lies on the CPU."""
+    def __call__(self, images: Tensor, targets: Tensor, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Erase in float images [B, 3, H, W]; `indices` int64 [B] lies on the CPU."""
         # The noise is drawn on the device, from its global generator.
         with seeding.preserved(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             for image, index in zip(images, indices.tolist(), strict=True):
                 seeding.reseed(self._seed, epoch, seeding.ERASE, index, device=self._device)
                 self._erase(image)
+        return images, targets
 
 
 class Mix:
-    """timm's mixup and cutmix of a normalised batch, label smoothing included.
+    """timm's mixup and cutmix of a normalized batch, label smoothing included.
 
     How a batch is mixed depends on (seed, epoch, its first image's index) alone: not on the step or the rank, which
     differ where an epoch goes on after a stop.
@@ -95,8 +99,8 @@ class Mix:
         )
         self._seed = seed
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: int, first: int) -> tuple[Tensor, Tensor]:
-        """Mixed images [B, 3, H, W] and float targets [B, num_classes]; `first` is the first image's index."""
+    def __call__(self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return mixed images [B, 3, H, W] and float targets [B, num_classes]."""
         with seeding.preserved():
-            seeding.reseed(self._seed, epoch, seeding.MIX, first)
+            seeding.reseed(self._seed, epoch, seeding.MIX, int(indices[0]))
             return self._mix(images, labels)

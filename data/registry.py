@@ -1,66 +1,113 @@
-"""The table of data sets for classification. A new one is a row here (and the file that reads its images)."""
+"""The table of data sets. A new one is a row here (and the file that reads its images)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
 
 from torch import Tensor
 
-from data import caltech, cifar, digits, fake, folder, glyphs, patches, zipped
-from data.encoded import EncodedImages
-from data.types import ON_BAD_IMAGE, Info, Source
+from data import caltech, cifar, cityscapes, digits, fake, folder, glyphs, patches, scenes, zipped
+from data.types import ON_BAD_IMAGE, DatasetInfo, EncodedImages, Source
 from repopt.errors import UserError, unknown
-
-Row = TypeVar("Row")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class Resident:
-    """A set small enough to live on the device, with an augmentation of its own: padded crops and flips.
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """A data set for one task.
 
     Attributes:
-        info: known beforehand.
-        load: (source, split, image_size, num_classes) -> uint8 [N, 3, H, W], int64 [N].
         mean: per channel, of values in 0..1.
         std: likewise.
-        padding: pixels added on each side before a random crop; 0 for none.
         flip: whether half the training images are mirrored.
+        zips: whether the images may also lie in a zip.
     """
 
-    zips: ClassVar[bool] = False
-    info: Info
-    load: Callable[[Source, str, int, int], tuple[Tensor, Tensor]]
-    mean: Sequence[float]
-    std: Sequence[float]
-    padding: int
-    flip: bool
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    flip: bool = True
+    zips: bool = False
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A set of image files, decoded by worker processes and augmented as `Augmentation` says.
+Spec = TypeVar("Spec", bound=DatasetSpec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationSpec(DatasetSpec):
+    """A data set of images with one label each.
 
     Attributes:
         describe: (source, splits) -> what is known before decoding.
-        open: (source, split, num_classes, rank, world_size) -> the split's encoded images.
-        zips: whether the images may also lie in a zip.
-        mean: per channel, of values in 0..1.
-        std: likewise.
     """
 
-    describe: Callable[[Source, Sequence[str]], Info]
+    describe: Callable[[Source, Sequence[str]], DatasetInfo]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InMemorySpec(ClassificationSpec):
+    """A set small enough to live on the device, with an augmentation of its own: padded crops and flips.
+
+    Attributes:
+        load: (source, split, image_size, num_classes) -> uint8 [N, 3, H, W], int64 [N].
+        padding: pixels added on each side before a random crop; 0 for none.
+    """
+
+    load: Callable[[Source, str, int, int], tuple[Tensor, Tensor]]
+    padding: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSpec(ClassificationSpec):
+    """A set of image files, decoded by worker processes and augmented as `Augmentation` says.
+
+    Attributes:
+        open: (source, split, num_classes, rank, world_size) -> the split's encoded images.
+    """
+
     open: Callable[[Source, str, int, int, int], EncodedImages]
-    zips: bool
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
 
 
-def _describe_files(source: Source, splits: Sequence[str]) -> Info:
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSpec(DatasetSpec):
+    """A data set in Cityscapes' layout.
+
+    Attributes:
+        root: `Source.root` -> the folder with `leftImg8bit` and `gtFine`.
+        class_names: of the classes that are evaluated.
+        class_indices: for each value of a label image, from 0 on, its class, or `IGNORED`; 255 is always ignored.
+    """
+
+    root: Callable[[str], Path]
+    class_names: Callable[[], tuple[str, ...]]
+    class_indices: Callable[[], Sequence[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSpec(DatasetSpec):
+    """A data set in COCO's layout.
+
+    Attributes:
+        root: `Source.root` -> the folder with `train2017`, `val2017` and `annotations`.
+    """
+
+    root: Callable[[str], Path]
+
+
+def _in_memory(
+    module: ModuleType, load: Callable[[Source, str, int, int], tuple[Tensor, Tensor]], *, flip: bool = True
+) -> InMemorySpec:
+    """Return the specification of a set whose module names its classes, size, mean and standard deviation."""
+    info = DatasetInfo(module.NUM_CLASSES, module.SIZE)
+    return InMemorySpec(describe=lambda source, splits: info, load=load, mean=module.MEAN, std=module.STD, flip=flip)
+
+
+def _describe_files(source: Source, splits: Sequence[str]) -> DatasetInfo:
     return (zipped if source.zip_mode else folder).describe(source.root, splits)
 
 
@@ -68,86 +115,68 @@ def _open_files(source: Source, split: str, num_classes: int, rank: int, world_s
     if not source.zip_mode:
         return folder.open_split(source.root, split)
     return zipped.ZippedImages(
-        source.root,
-        split,
-        num_classes=num_classes,
-        cache_mode=source.cache_mode,
-        rank=rank,
-        world_size=world_size,
+        source.root, split, num_classes=num_classes, cache_mode=source.cache_mode, rank=rank, world_size=world_size
     )
 
 
-DATASETS: dict[str, Resident | Decoded] = {
-    "digits": Resident(
-        Info(digits.NUM_CLASSES, digits.SIZE),
-        lambda source, split, image_size, num_classes: digits.load(split),
-        digits.MEAN,
-        digits.STD,
-        padding=4,
-        flip=False,
-    ),
-    "cf100": Resident(
-        Info(cifar.NUM_CLASSES, cifar.SIZE),
-        lambda source, split, image_size, num_classes: cifar.load(source.root, split),
-        cifar.MEAN,
-        cifar.STD,
-        padding=4,
-        flip=True,
-    ),
-    "glyphs": Resident(  # a mirrored character is another thing
-        Info(glyphs.NUM_CLASSES, glyphs.SIZE),
-        lambda source, split, image_size, num_classes: glyphs.load(source.root, split),
-        glyphs.MEAN,
-        glyphs.STD,
-        padding=4,
-        flip=False,
-    ),
-    "fake": Resident(
-        Info(None, None),
-        lambda source, split, image_size, num_classes: fake.load(split, image_size=image_size, num_classes=num_classes),
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        padding=0,
-        flip=False,
-    ),
-    "patches": Resident(
-        Info(patches.NUM_CLASSES, patches.SIZE),
-        lambda source, split, image_size, num_classes: patches.load(split),
-        patches.MEAN,
-        patches.STD,
-        padding=4,
-        flip=True,
-    ),
-    "imagenet": Decoded(_describe_files, _open_files, zips=True),
-    "folder": Decoded(_describe_files, _open_files, zips=True),
-    "caltech256": Decoded(
-        lambda source, splits: Info(caltech.NUM_CLASSES, None),
-        lambda source, split, num_classes, rank, world_size: caltech.open_split(source.root, split),
-        zips=False,
-    ),
+_CLASS_FOLDERS = FileSpec(describe=_describe_files, open=_open_files, zips=True)
+
+DATASETS: dict[str, list[DatasetSpec]] = {  # by task; a mirrored digit or character is another thing
+    "digits": [_in_memory(digits, lambda source, split, *_: digits.load(split), flip=False)],
+    "cf100": [_in_memory(cifar, lambda source, split, *_: cifar.load(source.root, split))],
+    "glyphs": [_in_memory(glyphs, lambda source, split, *_: glyphs.load(source.root, split), flip=False)],
+    "fake": [
+        InMemorySpec(
+            describe=lambda source, splits: DatasetInfo(None, None),
+            load=lambda source, split, image_size, num_classes: fake.load(
+                split, image_size=image_size, num_classes=num_classes
+            ),
+            padding=0,
+            flip=False,
+        )
+    ],
+    "patches": [_in_memory(patches, lambda source, split, *_: patches.load(split))],
+    "imagenet": [_CLASS_FOLDERS],
+    "folder": [_CLASS_FOLDERS],
+    "caltech256": [
+        FileSpec(
+            describe=lambda source, splits: DatasetInfo(caltech.NUM_CLASSES, None),
+            open=lambda source, split, *_: caltech.open_split(source.root, split),
+        )
+    ],
+    "cityscapes": [
+        SegmentationSpec(
+            root=folder.data_folder, class_names=cityscapes.class_names, class_indices=cityscapes.class_indices
+        )
+    ],
+    "coco": [DetectionSpec(root=folder.data_folder)],
+    "scenes": [
+        SegmentationSpec(
+            root=lambda root: scenes.find(root) / "cityscapes",
+            class_names=lambda: scenes.CLASS_NAMES,
+            class_indices=lambda: range(len(scenes.CLASS_NAMES)),
+            mean=digits.MEAN,
+            std=digits.STD,
+            flip=False,
+        ),
+        DetectionSpec(root=lambda root: scenes.find(root) / "coco", mean=digits.MEAN, std=digits.STD, flip=False),
+    ],
 }
 
 
-def find(source: Source) -> Resident | Decoded:
-    """The data set's row.
-
-    Raises:
-        UserError: as `look_up`.
-    """
-    return look_up(source, DATASETS)
-
-
-def look_up(source: Source, table: Mapping[str, Row]) -> Row:
-    """The data set's row in a table.
+def find(source: Source, kind: type[Spec]) -> Spec:
+    """Return what a data set is for the task whose specifications are of a kind.
 
     Raises:
         UserError: an unknown data set, zip mode with one that is in no zip, or an unknown way with unreadable images.
     """
     if source.on_bad_image not in ON_BAD_IMAGE:
         raise unknown("way with unreadable images", source.on_bad_image, ON_BAD_IMAGE)
+    table = {name: spec for name, specs in DATASETS.items() for spec in specs if isinstance(spec, kind)}
     if source.dataset not in table:
         raise unknown("data set", source.dataset, table)
-    zips = [name for name, row in DATASETS.items() if row.zips]
-    if source.zip_mode and source.dataset not in zips:
+    spec = table[source.dataset]
+    if source.zip_mode and not spec.zips:
+        zips = [name for name, specs in DATASETS.items() if any(spec.zips for spec in specs)]
         raise UserError(f"--zip is for {' and '.join(zips)}: data set {source.dataset!r} is in no zip")
-    return table[source.dataset]
+    return spec

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data import seeding
-from data.loader import Loader
-from data.on_device import Mix, Normalize
+from data.loader import BatchAugmentation, Loader
+from data.on_device import Normalize
 from data.samplers import Sampler
 
 
@@ -32,7 +33,7 @@ class RandomCropFlip:
         self._image_stride, channel_stride, self._row_stride, _ = padded.stride()
         # A crop is 3 H stretches of W pixels. Row i of this view is the stretch from pixel i on, so that one
         # index_select gathers a batch, 8 times as fast on a CPU as indexing by image, row and column.
-        self._stretches = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
+        self._row_windows = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
         starts = torch.arange(channels)[:, None] * channel_stride + torch.arange(height) * self._row_stride
         self._within_crop = starts.flatten().to(images.device)
 
@@ -50,7 +51,7 @@ class RandomCropFlip:
     def __call__(self, first_pixels: Tensor, mirrored: Tensor) -> Tensor:
         """uint8 [B, 3, H, W], from a batch's first pixels int64 [B] and mirrorings bool [B] on the device."""
         stretches = (first_pixels[:, None] + self._within_crop).flatten()
-        images = self._stretches.index_select(0, stretches).view(-1, *self._shape[1:])
+        images = self._row_windows.index_select(0, stretches).view(-1, *self._shape[1:])
         if not self._flip:
             return images
         # Faster than torch.where, which goes through uint8 images pixel by pixel.
@@ -59,21 +60,36 @@ class RandomCropFlip:
         return torch.cat([images, images.flip(3)]).index_select(0, chosen)
 
 
-class ResidentLoader(Loader):
-    """A loader over images [N, 3, H, W] (uint8) and labels [N] (int64) on the device; `crop` varies training images."""
+@dataclass(frozen=True)
+class InMemoryDataset:
+    """All images of a split on the device.
+
+    Attributes:
+        images: uint8 [N, 3, H, W].
+        labels: int64 [N].
+        crop: varies training images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    crop: RandomCropFlip | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class InMemoryLoader(Loader):
+    """A loader over images that lie on the device."""
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
+        dataset: InMemoryDataset,
         sampler: Sampler,
         normalize: Normalize,
-        *,
-        crop: RandomCropFlip | None = None,
-        mix: Mix | None = None,
+        augmentations: Sequence[BatchAugmentation] = (),
     ) -> None:
-        super().__init__(labels, sampler, normalize, mix=mix)
-        self._images, self._labels, self._crop = images, labels, crop
+        super().__init__(dataset.labels, sampler, normalize, augmentations)
+        self._images, self._labels, self._crop = dataset.images, dataset.labels, dataset.crop
 
     def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if not batches:

@@ -87,14 +87,14 @@ class TrainSampler:
 class EvalSampler:
     """Images rank::world_size in order: every image on exactly one rank, none padded, the last batch as it falls.
 
-    With `most`, of as many images, drawn by the seed alone (all, where there are no more).
+    With `max_images`, of as many images, drawn by the seed alone (all, where there are no more).
     """
 
     num_images: int
     batch_size: int
     rank: int
     world_size: int
-    most: int | None = None
+    max_images: int | None = None
     seed: int = 0
     sharded: ClassVar[bool] = True
 
@@ -102,8 +102,8 @@ class EvalSampler:
         """The same batches in every epoch."""
         assert not seen, "an evaluation is gone through whole"
         images = torch.arange(self.num_images)
-        if self.most is not None:
+        if self.max_images is not None:
             order = torch.randperm(self.num_images, generator=seeding.generator(self.seed, seeding.SAMPLE))
-            images = order[: self.most]
+            images = order[: self.max_images]
         shard = images[self.rank :: self.world_size]
         return shard.split(self.batch_size) if len(shard) else ()

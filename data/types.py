@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 ON_BAD_IMAGE = ("skip", "raise")
 
@@ -14,7 +16,7 @@ class Source:
     """Where images come from.
 
     Attributes:
-        dataset: a name in `data.registry.DATASETS`, or in the table of `data.segmentation` or `data.detection`.
+        dataset: a name in `data.registry.DATASETS`.
         root: the data set's folder (`--data-path`); unused by the data sets that need none (digits, patches, fake), and
             not needed by those that are made where they are absent (glyphs, scenes).
         zip_mode: read the images from a zip in `root` instead of class folders (`--zip`).
@@ -30,10 +32,15 @@ class Source:
     cache_mode: str = "part"
     on_bad_image: str = "skip"
 
+    @property
+    def sharded(self) -> bool:
+        """Whether a process reads its own part of the training images only, the one that it holds in memory."""
+        return self.zip_mode and self.cache_mode == "part"
+
 
 @dataclass(frozen=True)
-class Loading:
-    """How batches come to one rank; these are arguments of every loader.
+class LoaderConfig:
+    """How batches come to one rank; the fields are arguments of `train_loader` and `eval_loader`.
 
     Attributes:
         device: where the batches are to be.
@@ -62,10 +69,10 @@ class Augmentation:
         auto_augment: timm's policy string, 'none' or '' for no policy.
         reprob: probability of random erasing.
         remode: its filling: 'const', 'rand' or 'pixel'.
-        recount: most rectangles erased in an image.
+        recount: maximum number of rectangles erased in an image.
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of cutmix, 0 for none.
-        cutmix_minmax: least and greatest side of the cutmix box as fractions of the image's, instead of an alpha.
+        cutmix_minmax: minimum and maximum side of the cutmix box as fractions of the image's, instead of an alpha.
         mixup_prob: probability that a batch (or pair, or image) is mixed at all.
         mixup_switch_prob: probability of cutmix rather than mixup where both are on.
         mixup_mode: one mixing for the 'batch', for each 'pair' or for each image ('elem').
@@ -91,8 +98,8 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Info:
-    """What is known of a data set before any image is decoded.
+class DatasetInfo:
+    """What is known of a data set for classification before any image is decoded.
 
     Attributes:
         num_classes: None where any number will do (fake).
@@ -101,3 +108,23 @@ class Info:
 
     num_classes: int | None
     image_size: int | None
+
+
+class EncodedImages(Protocol):
+    """A split's images, encoded (JPEG, PNG, ...) on a disk, in a zip or in memory.
+
+    It is shared with worker processes, so it holds arrays rather than many objects.
+
+    Attributes:
+        labels: int64 [N].
+    """
+
+    labels: Tensor
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded bytes of one image; OSError where they cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return what to call the image in a message."""
+        ...

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data.folder import data_folder
-from data.types import Info
+from data.types import DatasetInfo
 from repopt import archive
 from repopt.errors import UserError, one_line, shown, unknown
 
@@ -47,7 +47,7 @@ class Map:
     labels: list[int]
 
 
-def describe(root: str, splits: Sequence[str]) -> Info:
+def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
     """Reads the map files: the number of classes is the greatest index + 1, and all splits' classes must be train's.
 
     Raises:
@@ -59,7 +59,7 @@ def describe(root: str, splits: Sequence[str]) -> Info:
     for _, found in others:
         if foreign := set(found.labels) - expected:
             raise UserError(f"{found.file} has class {min(foreign)}, which {first} does not have ({reference.file})")
-    return Info(num_classes=max(expected) + 1, image_size=None)
+    return DatasetInfo(num_classes=max(expected) + 1, image_size=None)
 
 
 class ZippedImages:

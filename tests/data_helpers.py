@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+import data
 from repopt.errors import UserError
 
 
@@ -26,3 +27,18 @@ def global_generators_at_rest():
     assert random.getstate() == before[0]
     assert (np.random.get_state()[1] == before[1]).all()
     assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def train_loader(source, augmentation, **settings):
+    """Training batches for a classifier; `settings` are of the data set and of the loader."""
+    return _loader(data.train_loader, source, settings | {"augmentation": augmentation})
+
+
+def eval_loader(source, **settings):
+    """Evaluation batches for a classifier; `settings` are of the data set and of the loader."""
+    return _loader(data.eval_loader, source, settings)
+
+
+def _loader(make, source, settings):
+    own = {name: settings.pop(name) for name in data.Classification.__dataclass_fields__ if name in settings}
+    return make(data.Classification(source, **own), **settings)

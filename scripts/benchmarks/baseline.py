@@ -10,8 +10,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torchvision import transforms as T
 
+from data import Source, describe
 from data.raug15 import MAX_MAGNITUDE, NUM_OPERATIONS
-from data.registry import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Resident
+from data.registry import IMAGENET_MEAN, IMAGENET_STD, InMemorySpec, find
 
 Operation = Callable[[Image.Image, int], Image.Image]
 
@@ -87,8 +88,8 @@ def small(dataset: str) -> T.Compose:
     """uint8 array [32, 32, 3] -> normalised float32 [3, 32, 32]: a crop of the padded image, and a flip, if the set's
     images are mirrored.
     """
-    row = DATASETS[dataset]
-    assert isinstance(row, Resident)
+    source = Source(dataset)
+    row = find(source, InMemorySpec)
     flips = [T.RandomHorizontalFlip()] if row.flip else []
-    crop = T.RandomCrop(row.info.image_size, padding=row.padding)
+    crop = T.RandomCrop(describe(source).image_size, padding=row.padding)
     return T.Compose([Image.fromarray, crop, *flips, T.ToTensor(), T.Normalize(row.mean, row.std)])

@@ -28,15 +28,17 @@ from benchmarks.as_trained import memory_format_on
 from benchmarks.photographs import photographs
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave
+from data.classification import ClassificationDataset
 from data.decode import to_pixels
-from data.decoded import Collate, Decoded, Refused, refuse
-from data.encoded import EncodedImages
+from data.decoded import Collate, raise_on_bad
 from data.on_device import Normalize
-from data.registry import IMAGENET_MEAN, IMAGENET_STD
-from data.resident import RandomCropFlip, ResidentLoader
+from data.registry import IMAGENET_MEAN, IMAGENET_STD, FileSpec, InMemorySpec
+from data.resident import InMemoryDataset, InMemoryLoader, RandomCropFlip
 from data.samplers import TrainSampler
 from data.transforms import train_transform
+from data.types import EncodedImages
 from data.zipped import CACHE_MODES
+from repopt.errors import UserError
 
 BATCH = 32
 IMAGE_SIZE = 224
@@ -45,7 +47,7 @@ SMALL_IMAGES = "small-images"
 
 
 class InMemory:
-    """Encoded images without a disk; `data.encoded.EncodedImages`."""
+    """Encoded images without a disk; `data.types.EncodedImages`."""
 
     def __init__(self, encoded: list[bytes]) -> None:
         self.encoded, self.labels = encoded, torch.arange(len(encoded))
@@ -143,22 +145,22 @@ def torchvision_v2() -> Callable[[bytes], Tensor]:
 def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Callable[[], Tensor]:
     """The next batch, as a worker of our loader makes it; or as it arrives at the training."""
     dataset, indices, epochs = decoded(InMemory(encoded), preset), batches(len(encoded)), itertools.count()
-    collate, cpu = Collate(refuse), torch.device("cpu")
+    collate, cpu = Collate(raise_on_bad), torch.device("cpu")
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, cpu, torch.contiguous_format)
 
     def step() -> Tensor:
         epoch = next(epochs)  # other crops and operations every time, as the textbook's generators give
         batch, _ = collate(dataset.__getitems__([(epoch, index) for index in next(indices)]))
-        assert not isinstance(batch, Refused)
+        assert not isinstance(batch, UserError)
         images = batch[0].permute(0, 3, 1, 2)
         return normalize(images) if normalised else images
 
     return step
 
 
-def decoded(images: EncodedImages, preset: str) -> Decoded:
+def decoded(images: EncodedImages, preset: str) -> ClassificationDataset:
     """The images as a worker decodes and augments them."""
-    return Decoded(images, train_transform(data.Augmentation(preset=preset), IMAGE_SIZE, "bilinear"), 0)
+    return ClassificationDataset(images, train_transform(data.Augmentation(preset=preset), IMAGE_SIZE, "bilinear"), 0)
 
 
 @contextlib.contextmanager
@@ -198,9 +200,7 @@ def reading(root: Path, rounds: Rounds) -> list[Row]:
 def opened_at(root: Path, **how: Any) -> EncodedImages:
     """The training images of a folder, for the first of two processes."""
     source = data.Source("folder", str(root), **how)
-    row = data.registry.find(source)
-    assert isinstance(row, data.registry.Decoded)
-    return row.open(source, "train", 4, 0, 2)
+    return data.registry.find(source, FileSpec).open(source, "train", 4, 0, 2)
 
 
 def workers(root: Path, rounds: Rounds) -> list[Row]:
@@ -212,7 +212,7 @@ def workers(root: Path, rounds: Rounds) -> list[Row]:
         loaders[str(count)] = DataLoader(
             decoded(images, "raug15"),
             batch_sampler=epoch,
-            collate_fn=Collate(refuse),
+            collate_fn=Collate(raise_on_bad),
             num_workers=count,
             persistent_workers=True,
         )
@@ -270,15 +270,13 @@ def resident(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
 
 def resident_loader(
     dataset: str, pixels: np.ndarray, device: torch.device, batch_size: int = SMALL_BATCH
-) -> ResidentLoader:
+) -> InMemoryLoader:
     """Training batches, as of a data set, of images uint8 [N, H, W, 3] on the device; all of them are of class 0."""
-    row = data.registry.DATASETS[dataset]
-    assert isinstance(row, data.registry.Resident)
+    row = data.registry.find(data.Source(dataset), InMemorySpec)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
-    return ResidentLoader(
-        images,
-        torch.zeros(len(images), dtype=torch.int64, device=device),
-        TrainSampler(len(images), batch_size, 0, 1, 0),  # type: ignore[arg-type]  # its attributes are read-only
+    crop = RandomCropFlip(images, padding=row.padding, flip=row.flip, seed=0)
+    return InMemoryLoader(
+        InMemoryDataset(images, torch.zeros(len(images), dtype=torch.int64, device=device), crop),
+        TrainSampler(len(images), batch_size, 0, 1, 0),
         Normalize(row.mean, row.std, device, memory_format_on(device)),
-        crop=RandomCropFlip(images, padding=row.padding, flip=row.flip, seed=0),
     )

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from yacs.config import CfgNode
 
+import data
 import repopt
-from data import detection as of_boxes
-from data import segmentation as of_labels
 from repopt import checkpoint, segmentation
 from train import tasks
 from train.distributed import World
@@ -41,7 +40,7 @@ def draw(cfg: CfgNode) -> None:
     model = to_device(task.network(), here)
     path = cfg.MODEL.RESUME if cfg.EVAL_MODE else Path(cfg.OUTPUT, "latest.pth")
     repopt.load_weights(model, checkpoint.state_dict_of(checkpoint.read(path)))
-    rows = DRAWN[cfg.TASK](cfg, model.eval(), task.eval_loader(split="val", most=IMAGES))
+    rows = DRAWN[cfg.TASK](cfg, model.eval(), task.eval_loader(split="val", max_images=IMAGES))
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(2.4 * columns, 2.6 * len(rows)))
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -56,16 +55,16 @@ def draw(cfg: CfgNode) -> None:
 
 def segmented(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Rows:
     """Return images, their labels, and the predicted ones."""
-    info = of_labels.describe(source_of(cfg))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (info.mean, info.std))
+    source = data.Segmentation(source_of(cfg))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (source.spec.mean, source.spec.std))
     rows: Rows = {"image": [], "labels": [], "prediction": []}
     for images, labels in batches:
         predicted = segmentation.predict(model, images, cfg.SEGMENT.WINDOW, cfg.SEGMENT.STRIDE).argmax(1)
         for image, label, prediction in zip(images.cpu(), labels.cpu(), predicted.cpu(), strict=True):
             picture = (255 * (image * std + mean)).round().clamp(0, 255).byte()
             rows["image"].append(picture)
-            rows["labels"].append(colored(picture, label, len(info.class_names)))
-            rows["prediction"].append(colored(picture, prediction, len(info.class_names)))
+            rows["labels"].append(colored(picture, label, len(source.class_names)))
+            rows["prediction"].append(colored(picture, prediction, len(source.class_names)))
     return rows
 
 
@@ -77,8 +76,8 @@ def colored(picture: Tensor, label: Tensor, classes: int) -> Tensor:
 
 def detected(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> Rows:
     """Return images with the objects in them, and with those that are found."""
-    source = source_of(cfg)
-    info, truth = of_boxes.describe(source), of_boxes.ground_truth(source)
+    source = data.Detection(source_of(cfg))
+    truth = source.ground_truth
     rows: Rows = {"objects": [], f"found (score of {MIN_SCORE} and more)": []}
     there, found = rows.values()
     for images, targets in batches:
@@ -86,26 +85,28 @@ def detected(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Any, Any]])
             picture = (255 * image).round().byte().cpu()
             objects = truth.loadAnns(truth.getAnnIds(imgIds=[int(target["image_id"])]))
             boxes = torch.tensor([thing["bbox"] for thing in objects]).view(-1, 4)
-            labels = [info.category_ids.index(thing["category_id"]) for thing in objects]
-            there.append(boxed(picture, torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels, info))
+            labels = [source.category_ids.index(thing["category_id"]) for thing in objects]
+            there.append(
+                boxed(picture, torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels, source.class_names)
+            )
             sure = output["scores"] >= MIN_SCORE
             classes = (output["labels"][sure] - 1).tolist()
             if "masks" in output and sure.any():
                 masks = output["masks"][sure, 0].cpu() > 0.5
                 picture = draw_segmentation_masks(picture, masks, alpha=0.6, colors=colors_of(classes))
-            found.append(boxed(picture, output["boxes"][sure].cpu(), classes, info))
+            found.append(boxed(picture, output["boxes"][sure].cpu(), classes, source.class_names))
     return rows
 
 
-def boxed(picture: Tensor, boxes: Tensor, classes: Sequence[int], info: of_boxes.Info) -> Tensor:
+def boxed(picture: Tensor, boxes: Tensor, classes: Sequence[int], class_names: Sequence[str]) -> Tensor:
     """Return a picture, enlarged where it is small, with boxes (N, 4) and the names of their classes."""
     times = -(-MIN_SIDE // max(picture.shape[1:]))
     picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
     if not len(boxes):
         return picture
     options: dict[str, Any] = {"width": 2, "font": FONT, "font_size": 20, "label_colors": "white", "fill_labels": True}
-    names = [info.class_names[index] for index in classes]
-    return draw_bounding_boxes(picture, times * boxes, names, colors_of(classes), **options)
+    chosen = [class_names[index] for index in classes]
+    return draw_bounding_boxes(picture, times * boxes, chosen, colors_of(classes), **options)
 
 
 def colors_of(classes: Iterable[int]) -> list[tuple[int, ...]]:

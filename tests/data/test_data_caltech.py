@@ -6,11 +6,12 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from data_helpers import eval_loader, train_loader
 from PIL import Image
 from torchvision import transforms as T
 from torchvision.datasets import caltech as torchvisions
 
-from data import Augmentation, Info, Source, caltech, describe, eval_loader, train_loader
+from data import Augmentation, DatasetInfo, Source, caltech, describe
 from repopt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -95,7 +96,7 @@ def test_the_whole_sets_numbers(tmp_path):
         for k in range(1, 62 + label % 2):
             (folder / f"{label:03}_{k:04}.jpg").touch()
     source = Source("caltech256", str(tmp_path))
-    assert describe(source) == Info(num_classes=257, image_size=None)
+    assert describe(source) == DatasetInfo(num_classes=257, image_size=None)
     train, val = (caltech.open_split(str(tmp_path), split) for split in ("train", "val"))
     assert train.labels.bincount().tolist() == [60] * 257
     assert val.labels.bincount().tolist() == [1 + label % 2 for label in range(1, 258)]

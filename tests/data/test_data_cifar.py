@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from data_helpers import eval_loader, train_loader
 from torchvision.datasets import CIFAR100
 
-from data import Augmentation, Info, Source, cifar, describe, eval_loader, train_loader
+from data import Augmentation, DatasetInfo, Source, cifar, describe
 from repopt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -119,7 +120,7 @@ def test_no_folder_given():
 
 def test_loaders(archive, tmp_path):
     source = Source("cf100", str(tmp_path / "ready"))
-    assert describe(source) == Info(num_classes=100, image_size=32)
+    assert describe(source) == DatasetInfo(num_classes=100, image_size=32)
     common = {"image_size": 32, "interpolation": "bicubic", "num_classes": 100, "device": CPU}
     train = train_loader(source, Augmentation(), batch_size=20, label_smoothing=0.1, **common)
     assert (len(train), train.num_images) == (3, NUM_TRAIN)

@@ -18,7 +18,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 import data
-from data import Source, coco, detection, digits, scenes
+from data import Detection, Source, coco, digits, scenes
 from data.decoded import DecodedLoader
 from data.registry import IMAGENET_MEAN, IMAGENET_STD
 from repopt.errors import UserError
@@ -126,12 +126,15 @@ def source_at(root, on_bad_image="skip"):
 
 
 def train(root, on_bad_image="skip", **changes):
-    settings = COMMON | {"masks": True, "batch_size": 2} | changes
-    return detection.train_loader(source_at(root, on_bad_image), **settings)
+    return train_on(source_at(root, on_bad_image), **changes)
+
+
+def train_on(source, masks=True, **changes):
+    return data.train_loader(Detection(source, masks), **(COMMON | {"batch_size": 2} | changes))
 
 
 def evaluation(root, **changes):
-    return detection.eval_loader(source_at(root), **(COMMON | {"batch_size": 2} | changes))
+    return data.eval_loader(Detection(source_at(root)), **(COMMON | {"batch_size": 2} | changes))
 
 
 def batches(loader, epoch=EPOCH, seen=()):
@@ -166,13 +169,27 @@ def refusal(root, **changes):
 
 
 def test_labels_are_the_categories_in_the_order_of_their_ids(made, few_scenes):
-    expected = detection.Info(("bird", "cat", "dog"), (3, 7, 90), annotation_file(made, "val"))
-    assert detection.describe(source_at(made)) == expected
-    assert detection.statistics(source_at(made)) == {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    info = detection.describe(few_scenes)
-    assert (info.class_names, info.category_ids) == (tuple("0123456789"), tuple(range(1, 11)))
-    assert detection.statistics(Source("scenes", "nowhere")) == {"mean": digits.MEAN, "std": digits.STD}
-    assert info.annotations.is_file()
+    images = Detection(source_at(made))
+    assert (images.class_names, images.category_ids) == (("bird", "cat", "dog"), (3, 7, 90))
+    assert images.annotations == annotation_file(made, "val")
+    assert (images.spec.mean, images.spec.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    images = Detection(few_scenes)
+    assert (images.class_names, images.category_ids) == (tuple("0123456789"), tuple(range(1, 11)))
+    assert images.annotations.is_file()
+    spec = Detection(Source("scenes", "nowhere")).spec
+    assert (spec.mean, spec.std) == (digits.MEAN, digits.STD)
+
+
+def test_annotations_of_the_test_images_are_read_once(made, monkeypatch):
+    files = []
+    parse = coco._parse
+    monkeypatch.setattr(coco, "_parse", lambda file: files.append(file) or parse(file))
+    images = Detection(source_at(made), masks=True)
+    assert images.class_names
+    assert images.ground_truth is images.ground_truth
+    for make in (data.train_loader, data.eval_loader):
+        assert len(make(images, batch_size=2, **COMMON)) == 3
+    assert sorted(files) == [annotation_file(made, split) for split in ("train", "val")]
 
 
 @pytest.mark.parametrize("masks", (False, True))
@@ -226,8 +243,8 @@ def test_images_lie_in_memory_as_asked_for(made, memory_format):
 
 
 def test_digits_are_not_mirrored(few_scenes):
-    reference = COCO(detection.describe(few_scenes).annotations.with_name("instances_train2017.json"))
-    loader = detection.train_loader(few_scenes, masks=True, batch_size=2, **COMMON)
+    reference = COCO(Detection(few_scenes).annotations.with_name("instances_train2017.json"))
+    loader = train_on(few_scenes)
     for epoch in range(4):
         for _, target in pairs(batches(loader, epoch)):
             expected = reference.imgToAnns[int(target["image_id"])]
@@ -235,7 +252,7 @@ def test_digits_are_not_mirrored(few_scenes):
 
 
 def test_masks_of_scenes_lie_in_their_boxes(few_scenes):
-    for _, target in pairs(list(detection.train_loader(few_scenes, masks=True, batch_size=3, **COMMON))):
+    for _, target in pairs(list(train_on(few_scenes, batch_size=3))):
         for mask, box in zip(target["masks"], target["boxes"], strict=True):
             rows, columns = mask.nonzero().unbind(1)
             assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
@@ -252,16 +269,16 @@ def test_evaluation_takes_every_image_once(made, world):
 def test_training_images_as_in_evaluation(made):
     every = list(evaluation(made, split="train"))
     assert len(ids(every)) == 8  # those without boxes too
-    some = ids(list(evaluation(made, split="train", most=3, seed=1)))
+    some = ids(list(evaluation(made, split="train", max_images=3, seed=1)))
     assert len(set(some)) == 3
     assert set(some) <= set(ids(every))
 
 
 def test_the_ground_truth_is_the_annotation_file(made, capsys, few_scenes):
     for source in (source_at(made), few_scenes):
-        found = detection.ground_truth(source, masks=True)
+        found = Detection(source, masks=True).ground_truth
         assert capsys.readouterr() == ("", "")
-        reference = COCO(detection.describe(source).annotations)
+        reference = COCO(Detection(source).annotations)
         capsys.readouterr()
         assert (found.anns, found.imgs, found.cats) == (reference.anns, reference.imgs, reference.cats)
         assert (found.imgToAnns, found.catToImgs) == (reference.imgToAnns, reference.catToImgs)
@@ -442,9 +459,9 @@ def test_records_that_are_not_sound(root, path, value, message, split):
     write(root, changed(content, path, value), split)
     assert refusal(root).startswith(own.format(file=annotation_file(root, split)))
     if split == "val":
-        for use in (detection.describe, detection.ground_truth):
+        for use in ("class_names", "ground_truth"):
             with pytest.raises(UserError):
-                use(source_at(root))
+                getattr(Detection(source_at(root)), use)
 
 
 def test_splits_with_different_categories(root):
@@ -474,14 +491,14 @@ def test_images_in_folders_of_their_own(made, root):
 def test_folders_that_are_absent(root, tmp_path):
     shutil.rmtree(root / "val2017")
     with pytest.raises(UserError, match=r"no folder '.*val2017', whose images instances_val2017.json lists"):
-        detection.describe(source_at(root))
+        Detection(source_at(root)).class_names  # noqa: B018
     annotation_file(root, "val").unlink()
     with pytest.raises(
         UserError, match=r"no annotation file '.*val2017.json': the data folder is not in COCO's layout"
     ):
-        detection.describe(source_at(root))
+        Detection(source_at(root)).class_names  # noqa: B018
     with pytest.raises(UserError, match=r"data folder '.*nothing' does not exist: give --data-path"):
-        detection.describe(source_at(tmp_path / "nothing"))
+        Detection(source_at(tmp_path / "nothing")).class_names  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -494,9 +511,9 @@ def test_folders_that_are_absent(root, tmp_path):
     ],
 )
 def test_sources_that_do_not_exist(source, message):
-    for use in (detection.describe, detection.ground_truth):
+    for use in ("class_names", "ground_truth"):
         with pytest.raises(UserError, match=message):
-            use(source)
+            getattr(Detection(source), use)
 
 
 def with_boxes(split, *boxes):
@@ -595,9 +612,9 @@ def test_malformed_masks_are_refused_where_masks_are_wanted(root, what):
     content = content_of("val")
     number = next(k for k, a in enumerate(content["annotations"]) if a["image_id"] == 1000)
     write(root, changed(content, ["annotations", number, "segmentation"], value), "val")
-    assert len(detection.ground_truth(source_at(root)).anns) == len(content["annotations"])
+    assert len(Detection(source_at(root)).ground_truth.anns) == len(content["annotations"])
     with pytest.raises(UserError, match="its segmentation "):
-        detection.ground_truth(source_at(root), masks=True)
+        Detection(source_at(root), masks=True).ground_truth  # noqa: B018
 
 
 def test_masks_that_pycocotools_reads_are_accepted():
@@ -626,12 +643,11 @@ def test_without_pycocotools(made, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     needs = r"^detection needs pycocotools \(pip install -r requirements-downstream.txt\)$"
     with pytest.raises(UserError, match=needs):
-        detection.ground_truth(source_at(made))
+        Detection(source_at(made)).ground_truth  # noqa: B018
     with pytest.raises(UserError, match=needs):
         train(made)
     assert len(list(train(made, masks=False))) == len(list(evaluation(made))) == 3
 
 
-def test_the_public_face(made):
-    assert data.detection is detection
+def test_the_loader_decodes_in_worker_processes(made):
     assert isinstance(train(made), DecodedLoader)

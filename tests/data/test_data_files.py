@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from data_helpers import global_generators_at_rest
+from data_helpers import eval_loader, global_generators_at_rest, train_loader
 from PIL import Image
 from torchvision import transforms as T
 
-from data import Augmentation, Info, Source, describe, eval_loader, train_loader
+from data import Augmentation, DatasetInfo, Source, describe
 from repopt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def same(a, b):
 
 def test_describe_counts_the_class_folders(image_folder):
     for dataset in ("folder", "imagenet"):
-        assert describe(Source(dataset, str(image_folder))) == Info(NUM_CLASSES, None)
+        assert describe(Source(dataset, str(image_folder))) == DatasetInfo(NUM_CLASSES, None)
 
 
 def test_evaluation_equals_the_textbook_pipeline(image_folder):
@@ -67,7 +67,7 @@ def test_evaluation_equals_the_textbook_pipeline(image_folder):
 
 
 def test_training_images_transformed_as_in_evaluation(image_folder):
-    some = list(make_eval(image_folder, split="train", most=5, batch_size=2))
+    some = list(make_eval(image_folder, split="train", max_images=5, batch_size=2))
     assert [len(labels) for _, labels in some] == [2, 2, 1]
     every = torch.cat([images for images, _ in make_eval(image_folder, split="train")])
     assert len(every) == 24

@@ -6,10 +6,11 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
+from data_helpers import eval_loader, train_loader
 from fontTools.ttLib import TTFont
 
 import main_repopt
-from data import Augmentation, Info, Source, describe, eval_loader, glyphs, train_loader
+from data import Augmentation, DatasetInfo, Source, describe, glyphs
 from data.on_device import Normalize
 from repopt.errors import UserError
 
@@ -58,7 +59,7 @@ def test_every_class_has_as_many_images(made):
 
 def test_the_whole_set_has_the_shape_of_cifar_100():
     assert glyphs.PER_CLASS == {"train": 500, "val": 100}
-    assert describe(Source("glyphs")) == Info(num_classes=100, image_size=32)
+    assert describe(Source("glyphs")) == DatasetInfo(num_classes=100, image_size=32)
 
 
 def test_no_image_comes_twice(made):

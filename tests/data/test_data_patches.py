@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from data_helpers import eval_loader, train_loader
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as TF
 
-from data import Augmentation, Info, Source, describe, eval_loader, patches, train_loader
+from data import Augmentation, DatasetInfo, Source, describe, patches
 from data.on_device import Normalize
 
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def test_mean_and_deviation_are_those_of_the_training_images():
 
 def test_training_images_are_cropped_and_half_of_them_mirrored():
     source = Source("patches")
-    assert describe(source) == Info(num_classes=8, image_size=32)
+    assert describe(source) == DatasetInfo(num_classes=8, image_size=32)
     loader = train_loader(source, Augmentation(), batch_size=52, label_smoothing=0.1, **COMMON)
     assert (len(loader), loader.num_images) == (10, 520)
     images, targets = map(torch.cat, zip(*loader, strict=True))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_helpers import eval_loader, train_loader
 
-from data import Augmentation, Source, eval_loader, position, train_loader
+from data import Augmentation, Source, position
 from data.samplers import TrainSampler
 from repopt.errors import UserError
 
@@ -242,11 +243,11 @@ def test_workers_do_not_heed_the_signals_that_end_a_run(image_folder):
 
 END = """
 import sys, torch
-from data import Augmentation, Source, train_loader
+from data import Classification, Source, train_loader
 
 def main():
-    loader = train_loader(Source("folder", sys.argv[1]), Augmentation(), image_size=24, interpolation="bilinear",
-                          batch_size=4, num_classes=12, label_smoothing=0.1, device=torch.device("cpu"), num_workers=2)
+    images = Classification(Source("folder", sys.argv[1]), image_size=24, num_classes=12)
+    loader = train_loader(images, batch_size=4, device=torch.device("cpu"), num_workers=2)
     print(*(w.pid for w in (iter(loader).__next__(), loader._workers._iterator._workers)[1]), flush=True)
     raise RuntimeError("the frame, and so the loader, lives on in the traceback")
 

@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from data_helpers import global_generators_at_rest
+from data_helpers import eval_loader, global_generators_at_rest, train_loader
 from torchvision.transforms import functional as TF
 
-from data import Augmentation, Source, cifar, describe, digits, eval_loader, fake, train_loader
+from data import Augmentation, Source, cifar, describe, digits, fake
 from data.on_device import Normalize
-from data.resident import RandomCropFlip, ResidentLoader
+from data.resident import InMemoryDataset, InMemoryLoader, RandomCropFlip
 from data.samplers import EvalSampler, TrainSampler
 from repopt.errors import UserError
 
@@ -53,7 +53,7 @@ def numbered(n=40, **changes):
     settings = {"batch_size": 8, "rank": 0, "world_size": 1, "seed": 0} | changes
     crop = RandomCropFlip(images, padding=4, flip=True, seed=settings["seed"])
     identity = Normalize((0, 0, 0), (1 / 255, 1 / 255, 1 / 255), CPU, torch.contiguous_format)
-    loader = ResidentLoader(images, torch.arange(n), TrainSampler(n, **settings), identity, crop=crop)
+    loader = InMemoryLoader(InMemoryDataset(images, torch.arange(n), crop), TrainSampler(n, **settings), identity)
     return images, crop, loader
 
 
@@ -191,7 +191,7 @@ def test_evaluation_covers_every_digit_once_in_any_world():
 def test_a_rank_without_images_evaluates_nothing():
     images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     normalize = Normalize((0, 0, 0), (1, 1, 1), CPU, torch.contiguous_format)
-    loader = ResidentLoader(images, labels, EvalSampler(2, 4, rank=2, world_size=3), normalize)
+    loader = InMemoryLoader(InMemoryDataset(images, labels), EvalSampler(2, 4, rank=2, world_size=3), normalize)
     assert (len(loader), list(loader)) == (0, [])
 
 

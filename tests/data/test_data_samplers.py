@@ -27,11 +27,11 @@ def test_evaluation_sees_every_image_exactly_once(n, world):
 
 
 def test_some_images_are_drawn_by_the_seed_alone():
-    drawn = [i for rank in range(3) for i in flat(EvalSampler(100, 4, rank, 3, most=10, seed=1))]
+    drawn = [i for rank in range(3) for i in flat(EvalSampler(100, 4, rank, 3, max_images=10, seed=1))]
     assert len(set(drawn)) == 10
-    assert set(drawn) == set(flat(EvalSampler(100, 7, 0, 1, most=10, seed=1)))
-    assert set(drawn) != set(flat(EvalSampler(100, 7, 0, 1, most=10, seed=2)))
-    assert sorted(flat(EvalSampler(5, 2, 0, 1, most=10))) == list(range(5))
+    assert set(drawn) == set(flat(EvalSampler(100, 7, 0, 1, max_images=10, seed=1)))
+    assert set(drawn) != set(flat(EvalSampler(100, 7, 0, 1, max_images=10, seed=2)))
+    assert sorted(flat(EvalSampler(5, 2, 0, 1, max_images=10))) == list(range(5))
 
 
 @pytest.mark.parametrize("sharded", (False, True))

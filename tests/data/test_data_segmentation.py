@@ -16,10 +16,10 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 
 import data
-from data import Source, digits, scenes, segmentation
+from data import Segmentation, Source, digits, scenes
 from data.on_device import Normalize
 from data.registry import IMAGENET_MEAN, IMAGENET_STD
-from data.segmentation import Varied
+from data.segmentation import JointTransform
 from repopt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -68,13 +68,16 @@ def few_scenes(monkeypatch, tmp_path):
 
 
 def train(root, **changes):
-    settings = COMMON | {"crop": (24, 40), "scales": (0.5, 2.0), "batch_size": 4} | changes
-    return segmentation.train_loader(Source("cityscapes", str(root)), **settings)
+    return train_on(Source("cityscapes", str(root)), **changes)
+
+
+def train_on(source, crop=(24, 40), scales=(0.5, 2.0), **changes):
+    return data.train_loader(Segmentation(source, crop, scales), **(COMMON | {"batch_size": 4} | changes))
 
 
 def evaluation(root, source=None, **changes):
     source = source or Source("cityscapes", str(root))
-    return segmentation.eval_loader(source, **(COMMON | {"batch_size": 2} | changes))
+    return data.eval_loader(Segmentation(source), **(COMMON | {"batch_size": 2} | changes))
 
 
 def batches(loader, epoch=EPOCH, seen=()):
@@ -91,13 +94,13 @@ def assert_equal(actual, expected):
 
 
 def test_the_classes_are_the_nineteen_of_cityscapes():
-    info = segmentation.describe(Source("cityscapes"))
-    assert info == segmentation.Info(info.class_names, IMAGENET_MEAN, IMAGENET_STD)
-    assert len(info.class_names) == 19
-    assert (info.class_names[0], info.class_names[13], info.class_names[18]) == ("road", "car", "bicycle")
-    assert segmentation.describe(Source("scenes")) == segmentation.Info(
-        ("background", *"0123456789"), digits.MEAN, digits.STD
-    )
+    images = Segmentation(Source("cityscapes"))
+    assert (images.spec.mean, images.spec.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert len(images.class_names) == 19
+    assert (images.class_names[0], images.class_names[13], images.class_names[18]) == ("road", "car", "bicycle")
+    images = Segmentation(Source("scenes"))
+    assert images.class_names == ("background", *"0123456789")
+    assert (images.spec.mean, images.spec.std) == (digits.MEAN, digits.STD)
 
 
 def test_evaluation_equals_torchvisions_images_with_their_ids_mapped(made):
@@ -131,7 +134,7 @@ def test_evaluation_takes_every_image_once(made, world):
 
 def test_training_images_as_in_evaluation(made):
     every = torch.cat([images for images, _ in evaluation(made, split="train")])
-    some = torch.cat([images for images, _ in evaluation(made, split="train", most=5)])
+    some = torch.cat([images for images, _ in evaluation(made, split="train", max_images=5)])
     assert (len(every), len(some)) == (12, 5)
     assert all(any(torch.equal(image, other) for other in every) for image in some)
 
@@ -168,7 +171,7 @@ def coded(height=HEIGHT, width=WIDTH):
 def test_labels_stay_on_their_pixels(monkeypatch, scales):
     monkeypatch.setattr(v2, "ColorJitter", lambda **strengths: v2.Identity())
     pixels, labels = coded()
-    vary = Varied((24, 40), scales, flip=True, colour=(255, 255, 255))
+    vary = JointTransform((24, 40), scales, flip=True, colour=(255, 255, 255))
     mirrored, corners = [], set()
     for _ in range(200):
         image, label = vary(pixels, labels)
@@ -188,7 +191,7 @@ def test_at_scale_one_an_image_is_cropped_only(monkeypatch):
     monkeypatch.setattr(v2, "ColorJitter", lambda **strengths: v2.Identity())
     pixels, labels = coded()
     for _ in range(20):
-        image, label = Varied((24, 40), (1.0, 1.0), flip=False, colour=(0, 0, 0))(pixels, labels)
+        image, label = JointTransform((24, 40), (1.0, 1.0), flip=False, colour=(0, 0, 0))(pixels, labels)
         top, left = int(image[0, 0, 0]) // 4, int(image[0, 0, 1]) // 4
         assert torch.equal(image, pixels[top : top + 24, left : left + 40])
         assert torch.equal(label, labels[top : top + 24, left : left + 40])
@@ -209,8 +212,7 @@ def test_digits_are_not_mirrored(few_scenes):
     assert [image.shape for images, _ in evaluation(None, few_scenes) for image in images] == [
         (3, scenes.SIZE, scenes.SIZE)
     ] * 3
-    settings = COMMON | {"crop": (scenes.SIZE, scenes.SIZE), "scales": (1.0, 1.0), "batch_size": 2}
-    loader = segmentation.train_loader(few_scenes, **settings)
+    loader = train_on(few_scenes, (scenes.SIZE, scenes.SIZE), (1.0, 1.0), batch_size=2)
     for epoch in range(4):
         for _, labels in batches(loader, epoch):
             assert all(any(torch.equal(label, plain) for plain in whole) for label in labels)
@@ -277,8 +279,7 @@ def test_unreadable_images(root, kind, workers):
     assert (str(place(root, "train", kind, 3)) in reason) == (kind == "gtFine")
 
     strict = Source("cityscapes", str(root), on_bad_image="raise")
-    settings = COMMON | {"crop": (24, 40), "scales": (0.5, 2.0), "batch_size": 4, "num_workers": workers}
-    refused = error_of(segmentation.train_loader(strict, **settings))
+    refused = error_of(train_on(strict, num_workers=workers))
     assert refused.startswith(f"cannot read image {image!r} (")
     refused = error_of(evaluation(root, num_workers=workers))
     assert refused.startswith(f"cannot read image {str(place(root, 'val', 'leftImg8bit', 3))!r} (")
@@ -430,5 +431,7 @@ def test_fewer_images_than_a_step_takes(made):
         train(made, batch_size=7, world_size=2)
 
 
-def test_the_public_face():
-    assert data.segmentation is segmentation
+def test_without_a_crop_training_images_are_as_in_evaluation(made):
+    found = batches(train(made, crop=None))
+    whole = [image for images, _ in evaluation(made, split="train") for image in images]
+    assert all(any(torch.equal(image, other) for other in whole) for images, _ in found for image in images)

@@ -8,9 +8,9 @@ import zlib
 
 import pytest
 import torch
-from data_helpers import error_of
+from data_helpers import error_of, eval_loader, train_loader
 
-from data import Augmentation, Source, describe, eval_loader, train_loader
+from data import Augmentation, Source, describe
 from repopt.errors import UserError
 from train.logging import logger
 

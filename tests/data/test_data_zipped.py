@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from data_helpers import eval_loader, train_loader
 
-from data import Augmentation, Source, describe, eval_loader, train_loader
+from data import Augmentation, Source, describe
 from data.zipped import ZippedImages
 from repopt.errors import UserError
 

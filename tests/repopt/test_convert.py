@@ -472,16 +472,8 @@ def test_refusals_of_a_declaration_name_the_module():
 
 def test_from_a_search_to_a_deployed_network(tmp_path):
     network = vgg(num_classes=10)
-    loader = data.train_loader(
-        data.Source("digits"),
-        data.Augmentation(),
-        image_size=32,
-        interpolation="bilinear",
-        batch_size=50,
-        num_classes=10,
-        label_smoothing=0.0,
-        device=torch.device("cpu"),
-    )
+    images = data.Classification(data.Source("digits"), image_size=32, num_classes=10)
+    loader = data.train_loader(images, batch_size=50, device=torch.device("cpu"))
     settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
     searched = repopt.convert_model(network, "hs")
     start = repopt.extract_scales(searched)

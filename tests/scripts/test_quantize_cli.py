@@ -67,10 +67,8 @@ def ptq(target, tmp_path_factory):
 
 def accuracy(network):
     """Top-1 in percent on the digits' test images."""
-    loader = data.eval_loader(
-        data.Source("digits"), image_size=32, interpolation="bilinear", crop=False, batch_size=128, num_classes=10,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    images = data.Classification(data.Source("digits"), image_size=32, num_classes=10)
+    loader = data.eval_loader(images, batch_size=128, device=torch.device("cpu"))
     return evaluate(network, loader, Precision(torch.device("cpu"))).top1
 
 

@@ -21,8 +21,7 @@ from downstream import detect, segment
 
 import main_repopt
 import repopt
-from data import scenes
-from data import segmentation as of_labels
+from data import cityscapes, scenes
 from repopt import checkpoint, segmentation
 from train import build, config, tasks, trained
 from train.command import EXIT_USAGE_ERROR as MISTAKE
@@ -348,7 +347,7 @@ def test_the_first_number_of_a_task_is_its_score():
 
 
 def test_ignored_pixels_are_those_of_the_data():
-    assert of_labels.IGNORED == segmentation.IGNORED
+    assert cityscapes.IGNORED == segmentation.IGNORED
 
 
 @pytest.mark.parametrize("arch", ["timm/convnext_atto", "timm/mobilenetv3_small_050"])

@@ -77,7 +77,7 @@ class Task(ABC):
     def calibration_loader(self) -> data.Loader:
         """Return training images as in evaluation, the same in every process."""
         alone = type(self)(self.cfg, World(0, 1, self.world.device))
-        return alone.eval_loader(split="train", most=self.cfg.QUANT.CALIBRATION_IMAGES, seed=self.cfg.SEED)
+        return alone.eval_loader(split="train", max_images=self.cfg.QUANT.CALIBRATION_IMAGES, seed=self.cfg.SEED)
 
     @abstractmethod
     def example(self) -> tuple[Any, Any]:

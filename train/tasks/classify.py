@@ -56,31 +56,27 @@ class Classify(Task):
 
     @override
     def train_loader(self) -> data.Loader:
-        return data.train_loader(
+        images = data.Classification(
             _source(self.cfg),
-            _augmentation(self.cfg),
             image_size=self.cfg.DATA.IMG_SIZE,
-            interpolation=self.cfg.DATA.INTERPOLATION,
-            batch_size=self.cfg.DATA.BATCH_SIZE,
             num_classes=self.cfg.MODEL.NUM_CLASSES,
+            interpolation=self.cfg.DATA.INTERPOLATION,
+            augmentation=_augmentation(self.cfg),
             label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING,
-            seed=self.cfg.SEED,
-            **self.loading(),
         )
+        return data.train_loader(images, batch_size=self.cfg.DATA.BATCH_SIZE, seed=self.cfg.SEED, **self.loading())
 
     @override
     def eval_loader(self, **subset: Any) -> data.Loader:
         source = _source(self.cfg)
-        return data.eval_loader(
+        images = data.Classification(
             replace(source, cache_mode="no") if subset else source,  # a few are read but once
             image_size=self.cfg.DATA.TEST_SIZE,
+            num_classes=self.cfg.MODEL.NUM_CLASSES,
             interpolation=self.cfg.DATA.INTERPOLATION,
             crop=self.cfg.TEST.CROP,
-            batch_size=self.cfg.DATA.TEST_BATCH_SIZE,
-            num_classes=self.cfg.MODEL.NUM_CLASSES,
-            **subset,
-            **self.loading(),
         )
+        return data.eval_loader(images, batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading())
 
     @override
     def example(self) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from typing_extensions import override
 from yacs.config import CfgNode
 
 import data
-from data import detection as images_and_boxes
 from repopt import detection
 from repopt.errors import UserError
 from train.evaluation import detection as evaluation
@@ -31,7 +30,7 @@ class Detect(Task):
     def finalize(cls, cfg: CfgNode, given: Set[str]) -> dict[str, Any]:
         if cfg.TRAIN.COMPILE not in ("auto", "off"):
             raise UserError(f"a detector's images differ in size, so TRAIN.COMPILE is off, not {cfg.TRAIN.COMPILE}")
-        classes = len(_described(source_of(cfg)).class_names)
+        classes = len(_images(cfg).class_names)
         return {"TRAIN.COMPILE": "off"} | agreed(cfg, given, "MODEL.NUM_CLASSES", classes)
 
     @override
@@ -49,25 +48,20 @@ class Detect(Task):
             max_size=self.cfg.DETECT.MAX_SIZE,
             anchor_scale=self.cfg.DETECT.ANCHOR_SCALE,
             freeze_batch_norm=self.cfg.MODEL.FREEZE_BN,
-            **images_and_boxes.statistics(self.source()),
+            mean=_images(self.cfg).spec.mean,
+            std=_images(self.cfg).spec.std,
             **self.of_backbone(),
         )
 
     @override
     def train_loader(self) -> data.Loader:
-        return images_and_boxes.train_loader(
-            self.source(),
-            masks=_with_masks(self.cfg),
-            batch_size=self.cfg.DATA.BATCH_SIZE,
-            seed=self.cfg.SEED,
-            **self.loading(),
+        return data.train_loader(
+            _images(self.cfg), batch_size=self.cfg.DATA.BATCH_SIZE, seed=self.cfg.SEED, **self.loading()
         )
 
     @override
     def eval_loader(self, **subset: Any) -> data.Loader:
-        return images_and_boxes.eval_loader(
-            self.source(), batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading()
-        )
+        return data.eval_loader(_images(self.cfg), batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading())
 
     @override
     def example(self) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -90,22 +84,20 @@ class Detect(Task):
     @cached_property
     @override
     def evaluate(self) -> Evaluate:
-        source = self.source()
+        images = _images(self.cfg)
         return functools.partial(
-            evaluation.evaluate,
-            ground_truth=images_and_boxes.ground_truth(source, masks=_with_masks(self.cfg)),
-            category_ids=_described(source).category_ids,
+            evaluation.evaluate, ground_truth=images.ground_truth, category_ids=images.category_ids
         )
 
 
-def _with_masks(cfg: CfgNode) -> bool:
-    return cfg.DETECT.HEAD in detection.WITH_MASKS
+def _images(cfg: CfgNode) -> data.Detection:
+    return _read_once(source_of(cfg), masks=cfg.DETECT.HEAD in detection.WITH_MASKS)
 
 
 def _sum_of_losses(losses: dict[str, Tensor], targets: Any) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-_described = functools.cache(images_and_boxes.describe)
+_read_once = functools.lru_cache(maxsize=1)(data.Detection)  # it keeps the annotations that it has read
 
 TASK = Detect

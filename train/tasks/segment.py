@@ -13,7 +13,6 @@ from typing_extensions import override
 from yacs.config import CfgNode
 
 import data
-from data import segmentation as images_and_labels
 from repopt import segmentation
 from repopt.errors import UserError
 from train.evaluation import segmentation as evaluation
@@ -39,7 +38,7 @@ class Segment(Task):
             raise UserError(
                 "DETERMINISTIC is not to be had on GPUs: UPerNet's pooling and resizing have no such algorithm"
             )
-        return agreed(cfg, given, "MODEL.NUM_CLASSES", len(_class_names(cfg)))
+        return agreed(cfg, given, "MODEL.NUM_CLASSES", len(_images(cfg).class_names))
 
     @override
     def network(self) -> nn.Module:
@@ -58,20 +57,13 @@ class Segment(Task):
                 "a batch norm of UPerNet sees a value per image: train on batches of 2 at least, or with TRAIN.SYNC_BN "
                 "in several processes"
             )
-        return images_and_labels.train_loader(
-            self.source(),
-            crop=self.cfg.SEGMENT.CROP,
-            scales=self.cfg.SEGMENT.SCALES,
-            batch_size=self.cfg.DATA.BATCH_SIZE,
-            seed=self.cfg.SEED,
-            **self.loading(),
+        return data.train_loader(
+            _images(self.cfg), batch_size=self.cfg.DATA.BATCH_SIZE, seed=self.cfg.SEED, **self.loading()
         )
 
     @override
     def eval_loader(self, **subset: Any) -> data.Loader:
-        return images_and_labels.eval_loader(
-            self.source(), batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading()
-        )
+        return data.eval_loader(_images(self.cfg), batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading())
 
     @override
     def example(self) -> tuple[Tensor, Tensor]:
@@ -96,7 +88,7 @@ class Segment(Task):
     @cached_property
     @override
     def evaluate(self) -> Evaluate:
-        class_names = _class_names(self.cfg)
+        class_names = _images(self.cfg).class_names
         evaluation.measures(class_names)  # what is not installed is missed before a training
         return functools.partial(
             evaluation.evaluate,
@@ -106,8 +98,8 @@ class Segment(Task):
         )
 
 
-def _class_names(cfg: CfgNode) -> tuple[str, ...]:
-    return images_and_labels.describe(source_of(cfg)).class_names
+def _images(cfg: CfgNode) -> data.Segmentation:
+    return data.Segmentation(source_of(cfg), cfg.SEGMENT.CROP, cfg.SEGMENT.SCALES)
 
 
 TASK = Segment
