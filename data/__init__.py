@@ -1,4 +1,4 @@
-"""An image's way: data set -> transform -> loader.
+"""Data pipeline: data set -> transform -> loader.
 
 types       what a caller says: Source, Augmentation
 registry    the table of data sets: a new one is a row there
@@ -13,8 +13,7 @@ generated                       the folder of a set that is made where it is abs
 download                        what fetches a set that is absent, once per node
 decode      encoded bytes -> an image
 transforms, raug15              one decoded image -> uint8 tensor
-samplers                        which images in what order; randomness is that of data.seeding
-position                        what an epoch has been through: it may stop, and go on with other processes
+sampler     which images in what order, and how far an epoch has got; randomness is that of data.seeding
 loader, resident, decoded       batches on the device; samples and unreadable images are decoded's
 on_device                       normalize, erase, mix: whole batches
 """
@@ -23,7 +22,7 @@ from data.build import ImageSet, eval_loader, train_loader
 from data.classification import Classification, describe
 from data.detection import Detection
 from data.loader import Loader
-from data.position import Position
+from data.sampler import SamplerState
 from data.segmentation import Segmentation
 from data.types import Augmentation, DatasetInfo, Source
 
@@ -34,7 +33,7 @@ __all__ = [
     "Detection",
     "ImageSet",
     "Loader",
-    "Position",
+    "SamplerState",
     "Segmentation",
     "Source",
     "describe",

@@ -14,7 +14,7 @@ from data.loader import BatchAugmentation, Loader
 from data.on_device import Normalize
 from data.registry import DatasetSpec
 from data.resident import InMemoryDataset, InMemoryLoader
-from data.samplers import EvalSampler, Sampler, TrainSampler
+from data.sampler import EvalSampler, Sampler, TrainSampler
 from data.types import LoaderConfig, Source
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data import seeding
 from data.loader import BatchAugmentation, Loader
-from data.samplers import Sampler
+from data.sampler import Sampler
 from data.types import LoaderConfig
 from repopt.errors import UserError
 

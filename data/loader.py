@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from data import position
-from data.position import Leg, Position
-from data.samplers import Sampler
+from data import sampler
+from data.sampler import EpochSegment, Sampler
 
 BatchAugmentation = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """Normalized images and targets of a batch, the images' indices and the epoch -> images and targets."""
@@ -40,44 +39,44 @@ class Loader(ABC):
     def __init__(
         self,
         contents: Tensor,
-        sampler: Sampler,
+        batch_sampler: Sampler,
         normalize: Callable[[Any], Any],
         augmentations: Sequence[BatchAugmentation] = (),
     ) -> None:
-        self.num_images = sampler.num_images
-        self.images_per_batch = sampler.batch_size * sampler.world_size
+        self.num_images = batch_sampler.num_images
+        self.images_per_batch = batch_sampler.batch_size * batch_sampler.world_size
         self.fingerprint = hashlib.sha256(contents.cpu().numpy().tobytes()).hexdigest()[:16]
         self.unreadable: dict[str, str] = {}
-        self._sampler = sampler
+        self._sampler = batch_sampler
         self._normalize, self._augmentations = normalize, augmentations
         self.set_epoch(0)
 
     def __len__(self) -> int:
-        """Batches that the next iteration yields on this rank; 0 if nothing is left of the epoch."""
+        """Return how many batches the next iteration yields on this rank; 0 if nothing is left of the epoch."""
         return len(self._batches)
 
-    def set_epoch(self, epoch: int, seen: Position = ()) -> None:
-        """Chooses what the next iteration goes through.
+    def set_epoch(self, epoch: int, seen: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Choose what the next iteration goes through.
 
         Args:
             epoch: its number.
-            seen: what to leave out, as `position_after` said in this epoch, perhaps with other numbers of processes
+            seen: what to pass over, as `position_after` said in this epoch, perhaps with other numbers of processes
                 or images per batch; only for training.
 
         Raises:
             UserError: `seen`, which may come from a file, is malformed or does not fit the set.
         """
-        seen = position.checked(seen)
-        self._batches = self._sampler.batches(epoch, seen)
-        self._epoch, self._seen = epoch, seen
-        self.images_seen = position.images_seen(seen)
+        state = sampler.checked(seen)
+        self._batches = self._sampler.batches(epoch, state)
+        self._epoch, self._seen = epoch, state
+        self.images_seen = sampler.images_seen(state)
 
-    def position_after(self, batches: int) -> list[Leg]:
-        """The position in the chosen epoch when every rank has gone through `batches` of the iteration's batches.
+    def position_after(self, batches: int) -> list[EpochSegment]:
+        """Return the position in the chosen epoch when every rank has taken `batches` of the iteration's batches.
 
         It is plain data (a list of dicts of int and bool), and does not grow with the number of stops.
         """
-        return position.after(
+        return sampler.advanced(
             self._seen,
             processes=self._sampler.world_size,
             images=batches * self._sampler.batch_size,
@@ -94,4 +93,4 @@ class Loader(ABC):
 
     @abstractmethod
     def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Any, Any, Tensor]]:
-        """uint8 images [B, 3, H, W] and targets on the device, int64 image indices [B] on the CPU."""
+        """Yield uint8 images [B, 3, H, W] and targets on the device, and int64 image indices [B] on the CPU."""

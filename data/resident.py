@@ -12,7 +12,7 @@ from torch import Tensor
 from data import seeding
 from data.loader import BatchAugmentation, Loader
 from data.on_device import Normalize
-from data.samplers import Sampler
+from data.sampler import Sampler
 
 
 class RandomCropFlip:

@@ -34,7 +34,7 @@ from data.decoded import Collate, raise_on_bad
 from data.on_device import Normalize
 from data.registry import IMAGENET_MEAN, IMAGENET_STD, FileSpec, InMemorySpec
 from data.resident import InMemoryDataset, InMemoryLoader, RandomCropFlip
-from data.samplers import TrainSampler
+from data.sampler import TrainSampler
 from data.transforms import train_transform
 from data.types import EncodedImages
 from data.zipped import CACHE_MODES

@@ -11,7 +11,7 @@ from torchvision.transforms import functional as TF
 from data import Augmentation, Source, cifar, describe, digits, fake
 from data.on_device import Normalize
 from data.resident import InMemoryDataset, InMemoryLoader, RandomCropFlip
-from data.samplers import EvalSampler, TrainSampler
+from data.sampler import EvalSampler, TrainSampler
 from repopt.errors import UserError
 
 CPU = torch.device("cpu")

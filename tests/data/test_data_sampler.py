@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from data.samplers import EvalSampler, TrainSampler
+from data.sampler import EvalSampler, TrainSampler
 from repopt.errors import UserError
 
 WORLDS = (1, 2, 3, 4)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from data_helpers import eval_loader, train_loader
 
-from data import Augmentation, Source, position
-from data.samplers import TrainSampler
+from data import Augmentation, Source, sampler
+from data.sampler import TrainSampler
 from repopt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,13 +117,13 @@ def test_the_fingerprint_follows_from_the_labels(image_folder):
     assert len({one.fingerprint, make("resident", None).fingerprint, val.fingerprint}) == 3
 
 
-def run_leg(n, batch, world, sharded, seen, most):
-    """Indices that each rank takes in at most `most` batches, what they leave, and the position afterwards."""
+def run_segment(n, batch, world, sharded, seen, max_batches):
+    """Indices that each rank takes in at most `max_batches` batches, what they leave, and the position afterwards."""
     samplers = [TrainSampler(n, batch, rank, world, 5, sharded) for rank in range(world)]
-    ranks = [sampler.batches(EPOCH, seen)[:most] for sampler in samplers]
+    ranks = [of_rank.batches(EPOCH, seen)[:max_batches] for of_rank in samplers]
     (steps,) = {len(b) for b in ranks}
     taken = [torch.cat(b).tolist() if b else [] for b in ranks]
-    return taken, steps, position.after(seen, processes=world, images=steps * batch, sharded=sharded)
+    return taken, steps, sampler.advanced(seen, processes=world, images=steps * batch, sharded=sharded)
 
 
 @pytest.mark.parametrize("kinds", [(False,), (True,), (False, True), (True, False, False, True)], ids=str)
@@ -131,41 +131,41 @@ def run_leg(n, batch, world, sharded, seen, most):
 @pytest.mark.parametrize(("n", "batch"), [(211, 3), (96, 2), (500, 4)])
 def test_no_image_comes_twice_and_none_is_left_out_that_fills_a_batch(worlds, kinds, n, batch):
     seen, taken = [], set()
-    legs = list(zip(worlds, itertools.cycle(kinds), strict=False))
-    for number, (world, sharded) in enumerate(legs):
-        last = number == len(legs) - 1
-        ranks, steps, seen = run_leg(n, batch, world, sharded, seen, most=None if last else 2 + number)
+    segments = list(zip(worlds, itertools.cycle(kinds), strict=False))
+    for number, (world, sharded) in enumerate(segments):
+        last = number == len(segments) - 1
+        ranks, steps, seen = run_segment(n, batch, world, sharded, seen, max_batches=None if last else 2 + number)
         for rank, indices in enumerate(ranks):
             assert len(indices) == steps * batch
             assert not taken & set(indices)
             assert len(set(indices)) == len(indices)
             assert not sharded or all(index % world == rank for index in indices)
             taken |= set(indices)
-        assert position.images_seen(seen) == len(taken)
+        assert sampler.images_seen(seen) == len(taken)
     left = set(range(n)) - taken
     if sharded:  # some rank has less than a batch left
         assert min(sum(index % world == rank for index in left) for rank in range(world)) < batch
     else:
         assert len(left) < batch * world
-    ranks, steps, after = run_leg(n, batch, world, sharded, seen, most=None)
+    ranks, steps, after = run_segment(n, batch, world, sharded, seen, max_batches=None)
     assert (ranks, steps, after) == ([[]] * world, 0, seen)
 
 
 def test_fewer_processes_that_divide_the_former_lose_less_than_a_global_batch():
     seen = []
     for world in (8, 4, 2, 1):
-        _, _, seen = run_leg(1000, 4, world, True, seen, most=None if world == 1 else 10)
-    assert 1000 - position.images_seen(seen) < 4
+        _, _, seen = run_segment(1000, 4, world, True, seen, max_batches=None if world == 1 else 10)
+    assert 1000 - sampler.images_seen(seen) < 4
 
 
 def test_a_large_set_takes_little_time():
-    legs = [{"processes": 64, "images": 1000, "sharded": True}, {"processes": 48, "images": 500, "sharded": False}]
-    sampler = TrainSampler(1_281_167, 32, 5, 24, 0, True)
-    assert len(sampler.batches(0, legs)) > 1500
+    segments = [{"processes": 64, "images": 1000, "sharded": True}, {"processes": 48, "images": 500, "sharded": False}]
+    large = TrainSampler(1_281_167, 32, 5, 24, 0, True)
+    assert len(large.batches(0, segments)) > 1500
 
 
 @pytest.mark.parametrize(
-    "leg",
+    "segment",
     [
         {},
         [],
@@ -183,17 +183,17 @@ def test_a_large_set_takes_little_time():
         {"processes": 1, "images": torch.tensor(4), "sharded": False},
     ],
 )
-def test_malformed_legs_are_refused(leg, image_folder):
+def test_malformed_segments_are_refused(segment, image_folder):
     loader = make("decoded", image_folder)
     fine = {"processes": 1, "images": 4, "sharded": False}
-    with pytest.raises(UserError, match=r"^leg 2 of the position in the epoch is malformed: .*$"):
-        loader.set_epoch(0, [fine, leg])
+    with pytest.raises(UserError, match=r"^segment 2 of the position in the epoch is malformed: .*$"):
+        loader.set_epoch(0, [fine, segment])
     assert (len(loader), loader.position_after(0)) == (6, [])
 
 
-@pytest.mark.parametrize("seen", [None, {}, "legs", 3, {"processes": 1, "images": 4, "sharded": False}])
+@pytest.mark.parametrize("seen", [None, {}, "segments", 3, {"processes": 1, "images": 4, "sharded": False}])
 def test_malformed_positions_are_refused(seen, image_folder):
-    with pytest.raises(UserError, match=r"^the position in the epoch is no list of legs$"):
+    with pytest.raises(UserError, match=r"^the position in the epoch is no list of segments$"):
         make("decoded", image_folder).set_epoch(0, seen)
 
 
