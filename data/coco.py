@@ -17,12 +17,10 @@ import numpy as np
 
 from repopt.errors import UserError, one_line, shown
 
-LEAST_SIDE = 1e-3  # of a box, in pixels
+MIN_SIDE = 1e-3  # of a box, in pixels
 
 _MAX_PIXELS = 2**28  # of an image; of more, masks would be an attack on the memory
 _MAX_COORDINATE = 1e9  # of a box
-_CODE_BITS = 5  # of a run's length in a character of compressed run lengths
-_MAX_CODES = 7  # characters of one length
 
 
 @dataclass(frozen=True)
@@ -60,17 +58,17 @@ class Split:
     boxes: np.ndarray
 
     def empty(self) -> np.ndarray:
-        """bool [A]: of which boxes less than `LEAST_SIDE` is left in the image."""
-        return ((self.boxes[:, 2:] - self.boxes[:, :2]) < LEAST_SIDE).any(1)
+        """Return bool [A]: of which boxes less than `MIN_SIDE` is left in the image."""
+        return ((self.boxes[:, 2:] - self.boxes[:, :2]) < MIN_SIDE).any(1)
 
 
 def annotation_file(root: Path, split: str) -> Path:
-    """Where the annotations of a split lie."""
+    """Return where the annotations of a split lie."""
     return root / "annotations" / f"instances_{split}2017.json"
 
 
 def read(root: Path, split: str) -> Split:
-    """The annotations of a split.
+    """Return the annotations of a split, checked.
 
     Raises:
         UserError: there are none, or they are not sound, or name images that the folder does not have.
@@ -136,18 +134,18 @@ class Masks:
         self._ends = np.cumsum([0, *map(len, packed)])
 
     def decode(self, index: int, height: int, width: int) -> np.ndarray:
-        """uint8 [height, width], 1 in the mask of the annotation chosen[index]."""
+        """Return uint8 [height, width], 1 in the mask of the annotation chosen[index]."""
         mask = tools().mask
         found = marshal.loads(self._packed[self._ends[index] : self._ends[index + 1]])
         if isinstance(found, list):
             found = mask.merge(mask.frPyObjects(found, height, width))
-        elif isinstance(found["counts"], list):
+        else:
             found = mask.frPyObjects(found, height, width)
         return mask.decode(found)
 
 
 def check_masks(split: Split, chosen: Iterable[int]) -> None:
-    """Refuses annotations without a mask, and masks that pycocotools crashes on.
+    """Refuse annotations without a mask, and masks that pycocotools crashes on.
 
     Raises:
         UserError: naming the first.
@@ -155,13 +153,13 @@ def check_masks(split: Split, chosen: Iterable[int]) -> None:
     for k in chosen:
         width, height = split.sizes[split.images[k]].tolist()
         segmentation = split.content["annotations"][k].get("segmentation")
-        if reason := _flaw(segmentation, width, height):
+        if reason := _invalid_reason(segmentation, width, height):
             where = f"{split.file}: annotation {split.annotation_ids[k]}"
             raise UserError(f"{where}: its segmentation {reason}: {shown(segmentation)}")
 
 
 def tools() -> ModuleType:
-    """The package pycocotools.
+    """Return the package pycocotools.
 
     Raises:
         UserError: it is absent.
@@ -190,14 +188,15 @@ class _Records:
     """One of the lists of a file, whose records have values of known kinds."""
 
     def __init__(self, file: Path, content: dict[str, Any], kind: str) -> None:
-        self._file, self._kind, self._records = file, kind, content.get(kind)
-        if not isinstance(self._records, list):
+        records = content.get(kind)
+        if not isinstance(records, list):
             raise UserError(f"{file} has no list {kind!r}")
-        if not self._records and kind != "annotations":
+        if not records and kind != "annotations":
             raise UserError(f"{file}: the list {kind!r} is empty")
+        self._file, self._kind, self._records = file, kind, records
 
     def column(self, key: str, fits: Callable[[Any], bool], expected: str) -> list[Any]:
-        """A value of each record."""
+        """Return a value of each record."""
         try:
             values = list(map(itemgetter(key), self._records))
             wrong = next((number for number, value in enumerate(values) if not fits(value)), None)
@@ -211,14 +210,14 @@ class _Records:
             )
         return values
 
-    def integers(self, key: str, least: int = -(2**62)) -> np.ndarray:
-        """An integer of each record, int64."""
-        expected = "an integer" if least < 0 else f"an integer from {least} on"
-        return np.array(self.column(key, lambda v: type(v) is int and least <= v <= 2**62, expected), np.int64)
+    def integers(self, key: str, min_value: int = -(2**62)) -> np.ndarray:
+        """Return an integer of each record, int64."""
+        expected = "an integer" if min_value < 0 else f"an integer from {min_value} on"
+        return np.array(self.column(key, lambda v: type(v) is int and min_value <= v <= 2**62, expected), np.int64)
 
-    def ids(self, least: int = -(2**62)) -> np.ndarray:
-        """What the records are called; no two are called the same."""
-        found = self.integers("id", least)
+    def ids(self, min_value: int = -(2**62)) -> np.ndarray:
+        """Return the ids of the records, no two of which are the same."""
+        found = self.integers("id", min_value)
         values, counts = np.unique(found, return_counts=True)
         if (twice := counts > 1).any():
             raise UserError(f"{self._file}: {self._kind} has the id {values[twice][0]} more than once")
@@ -246,7 +245,7 @@ def _is_box(value: Any) -> bool:
 
 
 def _places(file: Path, annotation_ids: np.ndarray, kind: str, wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Where in `known` each annotation's id of its image or category stands."""
+    """Return where in `known` each annotation's id of its image or category stands."""
     order = np.argsort(known)
     places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
     if (foreign := known[places] != wanted).any():
@@ -272,52 +271,29 @@ def _check_files(file: Path, folder: Path, names: list[str]) -> None:
         )
 
 
-def _flaw(segmentation: Any, width: int, height: int) -> str:
-    """Why pycocotools would crash on a mask of an image, or nothing."""
+def _invalid_reason(segmentation: Any, width: int, height: int) -> str:
+    """Return why pycocotools would crash on a mask of an image, or nothing."""
     match segmentation:
         case None:
             return "is missing"
         case [[_, _, _, _, _, _, *_], *_]:
-            return next(filter(None, (_flaw_of_polygon(polygon, max(width, height)) for polygon in segmentation)), "")
+            return next(filter(None, (_polygon_reason(polygon, max(width, height)) for polygon in segmentation)), "")
         case list():
             return "has no polygon of three points or more"
         case {"size": size, "counts": counts}:
             if not _are_integers(size) or size != [height, width]:
                 return f"is not of the image's size, {[height, width]}"
-            lengths = _lengths(counts) if type(counts) is str else counts
-            if not _are_integers(lengths) or min(lengths, default=0) < 0 or sum(lengths) != width * height:
+            if type(counts) is str:
+                return "has compressed run lengths, where polygons or a list of run lengths are expected"
+            if not _are_integers(counts) or min(counts, default=0) < 0 or sum(counts) != width * height:
                 return "has run lengths that are not those of the image's pixels"
             return ""
     return "is neither polygons nor run lengths"
 
 
-def _flaw_of_polygon(polygon: Any, side: int) -> str:
+def _polygon_reason(polygon: Any, side: int) -> str:
     if type(polygon) is not list or len(polygon) % 2 or not polygon or not set(map(type, polygon)) <= {int, float}:
         return "has a polygon that is no list of x, y, x, y ..."
     if not (-side <= min(polygon) and max(polygon) <= 2 * side) or math.isnan(sum(polygon)):
         return "has a polygon far outside the image"  # whose outline would be followed pixel by pixel
     return ""
-
-
-def _lengths(counts: str) -> list[int]:
-    """Of compressed run lengths: differences to the last but one, in base 32, least digit first, from "0" on.
-
-    Nothing where they are malformed: pycocotools would read on behind their end.
-    """
-    if not counts or not counts.isascii():
-        return []
-    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - ord("0")
-    more, sign, digit = 1 << _CODE_BITS, 1 << (_CODE_BITS - 1), (1 << _CODE_BITS) - 1
-    ends = np.flatnonzero(codes & more == 0)
-    if codes.min() < 0 or codes.max() > (more | digit) or codes[-1] & more:
-        return []
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    widths = ends - starts + 1
-    if widths.max() > _MAX_CODES:
-        return []
-    shifts = _CODE_BITS * (np.arange(len(codes)) - np.repeat(starts, widths))
-    lengths = np.add.reduceat((codes & digit) << shifts, starts)
-    lengths -= np.where(codes[ends] & sign, 1 << (_CODE_BITS * widths), 0)
-    for first in (1, 2):
-        lengths[first::2] = np.cumsum(lengths[first::2])
-    return lengths.tolist()

@@ -55,7 +55,7 @@ def checked(state: Sequence[Mapping[str, Any]]) -> list[EpochSegment]:
                 f"segment {number} of the position in the epoch is malformed: "
                 "expected processes and images (at least 1) and sharded (true or false)"
             )
-    return [EpochSegment(**segment) for segment in state]
+    return [EpochSegment(processes=s["processes"], images=s["images"], sharded=s["sharded"]) for s in state]
 
 
 def advanced(state: SamplerState, *, processes: int, images: int, sharded: bool) -> list[EpochSegment]:
