@@ -113,7 +113,7 @@ def test_rows_of_some_faults_take_the_places_of_theirs(tmp_path):
     content = json.loads(path.read_text())
     assert [run["command"] for run in content["runs"]] == ["a", "b"]
     assert [row["fault"] for row in content["rows"]] == [row["fault"] for row in every]
-    assert [row["injected"] for row in content["rows"]][:3] == [1, 7, 1]
+    assert {row["fault"] for row in content["rows"] if row["injected"] == 7} == {"SIGTERM"}
     keep({"command": "c"}, every, path)
     assert json.loads(path.read_text()) == {"runs": [{"command": "c"}], "rows": every}
 
