@@ -104,7 +104,8 @@ class LoadedCheckpoint(NamedTuple):
     def settings(self, *keys: str) -> CfgNode:
         """Return the defaults, and these keys as the content says, checked."""
         kept = {key: self.setting(key) for key in keys}
-        return config.build({key: value for key, value in kept.items() if value is not None}).cfg
+        kept = {key: value for key, value in kept.items() if value is not None}
+        return config.build(kept | {"MODEL.ARCH": self.name}).cfg
 
     def _classes(self, weights: Mapping[str, Tensor]) -> int:
         """Return the number of classes: as the run was configured; of a classifier as its weights have them.
@@ -122,7 +123,7 @@ class LoadedCheckpoint(NamedTuple):
 
     def _build(self, num_classes: int) -> nn.Module:
         settings = config.Settings(self.settings(*OF_NETWORK), frozenset())
-        own = settings.with_values({"MODEL.NUM_CLASSES": num_classes, "MODEL.ARCH": self.name})
+        own = settings.with_values({"MODEL.NUM_CLASSES": num_classes})
         return self._task(own.cfg).network()
 
     def _task(self, cfg: CfgNode) -> tasks.Task:
