@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
+from repopt import BoundScales
 from repopt.errors import UserError
-from repopt.reparam import unwrapped
 from train import compilation, config
 from train.distributed import World
 from train.logging import logger
@@ -26,7 +26,7 @@ from train.tasks import Task
 MAX_GRAPH_PIXELS = 2**19  # of a batch that is small: 128 images of 64 x 64
 
 
-def training_state(task: Task, model: nn.Module, scales: Mapping[str, Tensor] | None, *, batches: int) -> TrainingState:
+def training_state(task: Task, model: nn.Module, scales: BoundScales | None, *, batches: int) -> TrainingState:
     """Return optimizer, schedule and moving average around a model; `batches` are those of an epoch."""
     cfg, world = task.cfg, task.world
     images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
@@ -63,22 +63,22 @@ def training_state(task: Task, model: nn.Module, scales: Mapping[str, Tensor] | 
     if cfg.TRAIN.EMA_ALPHA:  # of an image and an epoch of training; an update stands for many images
         alpha = cfg.TRAIN.EMA_ALPHA * images_per_step * cfg.TRAIN.EMA_UPDATE_PERIOD / cfg.TRAIN.EPOCHS
         ema = ModelEmaV3(model, decay=1 - min(1.0, alpha))
-    return TrainingState(model, optimizer, schedule, precision_of(cfg, world), scales, ema, epoch=cfg.TRAIN.START_EPOCH)
+    kept = None if scales is None else scales.scales
+    return TrainingState(model, optimizer, schedule, precision_of(cfg, world), kept, ema, epoch=cfg.TRAIN.START_EPOCH)
 
 
-def scales_of_gradients(task: Task, scales: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+def scales_of_gradients(task: Task, scales: BoundScales | None) -> BoundScales | None:
     """Return those that the optimizer multiplies gradients by, or None for the plain rule."""
     return scales if task.arch.repopt and task.cfg.TRAIN.CHANGE_GRADIENTS else None
 
 
-def clipping(task: Task, model: nn.Module, scales: Mapping[str, Tensor] | None) -> Callable[[], Tensor] | None:
+def clipping(task: Task, model: nn.Module, scales: BoundScales | None) -> Callable[[], Tensor] | None:
     """Return what clips the gradients: under a RepOptimizer by the norm of the equivalent CSLA network's, or None."""
     max_norm = task.cfg.TRAIN.CLIP_GRAD
     if not max_norm:
         return None
     if (constants := scales_of_gradients(task, scales)) is not None:
-        mults = repopt.grad_mults(model, constants, degree=1)
-        return functools.partial(repopt.clip_grad_norm_, list(unwrapped(model).named_parameters()), max_norm, mults)
+        return functools.partial(repopt.bind(model, constants).clip_grad_norm_, max_norm)
     return functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), max_norm)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
-from repopt import checkpoint
+from repopt import BoundScales, checkpoint
 from repopt.errors import UserError, shown
 from repopt.models import Arch, parse_arch, same_arch
 from repopt.scales import scales_of
@@ -84,20 +84,23 @@ def needs_scales(arch: Arch) -> bool:
 
 def find_scales(
     task: Task, model: nn.Module, content: Mapping[str, Any] | None, backbone: LoadedCheckpoint | None = None
-) -> Mapping[str, Tensor] | None:
-    """Return the scales of a run that needs them: those kept in the checkpoint that it resumes, or TRAIN.CONSTANTS."""
+) -> BoundScales | None:
+    """Return the scales of a run that needs them, bound to its model.
+
+    They are those kept in the checkpoint that it resumes, or else what TRAIN.CONSTANTS says.
+    """
     cfg, path = task.cfg, task.cfg.TRAIN.SCALES_PATH
     if not needs_scales(task.arch):
         return None
     if content is not None and "scales" in content:
-        scales = repopt.fit_scales(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
+        kept = repopt.bind(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
         if path and Path(path).is_file():
             given = constants(task, model, repopt.load_scales(path))
-            if any(not torch.equal(scales[name], given[name]) for name in scales):
+            if any(not torch.equal(values, given.scales[name]) for name, values in kept.scales.items()):
                 raise UserError(
                     f"cannot resume: TRAIN.SCALES_PATH: the scales of {path!r} are not those that this run began with"
                 )
-        return scales
+        return kept
     if path:
         searched = repopt.load_scales(path)
     elif backbone is not None and "scales" in backbone.content:
@@ -113,7 +116,7 @@ def find_scales(
     return constants(task, model, searched)
 
 
-def constants(task: Task, model: nn.Module, searched: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def constants(task: Task, model: nn.Module, searched: Mapping[str, Tensor] | None) -> BoundScales:
     """Return the constant scales that the configuration asks for, made of searched ones where there are any."""
     named = None if searched is None else add_prefix(task, searched)
-    return repopt.constant_scales(model, task.cfg.TRAIN.CONSTANTS, named)
+    return repopt.bind(model, named, source=task.cfg.TRAIN.CONSTANTS)

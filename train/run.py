@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from yacs.config import CfgNode
 
 import repopt
@@ -147,7 +147,7 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
         if task.cfg.MODEL.FREEZE_BN and source is None:
             raise UserError("MODEL.FREEZE_BN keeps the statistics of a --backbone, and none is given")
         if scales is not None and task.cfg.TRAIN.CHANGE_INITIALIZATION:
-            repopt.initialize(model, scales, identity=task.cfg.TRAIN.IDENTITY_INIT)
+            scales.initialize(identity=task.cfg.TRAIN.IDENTITY_INIT)
         if source is not None:
             backbone.load(task, model, source)
     trainer = prepare(task, to_device(model, task.world), scales, folder, content)
@@ -158,7 +158,7 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
 def prepare(
     task: tasks.Task,
     model: nn.Module,
-    scales: Mapping[str, Tensor] | None,
+    scales: repopt.BoundScales | None,
     folder: RunFolder,
     content: Mapping[str, Any] | None,
 ) -> Trainer:

@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from repopt.checkpoint import load_weights, state_dict_of
 from repopt.errors import UserError, one_line, shown
-from repopt.reparam import Scales
 from train.precision import Precision
 
 
@@ -39,7 +38,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
     precision: Precision
-    scales: Scales | None = None
+    scales: Mapping[str, Tensor] | None = None
     ema: ModelEmaV3 | None = None
     epoch: int = 0
     seen: Sequence[Mapping[str, Any]] = ()
