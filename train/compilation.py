@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -28,4 +30,4 @@ def compiled(model: nn.Module, device: torch.device, mode: str = "default") -> n
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except Exception as error:  # whatever a missing or broken compiler makes of it
         raise UserError(f"torch.compile does not work here: {one_line(error)}") from error
-    return torch.compile(model, mode=mode, dynamic=False)
+    return cast(nn.Module, torch.compile(model, mode=mode, dynamic=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
@@ -40,7 +41,7 @@ def build_schedule(
         UserError: an unknown name.
     """
     total = epochs * steps_per_epoch
-    warmup = {
+    warmup: dict[str, Any] = {
         "warmup_t": warmup_steps,
         "warmup_lr_init": warmup_lr,
         "warmup_prefix": False,  # the schedule runs on beneath the warm-up

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from soak import free_port
+from soak.training import free_port
 
 from repopt.errors import UserError
 from train import distributed
