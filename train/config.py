@@ -81,7 +81,7 @@ def as_dict(cfg: CfgNode) -> dict[str, Any]:
 
 
 def lookup(cfg: object, name: str) -> Any:
-    """The value of a dotted key in nested mappings, such as a configuration that a checkpoint keeps; None if absent."""
+    """Return the value of a dotted key in nested mappings, such as the configuration in a checkpoint; None if absent."""
     for part in name.split("."):
         cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
     return cfg
@@ -107,7 +107,7 @@ def _nest(flat: Mapping[str, Any]) -> CfgNode:
 
 
 def _coerce(name: str, value: Any) -> Any:
-    """`value` as the key's type; text is read as a Python literal where the type is not text."""
+    """Return `value` as the key's type; text is read as a Python literal where the type is not text."""
     if name not in KEYS:
         raise unknown("config key", name, KEYS)
     key = KEYS[name]

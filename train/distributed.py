@@ -99,7 +99,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def decided_by_first(decide: Callable[[], T]) -> T:
+def run_on_main(decide: Callable[[], T]) -> T:
     """What the first process decides, on all of them; also if it is a UserError."""
     if _cpu_group is None:
         return decide()
@@ -124,8 +124,8 @@ def gather(value: Any) -> list[Any]:
     return values or []
 
 
-class Vote:
-    """The largest of what all processes say, known to all at the same step, without waiting for the device.
+class AsyncMax:
+    """The largest of what all processes say: known to all at the same step, without waiting for the device.
 
     What is said in one step is known in the next one: the message travels while the next step is computed.
     """
@@ -133,8 +133,8 @@ class Vote:
     def __init__(self) -> None:
         self._travelling: tuple[Tensor, dist.Work] | None = None
 
-    def say(self, number: int) -> int:
-        """The largest of what was said in the last call (0 in the first one); by a process alone, `number`."""
+    def push(self, number: int) -> int:
+        """Return the largest of what was said in the last call (0 in the first one); in a process alone, `number`."""
         if _cpu_group is None:
             return number
         known = self._arrived()
@@ -142,9 +142,9 @@ class Vote:
         self._travelling = message, dist.all_reduce(message, dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
         return known
 
-    def settle(self, number: int) -> int:
-        """The largest of what was said in the last call and in this one; waits for the others."""
-        return max(self.say(number), self._arrived() if _cpu_group is not None else 0)
+    def sync(self, number: int) -> int:
+        """Return the largest of what was said in the last call and in this one; waits for the others."""
+        return max(self.push(number), self._arrived() if _cpu_group is not None else 0)
 
     def _arrived(self) -> int:
         if self._travelling is None:

@@ -180,7 +180,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.IDENTITY_INIT": Key(
         "searched", "How identity branches enter the initial weights.", choices=("searched", "one")
     ),
-    "TRAIN.MOST_SKIPPED_STEPS": Key(
+    "TRAIN.MAX_SKIPPED_STEPS": Key(
         20, "Steps skipped in a row, because loss or gradients are not finite, that end the run.", minimum=1
     ),
     "TRAIN.COMPILE": Key(
@@ -292,8 +292,8 @@ KEYS: dict[str, Key] = {
     ),
 }
 
-RENAMED: dict[str, str] = {}
-"""Keys of earlier versions, which recipes and checkpoints may hold, and what they are called now."""
+RENAMED = {"TRAIN.MOST_SKIPPED_STEPS": "TRAIN.MAX_SKIPPED_STEPS"}
+"""Keys of earlier versions, which recipes and command lines may hold, and what they are called now."""
 
 
 def flags_of(task: str) -> dict[str, str]:

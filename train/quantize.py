@@ -19,7 +19,7 @@ from repopt import checkpoint, export, quantization
 from repopt.errors import UserError, shown
 from train import config, run_record, trained
 from train.checkpoint import RunFolder
-from train.distributed import decided_by_first
+from train.distributed import run_on_main
 from train.evaluation.base import Result
 from train.files import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
 from train.logging import as_json, logger
@@ -77,7 +77,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     """Quantize, evaluate before and after, and write the files; return whether it came to its end."""
     cfg, world, trains = task.cfg, task.world, task.cfg.QUANT.METHOD == "qat"
     artifacts = folder.path / ARTIFACTS
-    decided_by_first(lambda: export.refuse_existing(artifacts))
+    run_on_main(lambda: export.refuse_existing(artifacts))
     if not trains:  # a training writes it when it is sure to go on
         run_record.write(task, folder)
     logger.info(f"{cfg.QUANT.PRESET}: {quantization.find_preset(cfg.QUANT.PRESET).meaning}")
@@ -86,7 +86,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
         raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and this recipe's is {cfg.TASK}")
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
     loader = task.eval_loader()
-    images = decided_by_first(lambda: task.network_input(next(iter(loader))[0])[:16].cpu())
+    images = run_on_main(lambda: task.network_input(next(iter(loader))[0])[:16].cpu())
     batches = FixedSizeBatches(task, loader, images.shape[2:])
     results = {"fp32": evaluate(batches, "fp32", model)}
     float_network = repopt.deploy(model)
@@ -103,11 +103,11 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
         del trainer
     int8 = quantization.convert(prepared)
     results["INT8"] = evaluate(batches, "INT8, torch", int8)
-    written = decided_by_first(lambda: write_artifacts(artifacts, cfg, prepared, float_network, int8, images))
+    written = run_on_main(lambda: write_artifacts(artifacts, cfg, prepared, float_network, int8, images))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     in_onnxruntime = export.OnnxNetwork(written / INT8_ONNX, threads)
     results["INT8, onnxruntime"] = evaluate(batches, "INT8, onnxruntime", in_onnxruntime)
-    decided_by_first(lambda: publish_results(written, artifacts, COLUMNS[cfg.TASK], results))
+    run_on_main(lambda: publish_results(written, artifacts, COLUMNS[cfg.TASK], results))
     return True
 
 

@@ -18,7 +18,7 @@ from repopt.scales import scales_of
 from train import config
 from train.backbone import add_prefix
 from train.checkpoint import RunFolder
-from train.distributed import decided_by_first
+from train.distributed import run_on_main
 from train.logging import logger
 from train.tasks.base import Task
 from train.trained import LoadedCheckpoint
@@ -46,7 +46,7 @@ def read_own(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
         path, content = (folder.newest() if cfg.TRAIN.AUTO_RESUME else None) or (None, None)
         return path
 
-    path = decided_by_first(find)
+    path = run_on_main(find)
     if path is None:
         return None
     logger.info(f"resumed: {path}")

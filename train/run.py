@@ -20,7 +20,7 @@ from repopt.models import parse_arch
 from train import backbone, config, run_record, tasks
 from train.build import clipping, distribute, training_state
 from train.checkpoint import RunFolder
-from train.distributed import decided_by_first, world
+from train.distributed import run_on_main, world
 from train.files import THROUGHPUT
 from train.interruption import Interrupted
 from train.logging import logger, start_log
@@ -82,7 +82,7 @@ def set_up(task: tasks.Task, command: str) -> RunFolder:
     folder = RunFolder(Path(cfg.OUTPUT), command, keep=cfg.SAVE_KEEP)
     trains = not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE)
     if trains:
-        decided_by_first(folder.lock)
+        run_on_main(folder.lock)
     if cfg.DETERMINISTIC:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
         torch.use_deterministic_algorithms(True)

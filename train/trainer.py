@@ -21,7 +21,7 @@ from repopt.reparam import extract_scales
 from repopt.scales import save_scales
 from train import config
 from train.checkpoint import RunFolder
-from train.distributed import Vote, gather
+from train.distributed import AsyncMax, gather
 from train.evaluation.base import Result
 from train.interruption import Interrupted, Request, stop_requests
 from train.logging import Metrics, logger
@@ -77,7 +77,7 @@ class Trainer:
         self._batches = len(train_loader)  # of a whole epoch
         self._steps_per_epoch = count_steps(self._batches, self.cfg.TRAIN.ACCUMULATION_STEPS)
         self._skipped_before = state.skipped
-        self._vote, self._request, self._saved_at = Vote(), Request(), time.monotonic()
+        self._vote, self._request, self._saved_at = AsyncMax(), Request(), time.monotonic()
         self._bar, self._eta = tqdm(disable=True), _Eta(0, self._batches)
         if state.seen:
             train_loader.set_epoch(state.epoch, state.seen)
@@ -116,7 +116,7 @@ class Trainer:
             logger.warning(f"{unreadable} training images could not be read so far, and others took their places")
             numbers["unreadable_images"] = unreadable
         position, buffers = loader.position_after(len(loader)), self._buffers()  # before they are averaged
-        decision = self._vote.settle(self._wish())
+        decision = self._vote.sync(self._wish())
         if decision == STOP:
             self._stop(position, buffers)
         if self.world.size > 1:
@@ -210,7 +210,7 @@ class Trainer:
         loss = self._recent.mean()  # waits for the device, so the clock is read after it
         speed = self._recent.images_per_second() * self.world.size
         skipped, in_a_row = self.guard.skipped()
-        if in_a_row >= cfg.TRAIN.MOST_SKIPPED_STEPS:
+        if in_a_row >= cfg.TRAIN.MAX_SKIPPED_STEPS:
             raise UserError(
                 f"the training diverged in epoch {epoch + 1}: loss or gradients were not finite in {in_a_row} steps in "
                 f"a row, up to step {step}; {self._last_good()}"
@@ -258,7 +258,7 @@ class Trainer:
         cfg, ema = self.cfg, self.state.ema
         if ema is not None and step % cfg.TRAIN.EMA_UPDATE_PERIOD == 0:
             ema.update(self.state.model)
-        decision = self._vote.say(self._wish())
+        decision = self._vote.push(self._wish())
         if decision == STOP:
             self._stop(self.train_loader.position_after(self._done), self._buffers())
         if decision == SAVE or (cfg.SAVE_EVERY_STEPS and step % cfg.SAVE_EVERY_STEPS == 0):

@@ -271,3 +271,12 @@ def test_help_of_keys_stands_alone():
 
 def test_compile_modes_are_those_that_the_engine_knows():
     assert KEYS["TRAIN.COMPILE"].choices == ("auto", "off", *COMPILE_MODES)
+
+
+def test_a_key_of_an_earlier_version_is_taken_with_a_warning(tmp_path):
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("TRAIN:\n  MOST_SKIPPED_STEPS: 7\n")
+    with pytest.warns(FutureWarning, match="MOST_SKIPPED_STEPS is called TRAIN.MAX_SKIPPED_STEPS now"):
+        assert config.parse(["--cfg", str(recipe)]).cfg.TRAIN.MAX_SKIPPED_STEPS == 7
+    with pytest.warns(FutureWarning):
+        assert config.parse(["--opts", "TRAIN.MOST_SKIPPED_STEPS", "8"]).cfg.TRAIN.MAX_SKIPPED_STEPS == 8

@@ -9,7 +9,7 @@ from soak.training import free_port
 
 from repopt.errors import UserError
 from train import distributed
-from train.distributed import decided_by_first, gather, sum_over_processes, world
+from train.distributed import gather, run_on_main, sum_over_processes, world
 
 
 def beats():
@@ -27,11 +27,11 @@ def work(rank, ports):
         with pytest.raises(UserError, match="a mistake in both"), world():
             assert gather(rank) == ([0, 1] if rank == 0 else [])
             assert beats()
-            decided_by_first(lambda: (_ for _ in ()).throw(UserError("a mistake in both")))
+            run_on_main(lambda: (_ for _ in ()).throw(UserError("a mistake in both")))
         patch.setenv("WORLD_SIZE", "1")
         with world() as alone:  # the group of before is gone
             assert (alone.size, dist.is_initialized()) == (1, False)
-            assert decided_by_first(lambda: rank) == rank
+            assert run_on_main(lambda: rank) == rank
             assert sum_over_processes(torch.ones(1)) == 1
             assert gather(rank) == [rank]
         patch.setenv("WORLD_SIZE", "2")
@@ -46,7 +46,7 @@ def work(rank, ports):
         before = set(threading.enumerate())  # one that was aborted may still wait for an answer
         with world():
             assert not set(beats()) - before
-            assert decided_by_first(lambda: "first" if rank == 0 else None) == "first"
+            assert run_on_main(lambda: "first" if rank == 0 else None) == "first"
 
 
 def test_runs_of_two_processes_and_of_one_in_one_interpreter():

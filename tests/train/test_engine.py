@@ -23,7 +23,7 @@ from repopt.errors import UserError
 from train import interruption
 from train.checkpoint import RunFolder
 from train.compilation import compiled
-from train.distributed import Vote, World
+from train.distributed import AsyncMax, World
 from train.evaluation.classification import evaluate
 from train.interruption import Interrupted
 from train.logging import Metrics
@@ -334,7 +334,7 @@ def test_a_diverged_training_stops_and_keeps_what_was_good(tmp_path):
         fit(state, tmp_path / "run", 4)
     state.epoch = 1
     with pytest.raises(UserError, match=r"diverged in epoch 2: .* in 5 steps in a row, .* good checkpoint is .*latest"):
-        fit(state, tmp_path / "run", 4, TRAIN__MOST_SKIPPED_STEPS=5)
+        fit(state, tmp_path / "run", 4, TRAIN__MAX_SKIPPED_STEPS=5)
     kept = checkpoint.read(tmp_path / "run" / "latest.pth")
     assert kept["epoch"] == 0
     assert torch.isfinite(kept["model"]["1.weight"]).all()
@@ -500,18 +500,18 @@ def test_a_signal_during_an_evaluation(tmp_path):
 def test_a_late_answer_to_a_vote_saves_once(tmp_path, monkeypatch):
     """With several processes what the first one asks for is known one step later."""
 
-    class Late(Vote):
+    class Late(AsyncMax):
         known = 0
 
-        def say(self, number):
+        def push(self, number):
             self.known, known = number, self.known
             return known
 
-        def settle(self, number):
-            return max(self.say(number), self.say(0))
+        def sync(self, number):
+            return max(self.push(number), self.push(0))
 
     saved, clock = [], iter(range(10**6))
-    monkeypatch.setattr("train.trainer.Vote", Late)
+    monkeypatch.setattr("train.trainer.AsyncMax", Late)
     monkeypatch.setattr("train.trainer.time.monotonic", lambda: 60.0 * next(clock))
     save = RunFolder.save
     monkeypatch.setattr(

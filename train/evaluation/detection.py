@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.distributed import decided_by_first, gather
+from train.distributed import gather, run_on_main
 from train.precision import Precision
 
 if TYPE_CHECKING:
@@ -106,4 +106,4 @@ def evaluate(
         }
         return Detection(**numbers, images=len(ground_truth.getImgIds()))
 
-    return decided_by_first(measured)
+    return run_on_main(measured)
