@@ -81,7 +81,7 @@ def as_dict(cfg: CfgNode) -> dict[str, Any]:
 
 
 def lookup(cfg: object, name: str) -> Any:
-    """Return the value of a dotted key in nested mappings, such as the configuration in a checkpoint; None if absent."""
+    """Return the value of a dotted key in nested mappings, such as a configuration in a checkpoint; None if absent."""
     for part in name.split("."):
         cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
     return cfg
