@@ -74,7 +74,7 @@ class Found(NamedTuple):
     def _tables(self) -> Iterator[str]:
         for part, result in sorted(self.results.items()):
             file = f"benchmarks/{part}{SUFFIX}"
-            yield f"`{result['command']}`, {result['machine']}, torch {result['torch']} ([{file}](../{file})):"
+            yield f"`{result['command']}`, {result['machine']}, torch {result['torch']} (`{file}`):"
             for title, rows in result["tables"].items():
                 yield f"{title}:"
                 yield as_table(rows)

@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 .venv/bin/ruff format --check .
 if [ "${1:-}" = fast ]; then
   shift
-  set -- -m "fast and not soak" "$@"
+  set -- $fast "$@"
 else
   .venv/bin/mypy
 fi
