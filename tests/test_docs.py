@@ -130,7 +130,7 @@ def test_downstream():
 def test_law(capsys):
     run("law")
     printed = capsys.readouterr().out.splitlines()
-    promised = re.findall(r"^# ([01] \[.*\])  ", (DOCS / "law.md").read_text(), re.MULTILINE)
+    promised = re.findall(r"^# ([01] \[.*\])  ", (DOCS / "equivalence.md").read_text(), re.MULTILINE)
     assert printed == promised
 
 

@@ -10,7 +10,7 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from train.keys import CLASSIFY, KEYS, flags_of
@@ -70,14 +70,28 @@ def parse_flags(argv: Sequence[str], program: Program) -> argparse.Namespace:
     default = f" (default: {program.recipe})" if program.recipe else ""
     parser.add_argument("--cfg", metavar="FILE", help=f"YAML recipe{default}.", default=program.recipe)
     parser.add_argument("--local_rank", "--local-rank", type=int, help="Set by old launchers; LOCAL_RANK counts.")
-    parser.add_argument(
-        "--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help="Any other keys and their values."
-    )
-    arguments, rest = parser.parse_known_args(argv)
+    parser.add_argument("--opts", nargs="*", metavar="KEY VALUE", help="Any other keys and their values.")
+    flags, opts = _without_opts(argv, {*program.flags, "-h", "--help", "--cfg", "--local_rank", "--local-rank"})
+    arguments, rest = parser.parse_known_args(flags)
+    arguments.opts = opts
     if rest:
         near = difflib.get_close_matches(rest[0].lower(), [*program.flags, "--cfg", "--opts"], n=1, cutoff=0.5)
         parser.error(f"unknown flag {rest[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return arguments
+
+
+def _without_opts(argv: Sequence[str], known: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return a command line without its --opts, and what follows them: argparse would take the value -1e+16 for a flag."""
+    flags: list[str] = []
+    opts: list[str] = []
+    taking = False
+    for word in argv:
+        if word == "--opts" or word.split("=")[0] in known:
+            taking = word == "--opts"
+        is_value = taking and (len(opts) % 2 == 1 or not word.startswith("-"))
+        if word != "--opts":
+            (opts if is_value else flags).append(word)
+    return flags, opts
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""Names of what the entrance writes to the folder of a run, beside checkpoints, and of an evaluation's numbers."""
+"""Names of what a run writes to the folder of a run, beside checkpoints, and of an evaluation's numbers."""
 
 from __future__ import annotations
 

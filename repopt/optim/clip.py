@@ -1,4 +1,4 @@
-"""Gradient clipping that keeps the equivalence with the imagined CSLA network."""
+"""Gradient clipping that keeps the equivalence with the CSLA network."""
 
 from __future__ import annotations
 

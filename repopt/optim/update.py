@@ -4,7 +4,7 @@
     degree 0 (Adam, Lion ...): gradient -> direction -> M -> decoupled weight decay -> learning rate
 
 The multiplier comes before weight decay and momentum where the rule is linear, so that both act on the kernel as they
-act on the imagined branches; where the rule normalises the gradient, it comes after that.
+act on the branches; where the rule normalises the gradient, it comes after that.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def check_degree(name: str, rule: Rule, state_names: tuple[str, ...], hyper: Hyp
     The gradients are large, so that epsilon has no say.
 
     Raises:
-        UserError: the law does not hold for this rule.
+        UserError: the equivalence does not hold for this rule.
     """
     generator, on_cpu = torch.Generator("cpu").manual_seed(0), {"dtype": torch.float64, "device": "cpu"}
     steps, shape = 3, (4, 3)

@@ -1,4 +1,4 @@
-"""Converted networks: the declarations compute what timm's blocks do, and the law holds for them."""
+"""Converted networks: the declarations compute what timm's blocks do, and the equivalence holds for them."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""UPerNet on our backbones: the law within it, and its mIoU."""
+"""UPerNet on our backbones: the equivalence within it, and its mIoU."""
 
 import math
 
