@@ -81,7 +81,7 @@ def parse_flags(argv: Sequence[str], program: Program) -> argparse.Namespace:
 
 
 def _without_opts(argv: Sequence[str], known: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return a command line without its --opts, and what follows them: argparse would take the value -1e+16 for a flag."""
+    """Return a command line without its --opts, and what follows them: argparse would take -1e+16 for a flag."""
     flags: list[str] = []
     opts: list[str] = []
     taking = False

@@ -1,4 +1,4 @@
-"""The equivalence: the plain network under the RepOptimizer is the CSLA network under the plain optimizer, to rounding."""
+"""The equivalence: the plain network under the RepOptimizer is the CSLA network under the plain rule, to rounding."""
 
 import check_equivalency
 import pytest
