@@ -6,7 +6,10 @@ import copy
 import functools
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import check_equivalency
@@ -43,7 +46,10 @@ def test_every_document_is_tested():
         "converting",
         "downstream",
         "glyphs",
-        "law",
+        "equivalence",
+        "index",
+        "api",
+        "caveats",
         "adding_a_model",
         "adding_an_update_rule",
         "training_loop",
@@ -51,8 +57,23 @@ def test_every_document_is_tested():
         "performance",
         "reliability",
         "reproduction",
-    }  # the first in test_convert, the last in test_soak
+    }  # the first in test_convert, the last in test_soak; the links of all, and the API, by the site
     assert {path.stem for path in DOCS.glob("*.md")} == tested
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=DOCS.parent, env=environment, capture_output=True, text=True, check=False)
+    assert (built.returncode, built.stderr) == (0, "")
+    assert "repopt.bind" in (tmp_path / "api.html").read_text()
+    pages = [page.read_text() for page in tmp_path.glob("*.html")]
+    assert not any(re.search(r"(?:src|href)=\"?https?://[^ >]*\.(?:js|css|woff2?)", page) for page in pages)
+
+
+def test_index():
+    assert type(run("index")["optimizer"]).__name__ == "RepSGD"
 
 
 def test_links_lead_somewhere():
@@ -127,8 +148,8 @@ def test_downstream():
     assert documented["found"][0].keys() == {"boxes", "labels", "scores", "masks"}
 
 
-def test_law(capsys):
-    run("law")
+def test_equivalence(capsys):
+    run("equivalence")
     printed = capsys.readouterr().out.splitlines()
     promised = re.findall(r"^# ([01] \[.*\])  ", (DOCS / "equivalence.md").read_text(), re.MULTILINE)
     assert printed == promised

@@ -1,4 +1,4 @@
-"""Detectors on our backbones: the equivalence in them, their parts beside torchvision's, arithmetic by hand, evaluation."""
+"""Detectors on our backbones: the equivalence in them, their parts beside torchvision's, and their evaluation."""
 
 import math
 import sys
