@@ -1,4 +1,4 @@
-"""Images decoded by worker processes: a file's bytes -> transform -> uint8 batch -> device."""
+"""Images that worker processes decode: a file's bytes -> transform -> uint8 batch -> device."""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ class ImageDataset(Dataset, ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """Return what to call an image in a message."""
 
     @abstractmethod
     def sample(self, index: int) -> tuple[Tensor, Any]:
-        """An image uint8 [H, W, 3] and its target, varied by draws from the global generators.
+        """Return an image uint8 [H, W, 3] and its target, varied by draws from the global generators.
 
         Raises:
             OSError, SyntaxError, ValueError: the image cannot be read (what Pillow raises at odd images).
@@ -117,7 +117,7 @@ class ImageDataset(Dataset, ABC):
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample | Unreadable | UserError]:
-        """A batch of items; the DataLoader prefers it, and the generators are saved once for all of them."""
+        """Return a batch of items; the DataLoader asks for it, and the generators are saved once for all of them."""
         with seeding.preserved():
             return [self._get(epoch, index) for epoch, index in items]
 
@@ -145,15 +145,16 @@ class Collate:
     join: Callable[[list[Sample]], tuple[Any, Any, Tensor]] = default_collate
 
     def __call__(
-        self, samples: list[Sample | Unreadable | UserError]
+        self, items: list[Sample | Unreadable | UserError]
     ) -> tuple[tuple[Any, Any, Tensor] | UserError, list[Unreadable]]:
-        """Return what `join` makes of the samples, or why the batch is refused; and what is unreadable."""
-        unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+        """Return what `join` makes of a dataset's items, or why the batch is refused; and what is unreadable."""
+        found = [item for item in items if not isinstance(item, UserError)]
+        unreadable = [item for item in found if isinstance(item, Unreadable)]
         try:
-            for sample in samples:
-                if isinstance(sample, UserError):
-                    raise sample
-            return self.join(self.on_bad(samples) if unreadable else samples), unreadable
+            if len(found) < len(items):
+                raise next(item for item in items if isinstance(item, UserError))
+            readable = [item for item in found if not isinstance(item, Unreadable)]
+            return self.join(self.on_bad(found) if unreadable else readable), unreadable
         except UserError as error:
             return error.with_traceback(None), unreadable
 
@@ -161,8 +162,8 @@ class Collate:
 class _Batches:
     """The DataLoader's batch sampler, which it keeps as long as its workers: lists of (epoch, index)."""
 
-    def __init__(self) -> None:
-        self.epoch, self.batches = 0, ()
+    epoch: int = 0
+    batches: Sequence[Tensor] = ()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
@@ -181,15 +182,14 @@ def ignore_stop_signals(worker: int) -> None:
         return  # SIGUSR1 or sigwaitinfo may not exist
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    # A signal handler is not told the sender.
+
+    def end_with_the_main_process() -> None:  # a signal handler is not told the sender
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_exit_at_the_parents_sigterm, daemon=True).start()
-
-
-def _exit_at_the_parents_sigterm() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    threading.Thread(target=end_with_the_main_process, daemon=True).start()
 
 
 class DecodedLoader(Loader):

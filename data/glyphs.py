@@ -252,7 +252,7 @@ def _placed(character: str, x: float, y: float, rng: np.random.Generator) -> Ima
 def _glyph(character: str, font: str) -> Image.Image:
     """A character as its font has it: its mask, cut out."""
     face = ImageFont.truetype(str(_file_of(font)), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-    left, top, right, bottom = face.getbbox(character)
+    left, top, right, bottom = map(int, face.getbbox(character))  # whole numbers already
     glyph = Image.new("L", (right - left + 2, bottom - top + 2))
     ImageDraw.Draw(glyph).text((1 - left, 1 - top), character, font=face, fill=255)
     return glyph
@@ -265,5 +265,6 @@ def _file_of(font: str) -> Path:
 @functools.cache
 def _font_folder() -> Path:
     """Of matplotlib, which is not imported for it."""
-    (package,) = importlib.util.find_spec("matplotlib").submodule_search_locations
-    return Path(package, "mpl-data", "fonts", "ttf")
+    found = importlib.util.find_spec("matplotlib")
+    assert found is not None and found.origin is not None  # the project requires it
+    return Path(found.origin).parent / "mpl-data" / "fonts" / "ttf"

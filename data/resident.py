@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,27 +31,27 @@ class RandomCropFlip:
         channels, height, width = images.shape[1:]
         padded = F.pad(images, [padding] * 4)
         self._image_stride, channel_stride, self._row_stride, _ = padded.stride()
-        # A crop is 3 H stretches of W pixels. Row i of this view is the stretch from pixel i on, so that one
+        # A crop is 3 H rows of W pixels. Row i of this view is the W pixels from pixel i on, so that one
         # index_select gathers a batch, 8 times as fast on a CPU as indexing by image, row and column.
         self._row_windows = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
         starts = torch.arange(channels)[:, None] * channel_stride + torch.arange(height) * self._row_stride
         self._within_crop = starts.flatten().to(images.device)
 
     def draw(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The epoch's corners int64 [2, N] (y, x, in the padded image) and mirrorings bool [N] of the whole set."""
+        """Return the epoch's corners int64 [2, N] (y, x, in the padded image) and mirrorings bool [N] of all images."""
         rng = seeding.generator(self._seed, epoch, seeding.CROP)
         corners = torch.randint(2 * self._padding + 1, (2, self._shape[0]), generator=rng)
         return corners, torch.rand(self._shape[0], generator=rng) < 0.5
 
     def first_pixels(self, corners: Tensor) -> Tensor:
-        """int64 [N]: where each image's crop starts, as `__call__` takes it."""
+        """Return where each image's crop starts, int64 [N], as `__call__` takes it."""
         y, x = corners
         return torch.arange(self._shape[0]) * self._image_stride + y * self._row_stride + x
 
     def __call__(self, first_pixels: Tensor, mirrored: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W], from a batch's first pixels int64 [B] and mirrorings bool [B] on the device."""
-        stretches = (first_pixels[:, None] + self._within_crop).flatten()
-        images = self._row_windows.index_select(0, stretches).view(-1, *self._shape[1:])
+        """Return uint8 [B, 3, H, W], from a batch's first pixels int64 [B] and mirrorings bool [B] on the device."""
+        rows = (first_pixels[:, None] + self._within_crop).flatten()
+        images = self._row_windows.index_select(0, rows).view(-1, *self._shape[1:])
         if not self._flip:
             return images
         # Faster than torch.where, which goes through uint8 images pixel by pixel.
@@ -98,18 +98,15 @@ class InMemoryLoader(Loader):
         order = torch.cat(tuple(batches))
         lengths = [len(batch) for batch in batches]
         on_device = self._send(order).split(lengths)
-        crops = self._crops(epoch, order, lengths) if self._crop else map(self._plain, on_device)
-        for indices, here, images in zip(batches, on_device, crops, strict=True):
-            yield images, self._labels[here], indices
-
-    def _plain(self, indices: Tensor) -> Tensor:
-        return self._images.index_select(0, indices)
-
-    def _crops(self, epoch: int, order: Tensor, lengths: list[int]) -> Iterator[Tensor]:
-        corners, mirrored = self._crop.draw(epoch)
-        first_pixels = self._crop.first_pixels(corners)
-        draws = (self._send(draw[order]).split(lengths) for draw in (first_pixels, mirrored))
-        return map(self._crop, *draws)
+        images: Iterable[Tensor]
+        if self._crop is None:
+            images = (self._images.index_select(0, here) for here in on_device)
+        else:
+            corners, mirrored = self._crop.draw(epoch)
+            draws = (self._crop.first_pixels(corners), mirrored)
+            images = map(self._crop, *(self._send(draw[order]).split(lengths) for draw in draws))
+        for indices, here, chosen in zip(batches, on_device, images, strict=True):
+            yield chosen, self._labels[here], indices
 
     def _send(self, tensor: Tensor) -> Tensor:
         device = self._images.device

@@ -84,7 +84,9 @@ def draw(images: Pixels, labels: Pixels, rng: np.random.Generator) -> Scene:
     """A scene of digits taken from grey images uint8 [N, H, W] with labels [N]."""
     canvas = _background(rng)  # integers from here on, so that it is the same on every machine
     classes = np.zeros((SIZE, SIZE), np.uint8)
-    chosen, masks, areas = [], [], []
+    chosen: list[int] = []
+    masks: list[Pixels] = []
+    areas: list[int] = []
     for _ in range(rng.integers(_DIGITS[0], _DIGITS[1] + 1)):
         for _ in range(_TRIES):
             which = rng.integers(len(images))
@@ -152,14 +154,13 @@ def _write(root: Path) -> None:
     (coco / "annotations").mkdir(parents=True)
     image_id = 0
     for number, (split, count) in enumerate(_COUNTS.items()):
-        images, labels = digits.load(split)
-        grey, labels = images[:, 0].numpy(), labels.numpy()
+        images, labels = (tensor.numpy() for tensor in digits.load(split))
         folders = (coco / f"{split}2017", *(cityscapes / f / split / "scenes" for f in ("leftImg8bit", "gtFine")))
         for folder in folders:
             folder.mkdir(parents=True)
         listed, annotations = [], []
         for index in range(count):
-            scene = draw(grey, labels, np.random.default_rng((number, index)))
+            scene = draw(images[:, 0], labels, np.random.default_rng((number, index)))
             image_id += 1
             name, frame = f"{image_id:012}.png", f"scenes_{index:06}_000000"
             encoded = _png(scene.image)
@@ -185,7 +186,7 @@ def _png(pixels: Pixels) -> bytes:
 def _annotations(scene: Scene, image_id: int) -> list[dict[str, Any]]:
     found = []
     for digit, mask in zip(scene.digits, scene.masks, strict=True):
-        (rows,), (columns,) = mask.any(1).nonzero(), mask.any(0).nonzero()
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         top, left = int(rows[0]), int(columns[0])
         found.append(
             {

@@ -111,7 +111,7 @@ def _timm(augmentation: Augmentation, image_size: int, interpolation: str) -> Tr
         varied, augmented, _ = create_transform(
             image_size,
             is_training=True,
-            color_jitter=augmentation.color_jitter or None,
+            color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]  # None is none, as timm says
             auto_augment=None if policy in ("", "none") else policy,
             interpolation=interpolation,
             separate=True,
