@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ _MAX_IMAGE_BYTES = 2**28
 _MAX_MAP_BYTES = 2**30
 _MAX_LINES = 2**25
 _MAX_RATIO = 100
+_SIZE = 2  # the column of an entry's unpacked size
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field that follow it
 
 
@@ -48,7 +50,7 @@ class Map:
 
 
 def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
-    """Reads the map files: the number of classes is the greatest index + 1, and all splits' classes must be train's.
+    """Read the map files: the number of classes is the greatest index + 1, and all splits' classes must be train's.
 
     Raises:
         UserError: a zip or map file is missing or malformed, or a split has classes that the first does not have.
@@ -64,6 +66,9 @@ def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
 
 class ZippedImages:
     """The images of one split, in the order of its map file.
+
+    A `zipfile.ZipFile` takes 10 s and 0.8 GB for ImageNet's entries, and each worker process would need its own. So it
+    is read once, here, into arrays that workers share, whether forked or spawned, and an entry is read by its place.
 
     Args:
         root: the folder with the zip.
@@ -81,117 +86,96 @@ class ZippedImages:
     def __init__(self, root: str, split: str, *, num_classes: int, cache_mode: str, rank: int, world_size: int) -> None:
         if cache_mode not in CACHE_MODES:
             raise unknown("cache mode", cache_mode, CACHE_MODES)
-        path = _find_zip(root, split)
-        map_ = _read_map(root, split, path)
+        self._path = _find_zip(root, split)
+        map_ = _read_map(root, split, self._path)
         for line, label in enumerate(map_.labels, 1):
             if label >= num_classes:
                 raise UserError(f"{map_.file}, line {line}: class index {label} is not below {num_classes}")
         self.labels = torch.tensor(map_.labels)
-        self._entries = _Entries(path, split, map_)
-        cached = {"no": range(0), "full": range(len(self.labels)), "part": range(rank, len(self.labels), world_size)}
-        self._cache = _Cache(self._entries, cached[cache_mode])
-
-    def read(self, index: int) -> bytes:
-        """The encoded bytes of one image."""
-        return self._cache.read(index) if self._cache.holds(index) else self._entries.read(index)
-
-    def name(self, index: int) -> str:
-        """The zip and the path within."""
-        return self._entries.name(index)
-
-
-class _Entries:
-    """Where in the zip each image lies.
-
-    A `zipfile.ZipFile` takes 10 s and 0.8 GB for ImageNet's entries, and each worker process would need its own. So it
-    is read once, here, into arrays that workers share, and an entry is read by its position.
-    """
-
-    def __init__(self, path: Path, split: str, map_: Map) -> None:
-        with archive.open_zip(path) as zip_file:
-            infos = {info.filename: info for info in zip_file.infolist()}
-        found = []
-        for line, name in enumerate(map_.names, 1):
-            info = infos.get(name) or infos.get(f"{split}/{name}")
-            where = f"{map_.file}, line {line}"
-            if info is None or info.is_dir():
-                raise UserError(f"{where}: no image {shown(name)} in {str(path)!r}")
-            if reason := archive.flaw(info):
-                raise UserError(f"{where}: {shown(name)} {reason}")
-            if info.file_size > _MAX_IMAGE_BYTES:
-                raise UserError(f"{where}: {shown(name)} is no image, it has {info.file_size} bytes")
-            found.append(info)
-        self._path = path
-        names = [info.filename.encode() for info in found]
+        infos = _find_entries(self._path, split, map_)
+        names = [info.filename.encode() for info in infos]
         # In one piece: an array of names would be as wide as the longest one.
-        self._names = b"".join(names)
-        self._name_ends = np.cumsum([len(name) for name in names])
-        self._at = np.array([info.header_offset for info in found])
-        self._packed = np.array([info.compress_size for info in found])
-        self._deflated = np.array([info.compress_type == zipfile.ZIP_DEFLATED for info in found])
-        self._crc = np.array([info.CRC for info in found])
-        self.sizes = np.array([info.file_size for info in found])
-        if self.sizes.sum() > _MAX_RATIO * max(1, self._packed.sum()):
-            raise UserError(f"{str(path)!r} is refused: its images unpack to {self.sizes.sum() / 1e9:.1f} GB")
+        self._names, self._name_ends = b"".join(names), np.cumsum([len(name) for name in names])
+        self._entries = np.array(
+            [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos], np.int64
+        )
         self._file: io.FileIO | None = None
+        count = len(infos)
+        cached = {"no": range(0), "full": range(count), "part": range(rank, count, world_size)}
+        self._fill_cache(cached[cache_mode])
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}  # another process opens its own
 
     def read(self, index: int) -> bytes:
-        """The unpacked bytes; OSError where they are not what the zip's directory says."""
-        if self._file is None:
-            self._file = io.FileIO(self._path)
-        # Positional reads: forked processes share a descriptor's position.
-        at = int(self._at[index])
-        signature, *lengths = _LOCAL_HEADER.unpack(os.pread(self._file.fileno(), _LOCAL_HEADER.size, at).ljust(30))
-        data = os.pread(self._file.fileno(), int(self._packed[index]), at + _LOCAL_HEADER.size + sum(lengths))
-        if signature != b"PK\3\4":
-            raise OSError("the zip's directory points to no entry")
-        if self._deflated[index]:
-            try:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(self.sizes[index]) + 1)
-            except zlib.error as error:
-                raise OSError(str(error)) from error
-        if len(data) != self.sizes[index] or zlib.crc32(data) != self._crc[index]:
-            raise OSError("size or checksum differs from the zip's directory")
-        return data
+        """Return the encoded bytes of one image; OSError where they are not what the zip's directory says."""
+        if index not in self._cached or index in self._unreadable:
+            return self._read_entry(index)
+        slot = self._cached.index(index)
+        return self._cache[self._cache_starts[slot] : self._cache_starts[slot + 1]].numpy().tobytes()
 
     def name(self, index: int) -> str:
+        """Return the zip and the path within."""
         start, end = self._name_ends[index - 1] if index else 0, self._name_ends[index]
         return f"{self._path}@/{self._names[start:end].decode()}"
 
+    def _read_entry(self, index: int) -> bytes:
+        at, packed, size, crc, method = self._entries[index].tolist()
+        if self._file is None:
+            self._file = io.FileIO(self._path)
+        # Positional reads: forked processes share a descriptor's position.
+        file = self._file.fileno()
+        signature, *lengths = _LOCAL_HEADER.unpack(os.pread(file, _LOCAL_HEADER.size, at).ljust(_LOCAL_HEADER.size))
+        data = os.pread(file, packed, at + _LOCAL_HEADER.size + sum(lengths))
+        if signature != b"PK\3\4":
+            raise OSError("the zip's directory points to no entry")
+        if method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+            except zlib.error as error:
+                raise OSError(str(error)) from error
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise OSError("size or checksum differs from the zip's directory")
+        return data
 
-class _Cache:
-    """Encoded images in one buffer, which worker processes share, whether forked or spawned."""
-
-    def __init__(self, entries: _Entries, indices: range) -> None:
-        self._indices = indices
-        self._unreadable: set[int] = set()
-        self._ends = np.cumsum(entries.sizes[indices.start : indices.stop : indices.step])
-        self._starts = self._ends - entries.sizes[indices.start : indices.stop : indices.step]
-        total = int(self._ends[-1]) if len(indices) else 0
+    def _fill_cache(self, indices: range) -> None:
+        """Read images into one buffer; those that cannot be read are asked for again when they are wanted."""
+        self._cached, self._unreadable = indices, set[int]()
+        self._cache_starts = np.cumsum([0, *self._entries[indices, _SIZE]])
+        total = int(self._cache_starts[-1])
         try:
-            self._buffer = torch.empty(total, dtype=torch.uint8)
+            self._cache = torch.empty(total, dtype=torch.uint8)
         except RuntimeError:
             raise UserError(f"{total / 1e9:.1f} GB of images do not fit in memory: set DATA.CACHE_MODE no") from None
-        view = self._buffer.numpy()
-        if len(indices):
-            logger.info("reading %d images (%.1f GB) into memory", len(indices), len(view) / 1e9)
-        for slot, index in enumerate(indices):
+        if indices:
+            logger.info("reading %d images (%.1f GB) into memory", len(indices), total / 1e9)
+        view = self._cache.numpy()
+        for index, start, end in zip(indices, self._cache_starts, self._cache_starts[1:], strict=False):
             try:
-                data = entries.read(index)
-            except OSError:  # said when it is asked for
+                view[start:end] = np.frombuffer(self._read_entry(index), np.uint8)
+            except OSError:
                 self._unreadable.add(index)
-                continue
-            view[self._starts[slot] : self._ends[slot]] = np.frombuffer(data, np.uint8)
 
-    def holds(self, index: int) -> bool:
-        return index in self._indices and index not in self._unreadable
 
-    def read(self, index: int) -> bytes:
-        slot = self._indices.index(index)
-        return self._buffer[self._starts[slot] : self._ends[slot]].numpy().tobytes()
+def _find_entries(path: Path, split: str, map_: Map) -> list[zipfile.ZipInfo]:
+    """Return the zip's entry of every line of a map file."""
+    with archive.open_zip(path) as zip_file:
+        infos = {info.filename: info for info in zip_file.infolist()}
+    found = []
+    for line, name in enumerate(map_.names, 1):
+        info = infos.get(name) or infos.get(f"{split}/{name}")
+        where = f"{map_.file}, line {line}"
+        if info is None or info.is_dir():
+            raise UserError(f"{where}: no image {shown(name)} in {str(path)!r}")
+        if reason := archive.flaw(info):
+            raise UserError(f"{where}: {shown(name)} {reason}")
+        if info.file_size > _MAX_IMAGE_BYTES:
+            raise UserError(f"{where}: {shown(name)} is no image, it has {info.file_size} bytes")
+        found.append(info)
+    unpacked, packed = sum(info.file_size for info in found), sum(info.compress_size for info in found)
+    if unpacked > _MAX_RATIO * max(1, packed):
+        raise UserError(f"{str(path)!r} is refused: its images unpack to {unpacked / 1e9:.1f} GB")
+    return found
 
 
 def _find_zip(root: str, split: str) -> Path:
@@ -205,7 +189,7 @@ def _find_zip(root: str, split: str) -> Path:
 
 
 def _read_map(root: str, split: str, path: Path) -> Map:
-    """The map file beside the zip, or else the one in it."""
+    """Return the map file beside the zip, or else the one in it."""
     beside = Path(root, f"{split}_map.txt")
     if beside.is_file():
         _check_map_size(str(beside), beside.stat().st_size)
