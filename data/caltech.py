@@ -19,7 +19,7 @@ TRAIN_PER_CLASS = 60
 
 
 def open_split(root: str, split: str) -> FolderImages:
-    """The images of 'train' or 'val', class by class, sorted by name.
+    """Return the images of 'train' or 'val', class by class, sorted by name.
 
     A set that is absent from `root` is downloaded into it, by the first process of each node while the others wait.
 
@@ -45,7 +45,7 @@ def open_split(root: str, split: str) -> FolderImages:
 
 
 def _share(folder: Path, split: str) -> list[str]:
-    """The paths of a class's images of one split, sorted."""
+    """Return the paths of a class's images of one split, sorted."""
     names = _images(folder)
     if len(names) <= TRAIN_PER_CLASS:
         raise UserError(
@@ -57,7 +57,7 @@ def _share(folder: Path, split: str) -> list[str]:
 
 
 def _images(folder: Path) -> list[str]:
-    """Names of the image files that lie in a class's folder itself: the archive has other files and folders in some."""
+    """Return the names of the image files in a class's folder itself: some have other files and folders."""
     from torchvision.datasets.folder import is_image_file
 
     names = [

@@ -16,7 +16,7 @@ STD = (0.26733429, 0.25643846, 0.27615047)
 
 
 def load(root: str, split: str) -> tuple[Tensor, Tensor]:
-    """uint8 images [N, 3, 32, 32] and int64 labels [N] of 'train' or 'val'.
+    """Return uint8 images [N, 3, 32, 32] and int64 labels [N] of 'train' or 'val'.
 
     A set that is absent from `root` is downloaded into it, by the first process of each node while the others wait.
 

@@ -14,7 +14,7 @@ _IMAGE = "_leftImg8bit.png"
 
 
 def class_names() -> tuple[str, ...]:
-    """Of the 19 classes that are evaluated."""
+    """Return the names of the 19 classes that are evaluated."""
     from torchvision.datasets import Cityscapes
 
     evaluated = [c for c in Cityscapes.classes if not c.ignore_in_eval]
@@ -22,7 +22,7 @@ def class_names() -> tuple[str, ...]:
 
 
 def class_indices() -> tuple[int, ...]:
-    """For each value of a label image, from 0 on, its class, or `IGNORED`."""
+    """Return, for each value of a label image from 0 on, its class, or `IGNORED`."""
     from torchvision.datasets import Cityscapes
 
     # The id -1, of license plates, is the byte 255.
@@ -30,7 +30,7 @@ def class_indices() -> tuple[int, ...]:
 
 
 def open_split(root: Path, split: str) -> tuple[Files, Files]:
-    """The images of a split, sorted by path, and the label image of each.
+    """Return the images of a split, sorted by path, and the label image of each.
 
     Raises:
         UserError: a folder is missing or empty, or an image has no label image.

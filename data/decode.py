@@ -22,7 +22,7 @@ _FRAME = struct.Struct(">BHHB")  # bits, height, width, components
 
 
 def to_pillow(data: bytes) -> Image.Image:
-    """An RGB image.
+    """Return an RGB image.
 
     Raises:
         OSError: the bytes are no image that Pillow can decode, or one of more pixels than Pillow's limit.
@@ -31,7 +31,7 @@ def to_pillow(data: bytes) -> Image.Image:
 
 
 def to_values(data: bytes) -> np.ndarray:
-    """What the file holds for each pixel: of a greyscale or palette image its values or indices, uint8 [H, W].
+    """Return what the file holds for each pixel: of a greyscale or palette image its values or indices, uint8 [H, W].
 
     Raises:
         OSError: as `to_pillow`.
@@ -48,34 +48,34 @@ def _decoded(data: bytes, decode: Callable[[Image.Image], T]) -> T:
     try:
         image = Image.open(io.BytesIO(data))
         pixels = image.width * image.height
-        if pixels <= _most_pixels():
+        if pixels <= _max_pixels():
             return decode(image)
     except UnidentifiedImageError as error:  # its own message is a memory address
         raise OSError("no image of a format that Pillow knows") from error
     except Exception as error:  # nothing but Pillow runs here, whose decoders raise many kinds at damaged bytes
         raise OSError(f"{type(error).__name__}: {error}") from error
-    raise OSError(f"{pixels} pixels, more than the limit of {_most_pixels()}")  # where Pillow only warns
+    raise OSError(f"{pixels} pixels, more than the limit of {_max_pixels()}")  # where Pillow only warns
 
 
 def to_pixels(data: bytes) -> Tensor:
-    """uint8 [H, W, 3], the pixels of `to_pillow`.
+    """Return uint8 [H, W, 3], the pixels of `to_pillow`.
 
     Raises:
         OSError: as `to_pillow`.
     """
     bits, height, width, components = _jpeg_frame(data)
-    if bits == 8 and components in (1, 3) and height * width <= _most_pixels():
+    if bits == 8 and components in (1, 3) and height * width <= _max_pixels():
         with contextlib.suppress(ValueError):  # it is damaged, and Pillow says how
             return torch.from_numpy(simplejpeg.decode_jpeg(data))
     return torch.from_numpy(np.array(to_pillow(data)))
 
 
-def _most_pixels() -> float:
+def _max_pixels() -> float:
     return Image.MAX_IMAGE_PIXELS or float("inf")
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int, int]:
-    """Bits, height, width and components that a JPEG declares; zeros for what is none, or no plain one."""
+    """Return bits, height, width and components that a JPEG declares; zeros for what is none, or no plain one."""
     at = 2
     while data[:2] == b"\xff\xd8" and at + 4 + _FRAME.size <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]

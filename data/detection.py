@@ -130,7 +130,7 @@ class Detection(ImageSet):
 
 
 def _usable(split: coco.Split, on_bad_image: str) -> np.ndarray:
-    """Which annotations to train on, int64, sorted by image."""
+    """Return which annotations to train on, int64, sorted by image."""
     usable = ~split.crowd
     empty = usable & split.empty()
     if empty.any():

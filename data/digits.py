@@ -16,7 +16,7 @@ STD = (0.3217, 0.3217, 0.3217)
 
 
 def load(split: str) -> tuple[Tensor, Tensor]:
-    """uint8 images [N, 3, 32, 32] and int64 labels [N] of 'train' or 'val', a fixed stratified split."""
+    """Return uint8 images [N, 3, 32, 32] and int64 labels [N] of 'train' or 'val', a fixed stratified split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

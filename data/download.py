@@ -12,7 +12,7 @@ from repopt.errors import UserError, one_line
 
 
 def fetch(dataset: str, root: str, download: Callable[[], object]) -> str:
-    """Calls `download` in the first process of each node while the others wait.
+    """Call `download` in the first process of each node while the others wait.
 
     Returns what a message that the set is absent ends with: why it could not be downloaded, or nothing.
 
@@ -29,7 +29,7 @@ def fetch(dataset: str, root: str, download: Callable[[], object]) -> str:
 
 
 def once_per_node(action: Callable[[], object]) -> None:
-    """Calls `action` in the first process of each node while the others wait."""
+    """Call `action` in the first process of each node while the others wait."""
     try:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             action()

@@ -9,7 +9,7 @@ NUM_TRAIN, NUM_VAL = 512, 128
 
 
 def load(split: str, *, image_size: int, num_classes: int) -> tuple[Tensor, Tensor]:
-    """uint8 images [N, 3, image_size, image_size] and int64 labels [N] of 'train' or 'val'."""
+    """Return uint8 images [N, 3, image_size, image_size] and int64 labels [N] of 'train' or 'val'."""
     num_images, seed = {"train": (NUM_TRAIN, 0), "val": (NUM_VAL, 1)}[split]
     rng = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (num_images, 3, image_size, image_size), dtype=torch.uint8, generator=rng)

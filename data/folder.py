@@ -14,7 +14,7 @@ from repopt.errors import UserError
 
 
 def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
-    """Counts the class folders, which must be the same in all `splits`.
+    """Count the class folders, which must be the same in all `splits`.
 
     Raises:
         UserError: a folder is missing or has no class folders, or the splits' classes differ.
@@ -31,7 +31,7 @@ def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
 
 
 def data_folder(root: str) -> Path:
-    """The folder of a data set.
+    """Return the folder of a data set.
 
     Raises:
         UserError: there is none.
@@ -42,7 +42,7 @@ def data_folder(root: str) -> Path:
 
 
 def find_classes(root: str, split: str) -> list[str]:
-    """The names of the class folders, sorted: a class's index is its position.
+    """Return the names of the class folders, sorted: a class's index is its position.
 
     Raises:
         UserError: the folder is missing or has no class folders.
@@ -54,7 +54,7 @@ def find_classes(root: str, split: str) -> list[str]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of a folder's folders, sorted.
+    """Return the names of a folder's folders, sorted.
 
     Raises:
         UserError: it has none.
@@ -66,7 +66,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def open_split(root: str, split: str) -> FolderImages:
-    """The images of one split, class by class, sorted by path.
+    """Return the images of one split, class by class, sorted by path.
 
     Raises:
         UserError: as `find_classes`, and where a class has no images.
@@ -99,11 +99,11 @@ class Files:
         return len(self._paths)
 
     def read(self, index: int) -> bytes:
-        """The bytes of one file."""
+        """Return the bytes of one file."""
         return Path(self.name(index)).read_bytes()
 
     def name(self, index: int) -> str:
-        """The file's path."""
+        """Return the file's path."""
         return os.fsdecode(self._folder + self._paths[index])
 
 

@@ -40,7 +40,7 @@ def make(root: Path, version: str, write: Callable[[Path], None]) -> None:
 
 
 def stands(root: Path, version: str) -> bool:
-    """Whether the data set is in its folder, which may be absent or empty if not.
+    """Return whether the data set is in its folder, which may be absent or empty if not.
 
     Raises:
         UserError: the folder holds something else, or the set in another version.

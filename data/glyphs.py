@@ -55,8 +55,8 @@ _LATIN_FONTS = (*_FONTS, "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")
 _SIDE = 2 * SIZE
 _FONT_SIZE = 48
 _GLYPH_SIZES = (32, 58)  # of the longer side, before it is stretched and turned
-_MOST_BRIGHTNESS = 110  # of the background, 0..255
-_LEAST_CONTRAST = 80  # by which a character is brighter than the background
+_MAX_BRIGHTNESS = 110  # of the background, 0..255
+_MIN_CONTRAST = 80  # by which a character is brighter than the background
 _CHUNK = 250  # images that a worker draws at a time
 
 Pixels = np.ndarray
@@ -64,12 +64,12 @@ Colour = tuple[int, int, int]
 
 
 def fonts_of(character: str) -> tuple[str, ...]:
-    """The fonts in which a character is drawn: names of files, without their ending."""
+    """Return the fonts in which a character is drawn: names of files, without their ending."""
     return _LATIN_FONTS if character in _LATIN else _FONTS
 
 
 def load(root: str, split: str) -> tuple[Tensor, Tensor]:
-    """uint8 images [N, 3, 32, 32] and int64 labels [N] of 'train' or 'val'.
+    """Return uint8 images [N, 3, 32, 32] and int64 labels [N] of 'train' or 'val'.
 
     A set that is absent from `root` (empty: `DEFAULT`) is made by the first process of each node while the others wait.
 
@@ -147,7 +147,7 @@ class _Chunks(Dataset):
 
 
 def draw(split: str, index: int) -> Pixels:
-    """An image: uint8 [32, 32, 3]."""
+    """Return an image: uint8 [32, 32, 3]."""
     rng = np.random.default_rng((list(PER_CLASS).index(split), index))
     ground, ink = _colours(rng)
     canvas = _surface(ground, rng)
@@ -167,11 +167,11 @@ def _colour(rng: np.random.Generator) -> Colour:
 
 
 def _colours(rng: np.random.Generator) -> tuple[Colour, Colour]:
-    """Of the background and of the character."""
+    """Return the colours of the background and of the character."""
     while True:
         ground, ink = _colour(rng), _colour(rng)
         brightness = _brightness(ground)
-        if brightness <= _MOST_BRIGHTNESS and _brightness(ink) >= brightness + _LEAST_CONTRAST:
+        if brightness <= _MAX_BRIGHTNESS and _brightness(ink) >= brightness + _MIN_CONTRAST:
             return ground, ink
 
 
@@ -181,7 +181,7 @@ def _brightness(colour: Sequence[float]) -> float:
 
 
 def _surface(colour: Colour, rng: np.random.Generator) -> Image.Image:
-    """A texture between a colour and one near it."""
+    """Return a texture between a colour and one near it."""
     other = (colour + rng.normal(0, 25, 3)).clip(0, 255).astype(int)
     surface = Image.new("RGB", (_SIDE, _SIDE), colour)
     surface.paste(tuple(other.tolist()), mask=_texture(rng))
@@ -189,7 +189,7 @@ def _surface(colour: Colour, rng: np.random.Generator) -> Image.Image:
 
 
 def _texture(rng: np.random.Generator) -> Image.Image:
-    """A gradient, waves, a chequered pattern or clouds, of grey levels 0..255."""
+    """Return a gradient, waves, a chequered pattern or clouds, of grey levels 0..255."""
     angle, count = rng.uniform(0, 2 * math.pi), rng.uniform(1, 8)
     place = np.arange(_SIDE, dtype=np.float32) / _SIDE - 0.5
     along = place * math.cos(angle) + place[:, None] * math.sin(angle)
@@ -212,7 +212,7 @@ def _texture(rng: np.random.Generator) -> Image.Image:
 
 
 def _part(rng: np.random.Generator) -> Image.Image:
-    """A character that reaches over the border, or lies near it."""
+    """Return a character that reaches over the border, or lies near it."""
     angle, distance = rng.uniform(0, 2 * math.pi), rng.uniform(30, 44)
     x, y = _SIDE / 2 + distance * math.cos(angle), _SIDE / 2 + distance * math.sin(angle)
     return _placed(CHARACTERS[rng.integers(NUM_CLASSES)], x, y, rng)
@@ -233,7 +233,7 @@ def _disc(rng: np.random.Generator) -> Image.Image:
 
 
 def _placed(character: str, x: float, y: float, rng: np.random.Generator) -> Image.Image:
-    """A character in one of its fonts, warped, with its middle at (x, y)."""
+    """Return a character in one of its fonts, warped, with its middle at (x, y)."""
     fonts = fonts_of(character)
     glyph = _glyph(character, fonts[rng.integers(len(fonts))])
     angle, shear = math.radians(rng.uniform(-20, 20)), rng.uniform(-0.25, 0.25)
@@ -250,7 +250,7 @@ def _placed(character: str, x: float, y: float, rng: np.random.Generator) -> Ima
 
 @functools.cache
 def _glyph(character: str, font: str) -> Image.Image:
-    """A character as its font has it: its mask, cut out."""
+    """Return a character as its font has it: its mask, cut out."""
     face = ImageFont.truetype(str(_file_of(font)), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
     left, top, right, bottom = map(int, face.getbbox(character))  # whole numbers already
     glyph = Image.new("L", (right - left + 2, bottom - top + 2))
@@ -264,7 +264,7 @@ def _file_of(font: str) -> Path:
 
 @functools.cache
 def _font_folder() -> Path:
-    """Of matplotlib, which is not imported for it."""
+    """Return the folder of matplotlib's fonts; it is not imported for them."""
     found = importlib.util.find_spec("matplotlib")
     assert found is not None and found.origin is not None  # the project requires it
     return Path(found.origin).parent / "mpl-data" / "fonts" / "ttf"

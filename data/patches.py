@@ -25,7 +25,7 @@ STD = (0.3697, 0.2960, 0.3236)
 
 
 def load(split: str) -> tuple[Tensor, Tensor]:
-    """uint8 images [N, 3, 32, 32] and int64 labels [N] of 'train' or 'val', 65 or 195 of each class."""
+    """Return uint8 images [N, 3, 32, 32] and int64 labels [N] of 'train' or 'val', 65 or 195 of each class."""
     crops = _regions().unfold(2, CROP, CROP).unfold(3, CROP, CROP)  # [8, 3, 13, 20, 16, 16]
     row, column = torch.arange(crops.shape[2])[:, None], torch.arange(crops.shape[3])
     training = (column + 2 * row) % 4 == 0
@@ -36,7 +36,7 @@ def load(split: str) -> tuple[Tensor, Tensor]:
 
 
 def _regions() -> Tensor:
-    """uint8 [8, 3, 213, 320]: photograph by photograph, from the top left to the bottom right."""
+    """Return uint8 [8, 3, 213, 320]: photograph by photograph, from the top left to the bottom right."""
     from sklearn.datasets import load_sample_images
 
     height, width = REGION

@@ -1,7 +1,8 @@
 """raug15: two of sixteen operations per image, each with a magnitude of its own, m in 0..14 out of 10.
 
 The operations are Pillow's, up to a grey level of rounding. Those that Pillow does pixel by pixel in floating point are
-written anew for whole arrays (torch's operations where they are faster than numpy's); the others are Pillow's own.
+written anew for whole arrays (torch's operations where they are faster than numpy's); the others are Pillow's own. They
+are not timm's, which are all Pillow's, because the speed of the training input rests on them (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _by_pillow(operation: Callable[[Image.Image], Image.Image], pixels: Pixels) 
     return np.array(operation(Image.fromarray(pixels)))
 
 
-def _either_sign(value: float) -> float:
+def _random_sign(value: float) -> float:
     return random.choice((-1, 1)) * value
 
 
@@ -41,8 +42,8 @@ def _rotate(pixels: Pixels, degrees: float) -> Pixels:
 
 
 def _shear_x(pixels: Pixels, slope: float) -> Pixels:
-    """Output (x, y) comes from input (x + slope y, y)."""
-    return _slide(pixels, slope * (np.arange(len(pixels)) + 0.5))
+    """Return an image whose (x, y) comes from input (x + slope y, y)."""
+    return _shift_rows(pixels, slope * (np.arange(len(pixels)) + 0.5))
 
 
 def _shear_y(pixels: Pixels, slope: float) -> Pixels:
@@ -51,17 +52,17 @@ def _shear_y(pixels: Pixels, slope: float) -> Pixels:
 
 
 def _translate_x(pixels: Pixels, share: float) -> Pixels:
-    """Output (x, y) comes from input (x + share of the width, y)."""
-    return _slide(pixels, np.full(len(pixels), share * pixels.shape[1]))
+    """Return an image whose (x, y) comes from input (x + share of the width, y)."""
+    return _shift_rows(pixels, np.full(len(pixels), share * pixels.shape[1]))
 
 
 def _translate_y(pixels: Pixels, share: float) -> Pixels:
     one_row = pixels.reshape(1, len(pixels), -1)  # whose pixels are the rows
-    return _slide(one_row, np.array([share * len(pixels)])).reshape(pixels.shape)
+    return _shift_rows(one_row, np.array([share * len(pixels)])).reshape(pixels.shape)
 
 
-def _slide(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """Rows [N, L, C] in each of which output x comes from input x + shift, with shifts [N].
+def _shift_rows(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Return rows [N, L, C] in each of which output x comes from input x + shift, with shifts [N].
 
     All pixels of a row lie at the same distance from the pixel on their left, so they share their weights, and each tap
     is a stretch of the row's memory. As in Pillow, places whose centre is outside are filled, taps beyond the border
@@ -83,22 +84,22 @@ def _slide(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     for offset, weight in weights.items():  # as differences, so that what is even stays what it is
         tap = stretches.index_select(0, (starts + offset) * depth).float()
         total = torch.addcmul(total, tap.sub_(base), torch.from_numpy(weight).float()[:, None])
-    slid = _truncated(total.numpy())
+    shifted = _truncated(total.numpy())
     # The nearest places outside have met the border's pixels.
     first, end = np.ceil(-shifts - 0.5).astype(int), np.ceil(length - shifts - 0.5).astype(int)
     columns = np.stack([first - 4, first - 3, first - 2, first - 1, end, end + 1, end + 2, end + 3])
     places = (columns + np.arange(count) * length)[(columns >= 0) & (columns < length)]
-    slid.reshape(-1, depth)[places] = _FILL[0]
-    return slid.reshape(rows.shape)
+    shifted.reshape(-1, depth)[places] = _FILL[0]
+    return shifted.reshape(rows.shape)
 
 
 def _bilinear(d: np.ndarray) -> dict[int, np.ndarray]:
-    """Weights of the pixels around a place at a distance d [N] from the one on its left, by their offset from that."""
+    """Return the weights of pixels around a place, a distance d [N] right of a pixel, by their offset from that one."""
     return {1: d}
 
 
 def _bicubic(d: np.ndarray) -> dict[int, np.ndarray]:
-    """The same of Pillow's cubic, whose slope parameter is -1."""
+    """Return the same of Pillow's cubic, whose slope parameter is -1."""
     return {-1: d * (-1 + d * (2 - d)), 1: d * (1 + d * (1 - d)), 2: d * d * (d - 1)}
 
 
@@ -120,7 +121,7 @@ def _brightness(pixels: Pixels, factor: float) -> Pixels:
 
 
 def _sharpness(pixels: Pixels, factor: float) -> Pixels:
-    """A mixture with a smooth version: (3x3 box + 4 times the centre) / 13, the border as it is."""
+    """Return a mixture with a smooth version: (3x3 box + 4 times the centre) / 13, the border as it is."""
     wide = pixels.astype(np.uint16)
     across = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     box = across[:-2] + across[1:-1] + across[2:] + 4 * wide[1:-1, 1:-1]
@@ -151,7 +152,7 @@ OPERATIONS: dict[str, Callable[[Pixels, int], Pixels]] = {
     "AutoContrast": lambda pixels, m: _by_pillow(ImageOps.autocontrast, pixels),
     "Equalize": lambda pixels, m: _by_pillow(ImageOps.equalize, pixels),
     "Invert": lambda pixels, m: ~pixels,
-    "Rotate": lambda pixels, m: _rotate(pixels, _either_sign(30 * m / 10)),
+    "Rotate": lambda pixels, m: _rotate(pixels, _random_sign(30 * m / 10)),
     "Posterize": lambda pixels, m: _posterize(pixels, 4 * m // 10),
     "Solarize": lambda pixels, m: _solarize(pixels, 256 * m // 10),
     "SolarizeAdd": lambda pixels, m: _solarize_add(pixels, 110 * m // 10),
@@ -161,16 +162,16 @@ OPERATIONS: dict[str, Callable[[Pixels, int], Pixels]] = {
     ),
     "Brightness": lambda pixels, m: _brightness(pixels, _enhancement(m)),
     "Sharpness": lambda pixels, m: _sharpness(pixels, _enhancement(m)),
-    "ShearX": lambda pixels, m: _shear_x(pixels, _either_sign(0.3 * m / 10)),
-    "ShearY": lambda pixels, m: _shear_y(pixels, _either_sign(0.3 * m / 10)),
-    "TranslateXRel": lambda pixels, m: _translate_x(pixels, _either_sign(0.45 * m / 10)),
-    "TranslateYRel": lambda pixels, m: _translate_y(pixels, _either_sign(0.45 * m / 10)),
+    "ShearX": lambda pixels, m: _shear_x(pixels, _random_sign(0.3 * m / 10)),
+    "ShearY": lambda pixels, m: _shear_y(pixels, _random_sign(0.3 * m / 10)),
+    "TranslateXRel": lambda pixels, m: _translate_x(pixels, _random_sign(0.45 * m / 10)),
+    "TranslateYRel": lambda pixels, m: _translate_y(pixels, _random_sign(0.45 * m / 10)),
     "Cutout": lambda pixels, m: _cutout(pixels, max(2, 40 * m // 10)),
 }
 
 
 def raug15(pixels: Pixels) -> Pixels:
-    """The image after two operations drawn uniformly, from Python's global generator."""
+    """Return the image after two operations drawn uniformly, from Python's global generator."""
     for operation in random.choices(tuple(OPERATIONS.values()), k=NUM_OPERATIONS):
         pixels = operation(pixels, random.randint(0, MAX_MAGNITUDE))
     return pixels

@@ -34,17 +34,17 @@ _COUNTS = {"train": NUM_TRAIN, "val": NUM_VAL}
 _DIGITS = (2, 6)  # in a scene
 _HEIGHTS = (20, 56)  # of a digit
 _SOFT = (108, 148)  # grey levels of a digit between which a pixel is half transparent
-_LEAST_VISIBLE = 0.5  # of a digit's pixels
-_CONTRAST = 64  # by which a digit is at least brighter than all that it covers
-_BACKGROUND_CONTRAST = 40  # greatest difference in brightness within a background
-_BACKGROUND_BRIGHTNESS = 120  # greatest one
+_MIN_VISIBLE = 0.5  # of a digit's pixels
+_MIN_CONTRAST = 64  # by which a digit is at least brighter than all that it covers
+_MAX_BACKGROUND_CONTRAST = 40  # greatest difference in brightness within a background
+_MAX_BACKGROUND_BRIGHTNESS = 120  # greatest one
 _TRIES = 100
 
 Pixels = np.ndarray
 
 
 def find(root: str) -> Path:
-    """The folder of the scenes, `DEFAULT` where `root` is empty; they are made where they are absent.
+    """Return the folder of the scenes, `DEFAULT` where `root` is empty; they are made where they are absent.
 
     Raises:
         UserError: the folder holds something else, or scenes of another version.
@@ -81,7 +81,7 @@ class Scene:
 
 
 def draw(images: Pixels, labels: Pixels, rng: np.random.Generator) -> Scene:
-    """A scene of digits taken from grey images uint8 [N, H, W] with labels [N]."""
+    """Return a scene of digits taken from grey images uint8 [N, H, W] with labels [N]."""
     canvas = _background(rng)  # integers from here on, so that it is the same on every machine
     classes = np.zeros((SIZE, SIZE), np.uint8)
     chosen: list[int] = []
@@ -93,10 +93,10 @@ def draw(images: Pixels, labels: Pixels, rng: np.random.Generator) -> Scene:
             opacity = _placed(images[which], rng)
             covers = opacity >= 128
             left = [mask & ~covers for mask in masks]
-            hides = any(mask.sum() < _LEAST_VISIBLE * area for mask, area in zip(left, areas, strict=True))
+            hides = any(mask.sum() < _MIN_VISIBLE * area for mask, area in zip(left, areas, strict=True))
             colour = rng.integers(0, 256, 3)
             below = _brightness(canvas[opacity > 0])
-            if hides or _brightness(colour) - below.max() < _CONTRAST:
+            if hides or _brightness(colour) - below.max() < _MIN_CONTRAST:
                 continue
             canvas = (canvas * (255 - opacity[..., None]) + colour * opacity[..., None] + 127) // 255
             classes[opacity > 0] = IGNORED
@@ -109,7 +109,7 @@ def draw(images: Pixels, labels: Pixels, rng: np.random.Generator) -> Scene:
 
 
 def _placed(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """A digit cut out, enlarged and put somewhere: its opacity, 0..255, int64 [SIZE, SIZE]."""
+    """Return a digit cut out, enlarged and put somewhere: its opacity, 0..255, int64 [SIZE, SIZE]."""
     (rows, columns) = (image > _SOFT[0]).nonzero()
     cut = Image.fromarray(image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
     height = int(rng.integers(_HEIGHTS[0], _HEIGHTS[1] + 1))
@@ -123,11 +123,11 @@ def _placed(image: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def _background(rng: np.random.Generator) -> Pixels:
-    """A gradient, clouds or stripes between two colours of about the same brightness, int64 [SIZE, SIZE, 3]."""
+    """Return a gradient, clouds or stripes between two colours of about the same brightness, int64 [SIZE, SIZE, 3]."""
     while True:
         one, other = colours = rng.integers(0, 256, (2, 3))
         low, high = sorted(_brightness(colours))
-        if high <= _BACKGROUND_BRIGHTNESS and high - low <= _BACKGROUND_CONTRAST:
+        if high <= _MAX_BACKGROUND_BRIGHTNESS and high - low <= _MAX_BACKGROUND_CONTRAST:
             break
     y, x = np.mgrid[:SIZE, :SIZE]
     slope = rng.integers(-3, 4, 2)
@@ -145,7 +145,7 @@ def _background(rng: np.random.Generator) -> Pixels:
 
 
 def _brightness(colours: Pixels) -> Pixels:
-    """Of RGB colours [..., 3]."""
+    """Return the brightness of RGB colours [..., 3]."""
     return colours @ np.array([299, 587, 114]) // 1000
 
 
@@ -202,7 +202,7 @@ def _annotations(scene: Scene, image_id: int) -> list[dict[str, Any]]:
 
 
 def _run_lengths(mask: Pixels) -> list[int]:
-    """Lengths of the runs of a mask's columns one after the other, beginning with one outside the mask."""
+    """Return lengths of the runs of a mask's columns one after the other, beginning with one outside the mask."""
     flat = np.concatenate([[False], mask.flatten("F"), [not mask[-1, -1]]])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     return np.diff(changes, prepend=0).tolist()

@@ -14,17 +14,17 @@ ORDER, CROP, TRANSFORM, ERASE, MIX, MODEL, SAMPLE = range(7)
 
 
 def derive(*numbers: int) -> int:
-    """One 64-bit seed from several non-negative integers; close numbers give unrelated seeds."""
+    """Return one 64-bit seed from several non-negative integers; close numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A CPU generator of its own, seeded from the numbers."""
+    """Return a CPU generator of its own, seeded from the numbers."""
     return torch.Generator().manual_seed(derive(*numbers) >> 1)  # torch takes signed 64-bit seeds
 
 
 def reseed(*numbers: int, device: torch.device | None = None) -> None:
-    """Makes the global generators of `random`, numpy and torch, and that of a GPU, a function of the numbers.
+    """Make the global generators of `random`, numpy and torch, and that of a GPU, a function of the numbers.
 
     torchvision and timm draw from the global generators, each from a different one.
     """
@@ -38,7 +38,7 @@ def reseed(*numbers: int, device: torch.device | None = None) -> None:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """The three global generators are afterwards as they were before; once per batch, since numpy takes 0.1 ms."""
+    """Leave the three global generators as they were before; once per batch, since numpy takes 0.1 ms."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

@@ -28,7 +28,7 @@ _CROP_RATIO = (3 / 4, 4 / 3)
 
 
 def check_interpolation(name: str) -> None:
-    """Raises UserError for a name that is none of 'bilinear', 'bicubic', 'random'."""
+    """Raise a UserError for a name that is none of 'bilinear', 'bicubic', 'random'."""
     if name not in DETERMINISTIC:
         raise unknown("interpolation", name, DETERMINISTIC)
 
@@ -40,7 +40,7 @@ class OnPillow:
     transform: Callable[[Image.Image], Image.Image]
 
     def __call__(self, data: bytes) -> Tensor:
-        """uint8 [H, W, 3]."""
+        """Return uint8 [H, W, 3]."""
         return torch.from_numpy(np.array(self.transform(to_pillow(data))))
 
 
@@ -59,7 +59,7 @@ class CropAndFlip:
     then: Callable[[Pixels], Pixels] | None = None
 
     def __call__(self, data: bytes) -> Tensor:
-        """uint8 [H, W, 3]."""
+        """Return uint8 [H, W, 3]."""
         pixels = to_pixels(data)
         chw = pixels.permute(2, 0, 1)
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(chw, _CROP_AREA, _CROP_RATIO)
@@ -73,13 +73,13 @@ class CropAndFlip:
 
 
 def _resize(pixels: Tensor, size: int, mode: str) -> Tensor:
-    """uint8 [size, size, 3] of [H, W, 3], as Pillow does it."""
+    """Return uint8 [size, size, 3] of [H, W, 3], as Pillow does it."""
     batch = pixels[None].permute(0, 3, 1, 2)  # channels_last
     return F.interpolate(batch, (size, size), mode=mode, antialias=True)[0].permute(1, 2, 0)
 
 
 def eval_transform(image_size: int, interpolation: str, *, crop: bool) -> Transform:
-    """Short side to `image_size` (with `crop`: to 256/224 of it), then the centre square of `image_size`.
+    """Resize the short side to `image_size` (with `crop`: to 256/224 of it), then the centre square of `image_size`.
 
     'random' interpolation, which is for training, is bicubic here.
     """
@@ -130,13 +130,13 @@ PRESETS: dict[str | None, Callable[[Augmentation, int, str], Transform]] = {
 
 
 def check_preset(name: str | None) -> None:
-    """Raises UserError for a preset that does not exist."""
+    """Raise a UserError for a preset that does not exist."""
     if name not in PRESETS:
         raise unknown("augmentation preset", str(name), [p for p in PRESETS if p])
 
 
 def train_transform(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
-    """The transform of `augmentation.preset`.
+    """Return the transform of `augmentation.preset`.
 
     Raises:
         UserError: a policy that timm does not know.

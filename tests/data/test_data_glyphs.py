@@ -84,8 +84,8 @@ def test_characters_are_in_the_fonts_in_which_they_are_drawn():
 def test_a_character_is_brighter_than_what_it_lies_on():
     for seed in range(50):
         ground, ink = (glyphs._brightness(colour) for colour in glyphs._colours(np.random.default_rng(seed)))
-        assert ground <= glyphs._MOST_BRIGHTNESS
-        assert ink - ground >= glyphs._LEAST_CONTRAST
+        assert ground <= glyphs._MAX_BRIGHTNESS
+        assert ink - ground >= glyphs._MIN_CONTRAST
 
 
 def test_training_images_are_cropped_and_not_mirrored(made):
