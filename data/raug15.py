@@ -41,6 +41,14 @@ def _rotate(pixels: Pixels, degrees: float) -> Pixels:
     return _by_pillow(lambda image: image.rotate(degrees, _interpolation(), fillcolor=_FILL), pixels)
 
 
+def _enhanced(enhance: type[ImageEnhance.Color | ImageEnhance.Contrast], pixels: Pixels, m: int) -> Pixels:
+    return _by_pillow(lambda image: enhance(image).enhance(_factor(m)), pixels)
+
+
+def _factor(m: int) -> float:
+    return 1.8 * m / 10 + 0.1
+
+
 def _shear_x(pixels: Pixels, slope: float) -> Pixels:
     """Return an image whose (x, y) comes from input (x + slope y, y)."""
     return _shift_rows(pixels, slope * (np.arange(len(pixels)) + 0.5))
@@ -103,21 +111,9 @@ def _bicubic(d: np.ndarray) -> dict[int, np.ndarray]:
     return {-1: d * (-1 + d * (2 - d)), 1: d * (1 + d * (1 - d)), 2: d * d * (d - 1)}
 
 
-def _posterize(pixels: Pixels, bits: int) -> Pixels:
-    return pixels & (0xFF00 >> bits & 0xFF)  # Pillow refuses 0 bits; nothing left of each value is black
-
-
-def _solarize(pixels: Pixels, threshold: int) -> Pixels:
-    return pixels ^ -(pixels >= threshold).view(np.uint8)  # 255 - v is v ^ 255
-
-
 def _solarize_add(pixels: Pixels, addend: int) -> Pixels:
     brighter = torch.from_numpy(pixels).clamp(max=255 - addend).numpy() + np.uint8(addend)
     return pixels + ((brighter - pixels) & -(pixels < 128).view(np.uint8))  # modulo 256
-
-
-def _brightness(pixels: Pixels, factor: float) -> Pixels:
-    return _truncated(pixels * np.float32(factor))
 
 
 def _sharpness(pixels: Pixels, factor: float) -> Pixels:
@@ -144,24 +140,18 @@ def _cutout(pixels: Pixels, side: int) -> Pixels:
     return cut
 
 
-def _enhancement(m: int) -> float:
-    return 1.8 * m / 10 + 0.1
-
-
 OPERATIONS: dict[str, Callable[[Pixels, int], Pixels]] = {
     "AutoContrast": lambda pixels, m: _by_pillow(ImageOps.autocontrast, pixels),
     "Equalize": lambda pixels, m: _by_pillow(ImageOps.equalize, pixels),
     "Invert": lambda pixels, m: ~pixels,
     "Rotate": lambda pixels, m: _rotate(pixels, _random_sign(30 * m / 10)),
-    "Posterize": lambda pixels, m: _posterize(pixels, 4 * m // 10),
-    "Solarize": lambda pixels, m: _solarize(pixels, 256 * m // 10),
+    "Posterize": lambda pixels, m: pixels & (0xFF00 >> (4 * m // 10) & 0xFF),  # Pillow refuses to keep 0 bits
+    "Solarize": lambda pixels, m: pixels ^ -(pixels >= 256 * m // 10).view(np.uint8),  # 255 - v is v ^ 255
     "SolarizeAdd": lambda pixels, m: _solarize_add(pixels, 110 * m // 10),
-    "Color": lambda pixels, m: _by_pillow(lambda image: ImageEnhance.Color(image).enhance(_enhancement(m)), pixels),
-    "Contrast": lambda pixels, m: _by_pillow(
-        lambda image: ImageEnhance.Contrast(image).enhance(_enhancement(m)), pixels
-    ),
-    "Brightness": lambda pixels, m: _brightness(pixels, _enhancement(m)),
-    "Sharpness": lambda pixels, m: _sharpness(pixels, _enhancement(m)),
+    "Color": functools.partial(_enhanced, ImageEnhance.Color),
+    "Contrast": functools.partial(_enhanced, ImageEnhance.Contrast),
+    "Brightness": lambda pixels, m: _truncated(pixels * np.float32(_factor(m))),
+    "Sharpness": lambda pixels, m: _sharpness(pixels, _factor(m)),
     "ShearX": lambda pixels, m: _shear_x(pixels, _random_sign(0.3 * m / 10)),
     "ShearY": lambda pixels, m: _shear_y(pixels, _random_sign(0.3 * m / 10)),
     "TranslateXRel": lambda pixels, m: _translate_x(pixels, _random_sign(0.45 * m / 10)),

@@ -23,6 +23,8 @@ Transform = Callable[[bytes], Tensor]
 RANDOM = "random"  # training draws bilinear or bicubic per image
 DETERMINISTIC = {"bilinear": "bilinear", "bicubic": "bicubic", RANDOM: "bicubic"}
 
+PRESETS = ("weak", "raug15", "none")
+
 _CROP_AREA = (0.08, 1.0)  # of the image's
 _CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -90,18 +92,6 @@ def eval_transform(image_size: int, interpolation: str, *, crop: bool) -> Transf
     return OnPillow(T.Compose([T.Resize(short_side, mode), T.CenterCrop(image_size)]))
 
 
-def _weak(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
-    return CropAndFlip(image_size, interpolation)
-
-
-def _raug15(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
-    return CropAndFlip(image_size, interpolation, raug15)
-
-
-def _none(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
-    return eval_transform(image_size, interpolation, crop=False)
-
-
 def _timm(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
     from timm.data import create_transform
     from torchvision import transforms as T
@@ -121,18 +111,10 @@ def _timm(augmentation: Augmentation, image_size: int, interpolation: str) -> Tr
     return OnPillow(T.Compose([varied, augmented]))
 
 
-PRESETS: dict[str | None, Callable[[Augmentation, int, str], Transform]] = {
-    None: _timm,
-    "weak": _weak,
-    "raug15": _raug15,
-    "none": _none,
-}
-
-
 def check_preset(name: str | None) -> None:
     """Raise a UserError for a preset that does not exist."""
-    if name not in PRESETS:
-        raise unknown("augmentation preset", str(name), [p for p in PRESETS if p])
+    if name is not None and name not in PRESETS:
+        raise unknown("augmentation preset", name, PRESETS)
 
 
 def train_transform(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
@@ -141,4 +123,11 @@ def train_transform(augmentation: Augmentation, image_size: int, interpolation: 
     Raises:
         UserError: a policy that timm does not know.
     """
-    return PRESETS[augmentation.preset](augmentation, image_size, interpolation)
+    match augmentation.preset:
+        case "weak":
+            return CropAndFlip(image_size, interpolation)
+        case "raug15":
+            return CropAndFlip(image_size, interpolation, raug15)
+        case "none":
+            return eval_transform(image_size, interpolation, crop=False)
+    return _timm(augmentation, image_size, interpolation)
