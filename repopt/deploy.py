@@ -17,11 +17,11 @@ def deploy(model: nn.Module) -> nn.Module:
     Args:
         model: any of ours, in any mode; one that is deployed already stays as it is.
     """
-    return _deployed(copy.deepcopy(model).eval()).requires_grad_(requires_grad=False)
+    return _fused(copy.deepcopy(model).eval()).requires_grad_(requires_grad=False)
 
 
-def _deployed(module: nn.Module) -> nn.Module:
+def _fused(module: nn.Module) -> nn.Module:
     """`module` with the modules in it replaced, then replaced itself, where they say by what."""
     for name, child in module.named_children():
-        setattr(module, name, _deployed(child))
-    return module.deployed() if isinstance(module, Deployable) else module
+        setattr(module, name, _fused(child))
+    return module.fuse() if isinstance(module, Deployable) else module

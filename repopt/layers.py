@@ -121,7 +121,7 @@ class Deployable(nn.Module, ABC):
     """A module that is another, plainer one at inference (`repopt.deploy`)."""
 
     @abstractmethod
-    def deployed(self) -> nn.Module:
+    def fuse(self) -> nn.Module:
         """The plain module of the same function in eval mode."""
 
 

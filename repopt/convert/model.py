@@ -32,7 +32,7 @@ class ConvertedBlock(RepConv2d, Deployable):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.after(self.bn(self.conv2d(self.before(x))))
 
-    def deployed(self) -> nn.Sequential:  # noqa: D102
+    def fuse(self) -> nn.Sequential:  # noqa: D102
         return nn.Sequential(self.before, self.folded(self.bn), self.after)
 
 

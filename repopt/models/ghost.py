@@ -66,7 +66,7 @@ class GhostModule(RepConv2d, Deployable):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.activation(self.final_bn(self.conv2d(self.primary_conv(x))))
 
-    def deployed(self) -> nn.Sequential:  # noqa: D102
+    def fuse(self) -> nn.Sequential:  # noqa: D102
         return _plain(self.primary_conv, self.folded(self.final_bn), self.active)
 
 
@@ -89,7 +89,7 @@ class RepGhostModule(Baseline):
         conv, bn = self.cheap_operation
         return {"cheap_operation.0": (conv, bn), "fusion_scale": (None, self.fusion_bn)}
 
-    def deployed(self) -> nn.Sequential:  # noqa: D102
+    def fuse(self) -> nn.Sequential:  # noqa: D102
         return _plain(self.primary_conv, self.merged(), self.active)
 
 
@@ -147,7 +147,7 @@ class Bottleneck(Deployable):
             y = self.bn_dw(self.conv_dw(y))
         return self.ghost2(self.se(y)) + self.shortcut(x)
 
-    def deployed(self) -> Bottleneck:  # noqa: D102
+    def fuse(self) -> Bottleneck:  # noqa: D102
         if self.strided:
             fold_batch_norm(self, "conv_dw", "bn_dw")
         for index in range(0, len(self.shortcut), 2):
@@ -165,7 +165,7 @@ class ConvBNReLU(Deployable):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return relu(self.bn1(self.conv(x)))
 
-    def deployed(self) -> ConvBNReLU:  # noqa: D102
+    def fuse(self) -> ConvBNReLU:  # noqa: D102
         fold_batch_norm(self, "conv", "bn1")
         return self
 
@@ -282,7 +282,7 @@ class RepOptGhostNet(Network, Deployable):
     def hidden(self, x: Tensor) -> Tensor:  # noqa: D102
         return relu(self.conv_head(x))
 
-    def deployed(self) -> RepOptGhostNet:  # noqa: D102
+    def fuse(self) -> RepOptGhostNet:  # noqa: D102
         fold_batch_norm(self, "conv_stem", "bn1")
         return self
 

@@ -83,7 +83,7 @@ class VGGBlock(RepConv2d, Deployable):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.post_se(self.relu(self.bn(self.conv2d(x))))
 
-    def deployed(self) -> PlainBlock:  # noqa: D102
+    def fuse(self) -> PlainBlock:  # noqa: D102
         return PlainBlock(self.folded(self.bn), self.post_se)
 
 
@@ -119,5 +119,5 @@ class RepVGGBlock(Baseline):
             "scale_identity": (None, self.bn_identity),  # asked for where it is declared
         }
 
-    def deployed(self) -> PlainBlock:  # noqa: D102
+    def fuse(self) -> PlainBlock:  # noqa: D102
         return PlainBlock(self.merged(self.stride), self.post_se)

@@ -307,3 +307,21 @@ def test_mistakes(name, arguments, error, message):
     with pytest.raises(error, match=message) as caught:
         timm.create_model(name, **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "mode"), MODES)
+def test_timm_folds_what_repopt_deploys(name, mode):
+    """By the hook that its own re-parameterized networks have: validate.py --reparam, benchmark.py, onnx_export.py."""
+    model = create(name, mode=mode, num_classes=10).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after a training
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    folded, deployed = timm.utils.reparameterize_model(model), repopt.deploy(model)
+    convolutions = [
+        [type(m) for m in n.modules() if isinstance(m, (nn.Conv2d, repopt.RepConv2d))] for n in (folded, deployed)
+    ]
+    assert convolutions[0] == convolutions[1]
+    x = images()
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(folded(x), deployed(x), rtol=1e-9, atol=1e-9)
