@@ -49,7 +49,7 @@ class RepConv2d(nn.Module):
     """The linear part of a declared block, (N, C, H, W) -> (N, O, H', W'), in one of three modes.
 
     - ``hs``: every branch has its kernel, and the scales are trained (Hyper-Search).
-    - ``csla``: the same with constant scales: the imagined network whose path a RepOptimizer follows.
+    - ``csla``: the same with constant scales: the equivalent multi-branch network whose path a RepOptimizer follows.
     - ``target``: one plain `nn.Conv2d`.
 
     It stands alone, or a block of a model derives from it, adds what follows the convolution (batch norm,

@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 if [ "${1:-}" = fast ]; then
   shift
   set -- tests/repopt/test_{csla,reparam,models,families,equivalence,optim}.py tests/train/test_{config,command,engine,saving}.py \
-    tests/data/test_data_{sampler,transforms}.py tests/test_examples.py "$@"
+    tests/data/test_data_{sampler,transforms}.py tests/test_{import_layers,examples}.py "$@"
 else
   .venv/bin/mypy
 fi

@@ -661,8 +661,8 @@ def test_mistakes(name, arguments, message):
 def test_without_pycocotools(monkeypatch):
     for module in ("pycocotools", "pycocotools.mask"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "repopt.detection.coco", raising=False)
-    monkeypatch.delattr(repopt.detection, "coco", raising=False)
+    monkeypatch.delitem(sys.modules, "train.evaluation.coco", raising=False)
+    monkeypatch.delattr("train.evaluation.coco", raising=False)
     with pytest.raises(UserError, match=r"pip install -r requirements-downstream.txt\)") as caught:
         evaluate(SimpleNamespace(), [], PRECISION, ground_truth=None, category_ids=CATEGORIES)
     assert "\n" not in str(caught.value)

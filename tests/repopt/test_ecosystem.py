@@ -343,7 +343,7 @@ def test_momentum_that_is_switched_on_later():
 
 WORKER = """
 import sys
-sys.path[:0] = [".", "tests", "scripts"]
+sys.path[:0] = [".", "tests", "tests/repopt", "scripts"]
 import torch, torch.distributed as dist, repopt
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer

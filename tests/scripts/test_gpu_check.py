@@ -104,7 +104,7 @@ def tiny(run, tmp_path):
 
 def test_every_part_of_a_tiny_run_finds_what_it_is_for(tiny, monkeypatch):
     """The command lines are run in this process, without torch.compile."""
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     monkeypatch.setattr(optimizer, "IMPLEMENTATIONS", ("eager",))
     # On a GPU there are no such rows, and test_benchmark_infer has them.
     monkeypatch.setattr(infer, "in_onnxruntime", lambda arch, model, images: (model, model, "none"))
