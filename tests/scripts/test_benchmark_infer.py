@@ -37,9 +37,10 @@ def compiled(monkeypatch):
 def no_extra(monkeypatch):
     """As where torchao is not installed, and nothing that needs it is imported yet."""
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    for name in ("quantize", "export"):
-        monkeypatch.delitem(sys.modules, f"repopt.{name}", raising=False)
+    for name in ("quantization", "export"):
         monkeypatch.delattr(repopt, name, raising=False)
+        for module in [m for m in sys.modules if m.startswith(f"repopt.{name}")]:
+            monkeypatch.delitem(sys.modules, module)
 
 
 def test_every_form_is_a_row_and_the_same_function_as_its_source(compiled):

@@ -184,7 +184,7 @@ def test_adamw_search_and_evaluation_settings(monkeypatch, tmp_path):
     eval_loader = data.eval_loader
     monkeypatch.setattr(
         "data.eval_loader",
-        lambda source, **arguments: calls.update(arguments, source=source) or eval_loader(source, **arguments),
+        lambda images, **arguments: calls.update(arguments, **vars(images)) or eval_loader(images, **arguments),
     )
     options = ["DATA.DATASET", "folder", "DATA.IMG_SIZE", 64, "DATA.TEST_SIZE", 96, "TEST.CROP", True]
     options += ["DATA.TEST_BATCH_SIZE", 3, "DATA.INTERPOLATION", "bicubic", "TRAIN.OPTIMIZER.NAME", "adamw"]

@@ -157,7 +157,7 @@ def test_two_processes_train_and_count_every_image_once(task, command, tmp_path)
     assert two.wait(300) == 0, two.stdout.read()
     folder = tmp_path / PLAIN / "two"
     assert run(task, command(task, PLAIN, "--eval", "--resume", folder / "latest.pth", "--tag", "one")) == 0
-    log = (tmp_path / PLAIN / "one" / "log_rank0.txt").read_text()
+    log = (tmp_path / PLAIN / "one" / "eval_log_rank0.txt").read_text()
     line = re.search(r"val: (.*)", log)[1]
     assert line in (folder / "log_rank0.txt").read_text()
     assert "on 5 images" in line
@@ -243,7 +243,7 @@ def test_windows_and_whole_images(command, tmp_path):
     ):
         argv = command("segment", PLAIN, "--eval", "--resume", latest, "--tag", tag, options=options)
         assert run("segment", argv) == 0
-        lines.append(re.search(r"val: (.*)", (tmp_path / PLAIN / tag / "log_rank0.txt").read_text())[1])
+        lines.append(re.search(r"val: (.*)", (tmp_path / PLAIN / tag / "eval_log_rank0.txt").read_text())[1])
     assert lines[0] == lines[1] != lines[2]
 
 
@@ -354,7 +354,7 @@ def test_ignored_pixels_are_those_of_the_data():
 def test_several_processes_train_networks_of_timm(monkeypatch, arch):
     """One has no buffers; the batch norms of the other hold its activations, which synchronised ones have to keep."""
     monkeypatch.setattr(build, "data_parallel", lambda model, device: model)
-    cfg = config.build({"TASK": "classify", "DATA.IMG_SIZE": 64, "MODEL.NUM_CLASSES": 3}).cfg
+    cfg = config.build({"MODEL.ARCH": arch, "DATA.IMG_SIZE": 64, "MODEL.NUM_CLASSES": 3}).cfg
     task = tasks.create(cfg, World(0, 2, torch.device("cpu")))
     model = repopt.create_model(arch, mode="plain", num_classes=3)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
