@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that is checked: sets itself up, then lints, checks types and tests. Arguments go to pytest.
-# `bash scripts/test.sh fast` lints and runs the tests that most changes need, in under 90 seconds on 2 cores.
+# `bash scripts/test.sh fast` lints and runs the tests that most changes need.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
