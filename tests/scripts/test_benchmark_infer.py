@@ -36,7 +36,8 @@ def compiled(monkeypatch):
 @pytest.fixture
 def no_extra(monkeypatch):
     """As where torchao is not installed, and nothing that needs it is imported yet."""
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    for module in ("torchao.quantization", "torchao.quantization.pt2e.quantize_pt2e"):
+        monkeypatch.setitem(sys.modules, module, None)
     for name in ("quantization", "export"):
         monkeypatch.delattr(repopt, name, raising=False)
         for module in [m for m in sys.modules if m.startswith(f"repopt.{name}")]:
