@@ -141,7 +141,7 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
     content = read_checkpoint(task.cfg, folder)
     if goes_on(content):
         check_same_run(task.cfg, content)
-    source = backbone.read(task.cfg) if task.cfg.MODEL.BACKBONE else None
+    source = backbone.read(task.cfg) if task.cfg.MODEL.BACKBONE and content is None else None  # where it begins
     scales = find_scales(task, model, content, source)
     if content is None:
         if task.cfg.MODEL.FREEZE_BN and source is None:
