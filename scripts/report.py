@@ -36,6 +36,7 @@ from repopt.models import parse_arch, zoo
 from train import config, files, trained
 from train.command import run_command
 from train.files import CONFIG, PREDICTIONS, Column
+from train.keys import KEYS
 
 RESULTS, SIGNAL_TO_NOISE = (f"{files.ARTIFACTS}/{name}" for name in (files.RESULTS, files.SIGNAL_TO_NOISE))
 IMAGES = Column("images", "images", 0, "")
@@ -221,8 +222,8 @@ def configuration(settings: Mapping[str, Mapping[str, Any]]) -> Blocks:
     if not columns:
         return
     changed, rest = [], []
-    for key in dict.fromkeys([*config.KEYS, *(key for column in columns.values() for key in column)]):
-        declared = config.KEYS.get(key)  # a run of another time may have other keys
+    for key in dict.fromkeys([*KEYS, *(key for column in columns.values() for key in column)]):
+        declared = KEYS.get(key)  # a run of another time may have other keys
         default, meaning = (written(declared.default), declared.help) if declared else (NONE, "")
         values = [written(column[key]) if key in column else NONE for column in columns.values()]
         if set(values) <= {default, NONE}:

@@ -13,6 +13,7 @@ import _root  # noqa: F401
 from repopt.errors import UserError, one_line
 from train import config
 from train.files import COLUMNS, CONFIG, RUN, Column
+from train.keys import CLASSIFY
 
 METRICS = "metrics.jsonl"
 NONE = "–"
@@ -51,7 +52,7 @@ class RunFolderSummary(NamedTuple):
     @property
     def columns(self) -> Sequence[Column]:
         """The numbers of the run's evaluations; the first is the score."""
-        return COLUMNS.get(str(config.lookup(self.settings, "TASK")), COLUMNS[config.CLASSIFY])
+        return COLUMNS.get(str(config.lookup(self.settings, "TASK")), COLUMNS[CLASSIFY])
 
     @property
     def scores(self) -> dict[int, float]:

@@ -9,7 +9,8 @@ from yacs.config import CfgNode
 
 import repopt
 from repopt.errors import UserError, shown
-from train import config, trained
+from train import trained
+from train.keys import CLASSIFY
 from train.logging import logger
 from train.tasks.base import Task
 
@@ -30,7 +31,7 @@ def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None
         UserError: it is not the checkpoint of a classifier of the same model, mode and strides.
     """
     path, name, strides = source.path, task.cfg.MODEL.ARCH, task.cfg.MODEL.STRIDES
-    if (trained_for := source.setting("TASK")) not in (None, config.CLASSIFY):
+    if (trained_for := source.setting("TASK")) not in (None, CLASSIFY):
         raise UserError(
             f"{path!r} is a checkpoint of TASK {shown(trained_for)}: a backbone begins with a classifier's weights"
         )

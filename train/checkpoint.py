@@ -107,9 +107,6 @@ class RunFolder:
             checkpoint.write, snapshot(content), self.latest, also=also, keep=self._keep
         )
 
-    def _write(self, content: Mapping[str, Any], names: Sequence[Path]) -> None:
-        checkpoint.write(content, self.latest, also=names, keep=self._keep)
-
     def wait(self) -> None:
         """Return when what was saved is on the disk.
 

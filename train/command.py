@@ -122,12 +122,12 @@ def run_program(
         draw: Draws what came of it, in the first process.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parse_flags(argv, program)  # for --help and wrong flags
+    flags = parse_flags(argv, program)
 
     def command() -> int:
         from train import config
 
-        cfg = start(config.parse(argv, program), argv, program)
+        cfg = start(config.read(flags, program), argv, program)
         if cfg is None:
             return EXIT_INTERRUPTED
         if draw is not None and os.environ.get("RANK", "0") == "0":

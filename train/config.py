@@ -5,6 +5,7 @@ Precedence: defaults < ``--cfg`` file (its ``BASE`` files first) < flags that we
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import sys
@@ -18,7 +19,7 @@ from yacs.config import CfgNode
 
 from repopt.errors import UserError, one_line, shown, unknown
 from train.command import MAIN, Program, parse_flags
-from train.keys import CLASSIFY, DENSE, DETECT, KEYS, RENAMED, TASKS, Key  # noqa: F401 (used as config.KEYS)
+from train.keys import KEYS, RENAMED, Key
 
 _MAX_RECIPE_BYTES = 2**16
 _MAX_LITERAL = 1000  # characters; Python's parser has no bound of its own
@@ -51,13 +52,21 @@ class Settings(NamedTuple):
 
 
 def parse(argv: Sequence[str] | None = None, program: Program = MAIN) -> Settings:
-    """Return the configuration that a command line asks for.
+    """Return the configuration that a command line asks for; see `read`.
+
+    Raises:
+        SystemExit: An unknown flag, or --help.
+    """
+    return read(parse_flags(sys.argv[1:] if argv is None else argv, program), program)
+
+
+def read(flags: argparse.Namespace, program: Program) -> Settings:
+    """Return the configuration that the flags of a command line ask for (`train.command.parse_flags`).
 
     Raises:
         UserError: An unknown key (with the nearest one), a value of the wrong kind, a recipe that is not there.
-        SystemExit: An unknown flag, or --help.
     """
-    arguments = vars(parse_flags(sys.argv[1:] if argv is None else argv, program))
+    arguments = vars(flags)
     recipe, opts = arguments["cfg"], arguments["opts"]
     values: dict[str, Any] = dict(_read_recipe(Path(recipe))) if recipe else {}
     values |= {name: arguments[name] for name in program.flags.values() if arguments[name] is not None}

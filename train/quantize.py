@@ -19,9 +19,11 @@ from repopt import checkpoint, export, quantization
 from repopt.errors import UserError, shown
 from train import config, run_record, trained
 from train.checkpoint import RunFolder
+from train.command import Program
 from train.distributed import run_on_main
 from train.evaluation.base import Result
 from train.files import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
+from train.keys import CLASSIFY, DETECT
 from train.logging import as_json, logger
 from train.placement import to_device
 from train.precision import Precision
@@ -34,7 +36,7 @@ QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safet
 # What training for INT8 goes without, and what these keys may be, the first of which they are then: autocast rounds
 # otherwise, and the exported graph is changed between training and evaluation.
 QAT_TAKES = {
-    "TASK": (config.CLASSIFY,),
+    "TASK": (CLASSIFY,),
     "TRAIN.EMA_ALPHA": (0.0,),
     "TRAIN.USE_CHECKPOINT": (False,),
     "TRAIN.SYNC_BN": (False,),
@@ -43,7 +45,7 @@ QAT_TAKES = {
 }
 
 
-def start(settings: config.Settings, argv: Sequence[str], program: config.Program) -> CfgNode | None:
+def start(settings: config.Settings, argv: Sequence[str], program: Program) -> CfgNode | None:
     """Do what the command line `argv` of scripts/quantize.py, read as `settings`, says; see `train.run.start`."""
     cfg = settings.cfg
     if not cfg.QUANT.METHOD:
@@ -51,7 +53,7 @@ def start(settings: config.Settings, argv: Sequence[str], program: config.Progra
     if not cfg.MODEL.RESUME:
         raise UserError("a trained network is needed: --resume FILE")
     quantization.find_preset(cfg.QUANT.PRESET)
-    if cfg.TASK == config.DETECT:
+    if cfg.TASK == DETECT:
         raise UserError("TASK detect cannot be quantized: what a detector computes depends on what it has found")
     settings = settings.with_defaults({"TAG": f"{cfg.QUANT.METHOD}-{cfg.QUANT.PRESET}"})
     if cfg.QUANT.METHOD == "ptq":  # nothing is trained, and on GPUs histograms have no such algorithm
@@ -82,7 +84,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
         run_record.write(task, folder)
     logger.info(f"{cfg.QUANT.PRESET}: {quantization.find_preset(cfg.QUANT.PRESET).meaning}")
     source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH)
-    if (was := source.setting("TASK") or config.CLASSIFY) != cfg.TASK:
+    if (was := source.setting("TASK") or CLASSIFY) != cfg.TASK:
         raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and this recipe's is {cfg.TASK}")
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
     loader = task.eval_loader()

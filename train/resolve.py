@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 from repopt.errors import UserError
 from repopt.models import parse_arch
 from train import config, tasks
+from train.keys import KEYS
 from train.resume import needs_scales
 
 
@@ -29,7 +30,7 @@ def resolve(settings: config.Settings) -> CfgNode:
         ("TRAIN.CHANGE_INITIALIZATION", arch.repopt),
         ("TRAIN.CHANGE_GRADIENTS", arch.repopt),
     ):
-        if not takes_it and config.lookup(cfg, key) != config.KEYS[key].default:
+        if not takes_it and config.lookup(cfg, key) != KEYS[key].default:
             raise UserError(f"{key} is of a RepOptimizer, and {cfg.MODEL.ARCH} is trained without: leave it out")
     if cfg.MODEL.BACKBONE and cfg.MODEL.RESUME:
         raise UserError("--backbone is where a training begins, and so is --resume (or what is evaluated): give one")
@@ -39,7 +40,7 @@ def resolve(settings: config.Settings) -> CfgNode:
             "set it to None"
         )
     for key in sorted(given):
-        if cfg.TASK not in (takes := config.KEYS[key].tasks):
+        if cfg.TASK not in (takes := KEYS[key].tasks):
             raise UserError(f"{key} is for TASK {' and '.join(takes)}, and this one is {cfg.TASK}: leave it out")
     if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.EPOCHS:
         raise UserError(

@@ -19,6 +19,7 @@ from train import config
 from train.backbone import add_prefix
 from train.checkpoint import RunFolder
 from train.distributed import run_on_main
+from train.keys import KEYS
 from train.logging import logger
 from train.tasks.base import Task
 from train.trained import LoadedCheckpoint
@@ -67,11 +68,11 @@ def check_same_run(cfg: CfgNode, content: Mapping[str, Any]) -> None:
     if not isinstance(content.get("config", {}), Mapping):
         raise UserError(f"cannot resume: the checkpoint's config is {shown(content['config'])}")
     arch = parse_arch(cfg.MODEL.ARCH)
-    for key in config.KEYS:
+    for key in KEYS:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
         if then in (None, now) or (key == "MODEL.ARCH" and same_arch(str(then), arch)):
             continue
-        if config.KEYS[key].immutable_on_resume:
+        if KEYS[key].immutable_on_resume:
             raise UserError(f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now")
         if key not in OF_A_START:
             logger.info(f"{key} was {shown(then)} before this start and is {now!r} now")

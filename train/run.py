@@ -20,9 +20,11 @@ from repopt.models import parse_arch
 from train import backbone, config, run_record, tasks
 from train.build import clipping, distribute, training_state
 from train.checkpoint import RunFolder
+from train.command import MAIN, Program
 from train.distributed import run_on_main, world
 from train.files import THROUGHPUT
 from train.interruption import Interrupted
+from train.keys import CLASSIFY, DETECT
 from train.logging import logger, start_log
 from train.placement import memory_format_of, precision_of, to_device
 from train.resolve import resolve
@@ -35,7 +37,7 @@ from train.trainer import Trainer
 NOT_IN_WEIGHTS = ("MODEL.STRIDES", "DETECT.ANCHOR_SCALE")
 
 
-def start(settings: config.Settings, argv: Sequence[str], program: config.Program = config.MAIN) -> CfgNode | None:
+def start(settings: config.Settings, argv: Sequence[str], program: Program = MAIN) -> CfgNode | None:
     """Do what the command line `argv` of a program, read as `settings`, says.
 
     Returns:
@@ -50,7 +52,7 @@ def start(settings: config.Settings, argv: Sequence[str], program: config.Progra
         raise UserError(f"QUANT.METHOD {cfg.QUANT.METHOD} is for scripts/quantize.py")
     if program.task != cfg.TASK:
         raise UserError(f"TASK {cfg.TASK} is not what {program.name} does: its TASK is {program.task}")
-    if cfg.TASK != config.CLASSIFY:
+    if cfg.TASK != CLASSIFY:
         settings = settings.with_defaults({"TAG": cfg.TASK})
     job = report_throughput if cfg.THROUGHPUT_MODE else report_evaluation if cfg.EVAL_MODE else train
     return run(settings, argv, program, job)
@@ -59,7 +61,7 @@ def start(settings: config.Settings, argv: Sequence[str], program: config.Progra
 def run(
     settings: config.Settings,
     argv: Sequence[str],
-    program: config.Program,
+    program: Program,
     job: Callable[[tasks.Task, RunFolder], bool],
 ) -> CfgNode | None:
     """Do a job in this process and those that torchrun started beside it; see `start`.
@@ -87,7 +89,7 @@ def set_up(task: tasks.Task, command: str) -> RunFolder:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
         torch.use_deterministic_algorithms(True)
     # The fastest of its algorithms, found by trying for every shape; a detector's batches have many.
-    torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC and cfg.TASK != config.DETECT
+    torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC and cfg.TASK != DETECT
     # The log of a training is of its starts alone.
     start_log(folder.path / f"{'log' if trains else 'eval_log'}_rank{world.rank}.txt", console=world.is_main)
     logger.info(command)
@@ -98,8 +100,7 @@ def set_up(task: tasks.Task, command: str) -> RunFolder:
 
 def report_throughput(task: tasks.Task, folder: RunFolder) -> bool:
     """Print and write the images per second of the network as it is deployed."""
-    cfg, world, model = task.cfg, task.world, task.network()
-    task.check(model)
+    cfg, world, model = task.cfg, task.world, task.checked_network()
     speed = measure_throughput(
         to_device(repopt.deploy(model), world),
         batch_size=cfg.DATA.BATCH_SIZE,
@@ -118,8 +119,7 @@ def report_throughput(task: tasks.Task, folder: RunFolder) -> bool:
 
 def report_evaluation(task: tasks.Task, folder: RunFolder) -> bool:
     """Print what an evaluation of a checkpoint finds, and of its moving average where it keeps one."""
-    cfg, world, model = task.cfg, task.world, task.network()
-    task.check(model)
+    cfg, world, model = task.cfg, task.world, task.checked_network()
     content = checkpoint.read(cfg.MODEL.RESUME)
     for key in NOT_IN_WEIGHTS:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
@@ -136,8 +136,7 @@ def report_evaluation(task: tasks.Task, folder: RunFolder) -> bool:
 
 def train(task: tasks.Task, folder: RunFolder) -> bool:
     """Train from the beginning, or on from a checkpoint; return whether it came to its end."""
-    model = task.network()
-    task.check(model)
+    model = task.checked_network()
     content = read_checkpoint(task.cfg, folder)
     if goes_on(content):
         check_same_run(task.cfg, content)

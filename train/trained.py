@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,13 +17,14 @@ from repopt.errors import UserError, shown
 from repopt.models import Arch, list_models, parse_arch, same_arch
 from train import config, tasks
 from train.distributed import World
+from train.keys import DENSE, KEYS
 
 if TYPE_CHECKING:
     from repopt import quantization
 
 
 # Keys of which a network is made.
-OF_NETWORK = [name for name, key in config.KEYS.items() if key.of_model]
+OF_NETWORK = [name for name, key in KEYS.items() if key.of_model]
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -103,16 +104,18 @@ class LoadedCheckpoint(NamedTuple):
 
     def settings(self, *keys: str) -> CfgNode:
         """Return the defaults, and these keys as the content says, checked."""
-        kept = {key: self.setting(key) for key in keys}
-        kept = {key: value for key, value in kept.items() if value is not None}
-        return config.build(kept | {"MODEL.ARCH": self.name}).cfg
+        return self._settings(keys, {})
+
+    def _settings(self, keys: Iterable[str], values: dict[str, Any]) -> CfgNode:
+        kept = {key: value for key in keys if (value := self.setting(key)) is not None}
+        return config.build(kept | {"MODEL.ARCH": self.name} | values).cfg
 
     def _classes(self, weights: Mapping[str, Tensor]) -> int:
         """Return the number of classes: as the run was configured; of a classifier as its weights have them.
 
         The classifier alone is of another shape in a network that has one output.
         """
-        if self.setting("TASK") in config.DENSE:
+        if self.setting("TASK") in DENSE:
             return self.settings("MODEL.NUM_CLASSES").MODEL.NUM_CLASSES
         # Some of the libraries' networks cannot be made without values: they compute their widths with tensors.
         with torch.device("meta" if self.arch.model in list_models() else "cpu"):
@@ -122,9 +125,7 @@ class LoadedCheckpoint(NamedTuple):
         return sizes.pop() if len(sizes) == 1 else 1
 
     def _build(self, num_classes: int) -> nn.Module:
-        settings = config.Settings(self.settings(*OF_NETWORK), frozenset())
-        own = settings.with_values({"MODEL.NUM_CLASSES": num_classes})
-        return self._task(own.cfg).network()
+        return self._task(self._settings(OF_NETWORK, {"MODEL.NUM_CLASSES": num_classes})).network()
 
     def _task(self, cfg: CfgNode) -> tasks.Task:
         return tasks.create(cfg, World(0, 1, torch.device("cpu")))

@@ -30,6 +30,7 @@ from train.evaluation.classification import Evaluation
 from train.evaluation.detection import Detection
 from train.evaluation.segmentation import Segmentation
 from train.files import COLUMNS
+from train.keys import CLASSIFY, DENSE, KEYS, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "RepOpt-VGG-nano"
@@ -325,11 +326,11 @@ def test_what_is_not_for_a_program(command, classifiers, capsys, tmp_path, in_on
 
 def test_every_key_of_a_task_is_read_by_it():
     """No option is dead: each key that is for one task alone stands in its file."""
-    files = {task: (ROOT / "train" / "tasks" / f"{task}.py").read_text() for task in config.DENSE}
-    keys = {name: key.tasks[0] for name, key in config.KEYS.items() if len(key.tasks) == 1}
+    files = {task: (ROOT / "train" / "tasks" / f"{task}.py").read_text() for task in DENSE}
+    keys = {name: key.tasks[0] for name, key in KEYS.items() if len(key.tasks) == 1}
     for name, task in keys.items():
-        assert task == config.CLASSIFY or f"cfg.{name}" in files[task], name
-    for name in (name for name, key in config.KEYS.items() if key.tasks == config.DENSE and name != "MODEL.BACKBONE"):
+        assert task == CLASSIFY or f"cfg.{name}" in files[task], name
+    for name in (name for name, key in KEYS.items() if key.tasks == DENSE and name != "MODEL.BACKBONE"):
         assert all(f"cfg.{name}" in file for file in files.values()), name
 
 
@@ -339,7 +340,7 @@ def test_the_first_number_of_a_task_is_its_score():
         "segment": Segmentation(3.0, 4.0, {"a": 1.0}, 6),
         "detect": Detection(*(3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 6, 9.0)),
     }
-    assert found.keys() == COLUMNS.keys() == set(config.TASKS)
+    assert found.keys() == COLUMNS.keys() == set(TASKS)
     for task, result in found.items():
         numbers = result.numbers()
         assert result.score == numbers[COLUMNS[task][0].name] == 3.0

@@ -14,12 +14,13 @@ from yacs.config import CfgNode
 
 from train import config
 from train.distributed import World
+from train.keys import TASKS
 from train.tasks.base import Task
 
 __all__ = ["Task", "create", "task_class"]
 
 # Imported when they are needed: their packages are extras.
-MODULES = {task: f"train.tasks.{task}" for task in config.TASKS}
+MODULES = {task: f"train.tasks.{task}" for task in TASKS}
 
 
 def task_class(name: str) -> type[Task]:

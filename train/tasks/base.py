@@ -17,6 +17,7 @@ from train import config
 from train.distributed import World
 from train.evaluation.base import Evaluate
 from train.files import COLUMNS
+from train.keys import KEYS
 from train.placement import memory_format_of
 
 
@@ -63,16 +64,32 @@ class Task(ABC):
     def network(self) -> nn.Module:
         """Return the network that the configuration describes, freshly initialized."""
 
+    def checked_network(self) -> nn.Module:
+        """Return a fresh network, which takes the images.
+
+        Raises:
+            UserError: it does not.
+        """
+        model = self.network()
+        self.check(model)
+        return model
+
     def check(self, model: nn.Module) -> None:  # noqa: B027 (most take them all)
         """Raise a UserError where a fresh network does not take the images."""
 
     @abstractmethod
+    def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
+        """Return the data set, for training or evaluation; `subset`: a few of its images are read, and once."""
+
     def train_loader(self) -> data.Loader:
         """Return the augmented training batches of this process."""
+        images = self.images(training=True)
+        return data.train_loader(images, batch_size=self.cfg.DATA.BATCH_SIZE, seed=self.cfg.SEED, **self.loading())
 
-    @abstractmethod
     def eval_loader(self, **subset: Any) -> data.Loader:
         """Return the evaluation batches of this process; `subset`: images other than those of the split "val"."""
+        images = self.images(training=False, subset=bool(subset))
+        return data.eval_loader(images, batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading())
 
     def calibration_loader(self) -> data.Loader:
         """Return training images as in evaluation, the same in every process."""
@@ -109,15 +126,11 @@ class Task(ABC):
     def evaluate(self) -> Evaluate:
         """Return what evaluates a network."""
 
-    def source(self, **zipped: Any) -> data.Source:
-        """Return where the images come from."""
-        return source_of(self.cfg, **zipped)
-
     def of_backbone(self) -> dict[str, Any]:
         """Return arguments of the backbone that are not its defaults, which other libraries' networks may not take."""
         return {
             key.backbone_argument: value
-            for name, key in config.KEYS.items()
+            for name, key in KEYS.items()
             if key.backbone_argument and (value := config.lookup(self.cfg, name)) != key.default
         }
 

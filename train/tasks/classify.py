@@ -55,28 +55,17 @@ class Classify(Task):
                 zoo.check_image_size(self.arch.model, model, size)
 
     @override
-    def train_loader(self) -> data.Loader:
-        images = data.Classification(
-            _source(self.cfg),
-            image_size=self.cfg.DATA.IMG_SIZE,
+    def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
+        source = _source(self.cfg)
+        return data.Classification(
+            replace(source, cache_mode="no") if subset else source,
+            image_size=self.cfg.DATA.IMG_SIZE if training else self.cfg.DATA.TEST_SIZE,
             num_classes=self.cfg.MODEL.NUM_CLASSES,
             interpolation=self.cfg.DATA.INTERPOLATION,
             augmentation=_augmentation(self.cfg),
             label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING,
-        )
-        return data.train_loader(images, batch_size=self.cfg.DATA.BATCH_SIZE, seed=self.cfg.SEED, **self.loading())
-
-    @override
-    def eval_loader(self, **subset: Any) -> data.Loader:
-        source = _source(self.cfg)
-        images = data.Classification(
-            replace(source, cache_mode="no") if subset else source,  # a few are read but once
-            image_size=self.cfg.DATA.TEST_SIZE,
-            num_classes=self.cfg.MODEL.NUM_CLASSES,
-            interpolation=self.cfg.DATA.INTERPOLATION,
             crop=self.cfg.TEST.CROP,
         )
-        return data.eval_loader(images, batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading())
 
     @override
     def example(self) -> tuple[Tensor, Tensor]:

@@ -54,14 +54,8 @@ class Detect(Task):
         )
 
     @override
-    def train_loader(self) -> data.Loader:
-        return data.train_loader(
-            _images(self.cfg), batch_size=self.cfg.DATA.BATCH_SIZE, seed=self.cfg.SEED, **self.loading()
-        )
-
-    @override
-    def eval_loader(self, **subset: Any) -> data.Loader:
-        return data.eval_loader(_images(self.cfg), batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading())
+    def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
+        return _images(self.cfg)
 
     @override
     def example(self) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

@@ -51,19 +51,13 @@ class Segment(Task):
         )
 
     @override
-    def train_loader(self) -> data.Loader:
-        if self.cfg.DATA.BATCH_SIZE * (self.world.size if self.cfg.TRAIN.SYNC_BN else 1) == 1:
+    def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
+        if training and self.cfg.DATA.BATCH_SIZE * (self.world.size if self.cfg.TRAIN.SYNC_BN else 1) == 1:
             raise UserError(
                 "a batch norm of UPerNet sees a value per image: train on batches of 2 at least, or with TRAIN.SYNC_BN "
                 "in several processes"
             )
-        return data.train_loader(
-            _images(self.cfg), batch_size=self.cfg.DATA.BATCH_SIZE, seed=self.cfg.SEED, **self.loading()
-        )
-
-    @override
-    def eval_loader(self, **subset: Any) -> data.Loader:
-        return data.eval_loader(_images(self.cfg), batch_size=self.cfg.DATA.TEST_BATCH_SIZE, **subset, **self.loading())
+        return _images(self.cfg)
 
     @override
     def example(self) -> tuple[Tensor, Tensor]:
