@@ -12,7 +12,6 @@ import importlib
 
 from yacs.config import CfgNode
 
-from train import config
 from train.distributed import World
 from train.keys import TASKS
 from train.tasks.base import Task
