@@ -9,6 +9,8 @@ import torch
 import data
 from repopt.errors import UserError
 
+EPOCH = 3
+
 
 def error_of(loader):
     """The message alone: a traceback would keep the loader, and garbage collection takes 5 s to end a worker."""
@@ -42,3 +44,18 @@ def eval_loader(source, **settings):
 def _loader(make, source, settings):
     own = {name: settings.pop(name) for name in data.Classification.__dataclass_fields__ if name in settings}
     return make(data.Classification(source, **own), **settings)
+
+
+def batches(loader, epoch=EPOCH, seen=()):
+    """The batches of an epoch, or of what is left of it."""
+    loader.set_epoch(epoch, seen)
+    found = list(loader)
+    assert len(found) == len(loader)
+    return found
+
+
+def assert_equal(actual, expected):
+    """The same batches of tensors, bit for bit."""
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert all(map(torch.equal, one, other))

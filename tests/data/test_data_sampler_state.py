@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_helpers import eval_loader, train_loader
+from data_helpers import EPOCH, assert_equal, batches, eval_loader, train_loader
 
 from data import Augmentation, Source, sampler
 from data.sampler import TrainSampler
@@ -22,7 +22,6 @@ CPU = torch.device("cpu")
 MIXED = Augmentation(mixup=0.8, cutmix=1.0, reprob=0.5)
 PLAIN = Augmentation(reprob=0.5)
 KINDS = ("resident", "decoded", "decoded by workers")
-EPOCH = 3
 
 
 def make(kind, root, augmentation=MIXED, batch_size=4, **changes):
@@ -39,20 +38,6 @@ def make(kind, root, augmentation=MIXED, batch_size=4, **changes):
         num_workers=2 if kind == "decoded by workers" else 0,
         **changes,
     )
-
-
-def batches(loader, epoch=EPOCH, seen=()):
-    loader.set_epoch(epoch, seen)
-    found = list(loader)
-    assert len(found) == len(loader)
-    return found
-
-
-def assert_equal(actual, expected):
-    assert len(actual) == len(expected)
-    for (images, targets), (expected_images, expected_targets) in zip(actual, expected, strict=True):
-        assert torch.equal(images, expected_images)
-        assert torch.equal(targets, expected_targets)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import error_of, global_generators_at_rest
+from data_helpers import EPOCH, assert_equal, batches, error_of, global_generators_at_rest
 from PIL import Image
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
@@ -27,7 +27,6 @@ COMMON = {"device": CPU, "num_workers": 0}
 NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD, CPU, torch.contiguous_format)
 WIDTH, HEIGHT = 48, 32
 COUNTS = {"train": 12, "val": 5}
-EPOCH = 3
 
 
 def place(root, split, kind, number):
@@ -78,19 +77,6 @@ def train_on(source, crop=(24, 40), scales=(0.5, 2.0), **changes):
 def evaluation(root, source=None, **changes):
     source = source or Source("cityscapes", str(root))
     return data.eval_loader(Segmentation(source), **(COMMON | {"batch_size": 2} | changes))
-
-
-def batches(loader, epoch=EPOCH, seen=()):
-    loader.set_epoch(epoch, seen)
-    found = list(loader)
-    assert len(found) == len(loader)
-    return found
-
-
-def assert_equal(actual, expected):
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert all(map(torch.equal, one, other))
 
 
 def test_the_classes_are_the_nineteen_of_cityscapes():
