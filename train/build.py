@@ -110,7 +110,7 @@ def distribute(task: Task, model: nn.Module) -> nn.Module:
 
 
 def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
-    """The model under torch.compile, where that is asked for, or not said and worth while."""
+    """Return the model under torch.compile, where that is asked for, or not said and worth while."""
     mode = compile_mode(cfg, world)
     if cfg.TRAIN.COMPILE == "auto":
         logger.info(f"TRAIN.COMPILE auto: {mode}")
@@ -131,7 +131,7 @@ def compiled(cfg: CfgNode, world: World, model: nn.Module) -> nn.Module:
 
 
 def compile_mode(cfg: CfgNode, world: World) -> str:
-    """The mode of torch.compile for a training, or "off": the one asked for, or what suits its device and its batches.
+    """Return torch.compile's mode for a training, or "off": the one asked for, or what suits device and batches.
 
     A GPU has done a small batch before the host has launched the kernels of the next: "reduce-overhead" launches them
     as one CUDA graph. It needs one process, and gradients that do not have to outlive a batch. Checkpointed activations

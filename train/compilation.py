@@ -13,7 +13,7 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 def compiled(model: nn.Module, device: torch.device, mode: str = "default") -> nn.Module:
-    """The model as torch.compile makes it; it shares everything with `model`, which stays as it is.
+    """Return the model as torch.compile makes it; it shares everything with `model`, which stays as it is.
 
     Compiling happens at the first batch, whose shape all batches have to have.
 

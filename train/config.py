@@ -85,7 +85,7 @@ def build(values: Mapping[str, Any]) -> Settings:
 
 
 def as_dict(cfg: CfgNode) -> dict[str, Any]:
-    """A configuration as plain nested dicts."""
+    """Return a configuration as plain nested dicts."""
     return {name: as_dict(value) if isinstance(value, CfgNode) else value for name, value in cfg.items()}
 
 

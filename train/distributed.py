@@ -41,7 +41,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and prints for all."""
+        """Return whether this process writes and prints for all."""
         return self.rank == 0
 
 
@@ -93,14 +93,14 @@ _cpu_group: dist.ProcessGroup | None = None  # for what processes say to each ot
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, on each of them."""
+    """Return the sum of a tensor over all processes, on each of them."""
     if _cpu_group is not None:
         dist.all_reduce(values)
     return values
 
 
 def run_on_main(decide: Callable[[], T]) -> T:
-    """What the first process decides, on all of them; also if it is a UserError."""
+    """Return what the first process decides, on all of them; also raise its UserError on all."""
     if _cpu_group is None:
         return decide()
     decision: list[Any] = [None]
@@ -116,7 +116,7 @@ def run_on_main(decide: Callable[[], T]) -> T:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank, on the first; an empty list on the others."""
+    """Return the values of all processes, by rank, on the first; an empty list on the others."""
     if _cpu_group is None:
         return [value]
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -156,28 +156,28 @@ class AsyncMax:
 
 
 def _rendezvous(rank: int, size: int) -> dist.Store:
-    """A store that the processes which are alive share, and no others.
+    """Return a store that the processes which are alive share, and no others.
 
     torchrun has one store for all its restarts. There, processes would find the addresses of those before them, and
-    wait for dead ones. So the first one opens a meeting of a new name, and begins when the others have answered; they
-    know that it is not one of before because it names them as present.
+    wait for dead ones. So the first one opens a rendezvous of a new name, and begins when the others have answered;
+    they know that it is not one of before because it names them as present.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     own = uuid.uuid4().hex
     if rank == 0:
-        store.set("meeting", own)
+        store.set("rendezvous", own)
         present = [store.get(f"{own}/{other}") for other in range(1, size)]
         store.set(f"{own}/present", b" ".join(present))
         return dist.PrefixStore(own, store)
-    meeting, deadline = "", time.monotonic() + RENDEZVOUS_TIMEOUT
+    rendezvous, deadline = "", time.monotonic() + RENDEZVOUS_TIMEOUT
     while time.monotonic() < deadline:
-        if (newest := store.get("meeting").decode()) != meeting:
-            meeting = newest
-            store.set(f"{meeting}/{rank}", own)
-        if store.check([f"{meeting}/present"]) and own.encode() in store.get(f"{meeting}/present").split():
-            return dist.PrefixStore(meeting, store)
+        if (newest := store.get("rendezvous").decode()) != rendezvous:
+            rendezvous = newest
+            store.set(f"{rendezvous}/{rank}", own)
+        if store.check([f"{rendezvous}/present"]) and own.encode() in store.get(f"{rendezvous}/present").split():
+            return dist.PrefixStore(rendezvous, store)
         time.sleep(0.1)
-    raise RuntimeError(f"the first one has not opened a meeting within {RENDEZVOUS_TIMEOUT:.0f} s")
+    raise RuntimeError(f"the first one has not opened a rendezvous within {RENDEZVOUS_TIMEOUT:.0f} s")
 
 
 class _Heartbeat(threading.Thread):

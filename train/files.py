@@ -19,7 +19,7 @@ class Column(NamedTuple):
 
     @property
     def head(self) -> str:
-        """Of the table's column."""
+        """Return the heading of the table's column."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
 

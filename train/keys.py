@@ -46,12 +46,12 @@ class Key(NamedTuple):
 
 
 def _model(default: Any, help: str, **options: Any) -> Key:
-    """A key of which the network is made."""
+    """Declare a key of which the network is made."""
     return Key(default, help, immutable_on_resume=True, of_model=True, **options)
 
 
 def _classify(default: Any, help: str, type: type | None = None, **options: Any) -> Key:
-    """A key of classification."""
+    """Declare a key of classification."""
     return Key(default, help, type, tasks=(CLASSIFY,), **options)
 
 

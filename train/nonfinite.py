@@ -89,7 +89,7 @@ class _BufferSnapshot:
         self._parts = [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)]
 
     def _flat(self) -> Tensor:
-        """What the buffers are now, one after the other: a copy, for not all of them can be viewed flat."""
+        """Return a copy of the buffers, one after the other: not all of them can be viewed flat."""
         return torch.cat([buffer.flatten() for buffer in self._buffers])
 
     def commit_or_restore(self, bad: Tensor) -> None:

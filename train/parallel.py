@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 def data_parallel(
     model: nn.Module, device: torch.device, *, static_graph: bool = False, bucket_view: bool = True
 ) -> DistributedDataParallel:
-    """The model in DDP, as a training runs it; every process keeps batch-norm statistics of its own.
+    """Return the model in DDP, as a training runs it; every process keeps batch-norm statistics of its own.
 
     Args:
         model: on `device`, the same in all processes.

@@ -26,7 +26,7 @@ def build_schedule(
     milestones: Sequence[int] = (),
     power: float = 1.0,
 ) -> Scheduler:
-    """A schedule whose ``step_update(step)`` sets the learning rate of the optimizer step that comes next.
+    """Build a schedule whose ``step_update(step)`` sets the learning rate of the optimizer step that comes next.
 
     Args:
         optimizer: its learning rate is where the warm-up ends.

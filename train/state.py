@@ -48,11 +48,11 @@ class TrainingState:
     data: str | None = None
 
     def models(self) -> dict[str, nn.Module]:
-        """What is evaluated: the model ("val"), and its moving average ("ema") where there is one."""
+        """Return what is evaluated: the model ("val"), and its moving average ("ema") where there is one."""
         return {"val": self.model} if self.ema is None else {"val": self.model, "ema": self.ema.module}
 
     def buffers(self) -> dict[str, dict[str, Tensor]]:
-        """Copies of the statistics of batch norms, by model, on the CPU: within an epoch each process has its own."""
+        """Return copies of the batch-norm statistics on the CPU, by model: within an epoch each process has its own."""
         return {
             key: {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()}
             for key, model in self.models().items()
@@ -199,7 +199,7 @@ def _number(content: Mapping[str, Any], key: str, default: float, *, minimum: in
 
 
 def _is_state(key: object, value: object, param: Tensor) -> bool:
-    """Whether this may be what an optimizer keeps of a parameter: how many steps it did, or numbers of its shape.
+    """Return whether an optimizer may keep this of a parameter: how many steps it did, or numbers of its shape.
 
     Adafactor keeps those of rows and columns: the shape has ones then.
     """

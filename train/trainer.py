@@ -265,7 +265,7 @@ class Trainer:
             self._save_within_epoch(self.train_loader.position_after(self._done), self._buffers())
 
     def _wish(self) -> int:
-        """What this process votes for; the first one asks for a checkpoint when it is time, once for each."""
+        """Return what this process votes for; the first one asks for a checkpoint when it is time, once for each."""
         if self._request:
             return STOP
         now = time.monotonic()
@@ -333,7 +333,7 @@ class _Average:
 
 
 class _Eta:
-    """How long the rest takes, if it goes on as since the beginning."""
+    """The time that the rest takes, if it goes on as since the beginning."""
 
     def __init__(self, first: int, total: int) -> None:
         self._first, self._total, self._started = first, total, time.perf_counter()

@@ -15,11 +15,11 @@ class Result(Protocol):
 
     @property
     def score(self) -> float:
-        """By which networks are compared, in percent: more is better."""
+        """Return the score by which networks are compared, in percent: more is better."""
         ...
 
     def numbers(self) -> dict[str, Any]:
-        """All that was found, by name."""
+        """Return all that was found, by name."""
         ...
 
 

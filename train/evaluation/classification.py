@@ -28,11 +28,11 @@ class Evaluation(NamedTuple):
 
     @property
     def score(self) -> float:
-        """top-1."""
+        """Return top-1."""
         return self.top1
 
     def numbers(self) -> dict[str, float]:
-        """By name."""
+        """Return all fields by name."""
         return self._asdict()
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ def evaluate(
     *,
     stops: Callable[[], object] = lambda: False,
 ) -> Evaluation | None:
-    """The accuracy of a classifier (`Evaluate`); the class of an image that could not be read is negative."""
+    """Return a classifier's accuracy (see `Evaluate`); the class of an image that could not be read is negative."""
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=precision.device)
     for images, targets in loader:

@@ -30,7 +30,7 @@ KIND = {"box": "bbox", "mask": "segm"}  # of an evaluation
 
 
 def results_of(detections: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[Result]:
-    """What a detector has found in an image.
+    """Return the detections of an image as COCO writes them.
 
     Args:
         detections: "boxes" (D, 4), "labels" (D,), "scores" (D,), and of a detector with masks "masks" (D, 1, H, W).
@@ -51,7 +51,7 @@ def results_of(detections: Mapping[str, Tensor], image_id: int, category_ids: Se
 
 
 def average_precisions(ground_truth: COCO, results: Sequence[Result], what: str) -> list[float]:
-    """mAP, AP50, AP75, and the mAP of small, medium and large objects, in percent; NaN where there are no such objects.
+    """Return mAP, AP50, AP75, and the mAP of small, medium and large objects, in percent; NaN without such objects.
 
     Args:
         ground_truth: of COCO; all of its images count.

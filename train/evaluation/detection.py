@@ -45,11 +45,11 @@ class Detection(NamedTuple):
 
     @property
     def score(self) -> float:
-        """box mAP."""
+        """Return the mAP of boxes."""
         return self.box_map
 
     def numbers(self) -> dict[str, float]:
-        """By name, without masks where there are none."""
+        """Return all fields by name, without those of masks where there are none."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ def evaluate(
     category_ids: Sequence[int],
     stops: Callable[[], object] = lambda: False,
 ) -> Detection | None:
-    """The average precision of a detector on all images of a ground truth (`train.evaluation.Evaluate`).
+    """Return the average precision of a detector on all images of a ground truth (see `Evaluate`).
 
     Args:
         model: a `repopt.detection.Detector`, or what has its attributes; see `Evaluate`.

@@ -36,11 +36,11 @@ class Segmentation(NamedTuple):
 
     @property
     def score(self) -> float:
-        """mIoU."""
+        """Return the mIoU."""
         return self.miou
 
     def numbers(self) -> dict[str, float]:
-        """By name."""
+        """Return all numbers by name, the IoU of each class among them."""
         of_classes = {f"iou {name}": value for name, value in self.iou.items()}
         return {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy, **of_classes, "images": self.images}
 
@@ -60,7 +60,7 @@ def evaluate(
     stride: tuple[int, int] | None = None,
     stops: Callable[[], object] = lambda: False,
 ) -> Segmentation | None:
-    """The mIoU of a segmenter (`train.engine.Evaluate`).
+    """Return the mIoU of a segmenter (see `Evaluate`).
 
     Args:
         model: see `Evaluate`.
@@ -69,7 +69,7 @@ def evaluate(
         class_names: of every class.
         window, stride: see `repopt.segmentation.predict`.
     """
-    metrics = measures(class_names).to(precision.device)
+    metrics = build_metrics(class_names).to(precision.device)
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=precision.device)  # images, and processes that have given up
     for images, labels in loader:
@@ -94,8 +94,8 @@ def evaluate(
     )
 
 
-def measures(class_names: Sequence[str]) -> MetricCollection:
-    """Intersection over union by class ("iou"), and the pixel accuracy ("accuracy"), in 0..1.
+def build_metrics(class_names: Sequence[str]) -> MetricCollection:
+    """Build the metrics: intersection over union by class ("iou"), and the pixel accuracy ("accuracy"), in 0..1.
 
     Raises:
         UserError: torchmetrics is not installed.
@@ -120,7 +120,7 @@ def measures(class_names: Sequence[str]) -> MetricCollection:
 
 @contextmanager
 def _any_algorithm() -> Iterator[None]:
-    """Counting gives the same in any order; where torch is to be deterministic, it would take gigabytes."""
+    """Allow any algorithm: counting gives the same in any order, and a deterministic one would take gigabytes."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     yield

@@ -22,7 +22,7 @@ from train.tasks.base import Task, agreed, source_of
 
 
 class Classify(Task):
-    """Of one class per image."""
+    """One class per image."""
 
     @override
     @classmethod

@@ -83,7 +83,7 @@ class Segment(Task):
     @override
     def evaluate(self) -> Evaluate:
         class_names = _images(self.cfg).class_names
-        evaluation.measures(class_names)  # what is not installed is missed before a training
+        evaluation.build_metrics(class_names)  # what is not installed is missed before a training
         return functools.partial(
             evaluation.evaluate,
             class_names=class_names,
