@@ -93,7 +93,7 @@ class GradMult:
         diagonal = None if self.diagonal is None else self.diagonal.to(*args)
         return replace(self, filter=self.filter.to(*args), diagonal=diagonal)
 
-    def beside(self, tensor: Tensor) -> GradMult:
+    def to_like(self, tensor: Tensor) -> GradMult:
         """The same multiplier where a tensor is, and in its precision, but at least in float32."""
         return self.to(tensor.device, torch.promote_types(tensor.dtype, torch.float32))
 
@@ -138,7 +138,7 @@ class Branch(ABC):
     decay_in_search: bool = True
 
     @property
-    def searched(self) -> str:
+    def searched_name(self) -> str:
         """Name of the (O,) numbers that the hyper-search finds."""
         return self.scale or self.kernel
 
@@ -147,11 +147,11 @@ class Branch(ABC):
         """The shape of w; raises UserError where it does not fit the target kernel."""
 
     @abstractmethod
-    def fresh(self, target: Target, searched: Tensor | None) -> Tensor:
+    def init_kernel(self, target: Target, searched: Tensor | None) -> Tensor:
         """A kernel w to start training from; `searched` are its values in the scale file where it stands in there."""
 
     @abstractmethod
-    def place(self, whole: Tensor, target: Target) -> Tensor:
+    def scatter_view(self, whole: Tensor, target: Target) -> Tensor:
         """Where E puts the entries of w: a view into a kernel of the target's shape, its entries in the order of w's.
 
         It is the adjoint of E, too: of a gradient it is the branch's share.
@@ -160,7 +160,7 @@ class Branch(ABC):
     def embed(self, kernel: Tensor, target: Target) -> Tensor:
         """E(w), of the target's shape: every entry of w copied to one place of its own, zeros elsewhere."""
         whole = kernel.new_zeros(target.shape)
-        place = self.place(whole, target)
+        place = self.scatter_view(whole, target)
         place.copy_(kernel.reshape(place.shape))
         return whole
 
@@ -187,20 +187,20 @@ class ConvBranch(Branch):
         return (*target.shape[:2], *size)
 
     @override
-    def fresh(self, target: Target, searched: Tensor | None) -> Tensor:
+    def init_kernel(self, target: Target, searched: Tensor | None) -> Tensor:
         assert searched is None, "the kernel of a convolution is not searched"
         # nn.Conv2d's default, for any number of dimensions.
         return nn.init.kaiming_uniform_(torch.empty(self.kernel_shape(target)), a=math.sqrt(5))
 
     @override
-    def place(self, whole: Tensor, target: Target) -> Tensor:
+    def scatter_view(self, whole: Tensor, target: Target) -> Tensor:
         return _centre_of(whole, self.kernel_shape(target)[2:])
 
     @override
     def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
         per_filter = constant.new_zeros(target.shape[0], 1, *target.shape[2:])
         centre = _centre_of(per_filter, self.kernel_shape(target)[2:])
-        centre.copy_(_column(constant, centre).expand_as(centre))
+        centre.copy_(_per_filter(constant, centre).expand_as(centre))
         return GradMult(per_filter, None, target.shape)
 
 
@@ -221,13 +221,13 @@ class IdentityBranch(Branch):
         return (out_channels,)
 
     @override
-    def fresh(self, target: Target, searched: Tensor | None) -> Tensor:
+    def init_kernel(self, target: Target, searched: Tensor | None) -> Tensor:
         if searched is None:
             return torch.full(self.kernel_shape(target), self.initial)
         return searched.clone()
 
     @override
-    def place(self, whole: Tensor, target: Target) -> Tensor:
+    def scatter_view(self, whole: Tensor, target: Target) -> Tensor:
         per_group, size = target.shape[1], target.shape[2:]
         centre = whole[(..., *(k // 2 for k in size))]  # (O, I)
         return centre.unflatten(0, (target.groups, per_group)).diagonal(dim1=1, dim2=2)  # (groups, I)
@@ -263,13 +263,15 @@ class Block:
         for branch in self.branches:
             _check_embedding(branch, self.target)
 
-    def fresh_kernels(self, searched: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def init_kernels(self, searched: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One new kernel per branch, by name: the framework's default initialization, drawn in the order declared.
 
         Args:
             searched: values (O,) of identity kernels, by name; those not given start at their declared value.
         """
-        return {b.kernel: b.fresh(self.target, None if b.scale else searched.get(b.kernel)) for b in self.branches}
+        return {
+            b.kernel: b.init_kernel(self.target, None if b.scale else searched.get(b.kernel)) for b in self.branches
+        }
 
     def merge(self, kernels: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor:
         """Rule of Initialization: ``sum_k s_k E_k(w_k)``, (O, I, *k); it can be differentiated once.
@@ -281,9 +283,11 @@ class Block:
         tensors = [kernels[branch.kernel] for branch in self.branches]
         tensors += [None if branch.scale is None else scales[branch.scale] for branch in self.branches]
         if torch.compiler.is_compiling():  # a compiler makes one loop of the sum
-            scaled = ((branch, _scaled(kernel, scale)) for branch, kernel, scale in _of(self, tensors))
+            scaled = (
+                (branch, _scaled(kernel, scale)) for branch, kernel, scale in _branches_with_params(self, tensors)
+            )
             return functools.reduce(
-                torch.add, (k if _fills(b, k, self.target) else b.embed(k, self.target) for b, k in scaled)
+                torch.add, (k if _is_full_view(b, k, self.target) else b.embed(k, self.target) for b, k in scaled)
             )
         return _Merge.apply(self, *tensors)
 
@@ -314,13 +318,13 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(block: Block, *tensors: Tensor | None) -> Tensor:
         target, whole = block.target, None
-        for branch, kernel, scale in _of(block, tensors):
+        for branch, kernel, scale in _branches_with_params(block, tensors):
             scaled = _scaled(kernel, scale)
-            if whole is None and scale is not None and _fills(branch, scaled, target):
+            if whole is None and scale is not None and _is_full_view(branch, scaled, target):
                 whole = scaled
                 continue
             whole = kernel.new_zeros(target.shape) if whole is None else whole
-            place = branch.place(whole, target)
+            place = branch.scatter_view(whole, target)
             place.add_(scaled.reshape(place.shape))
         return whole
 
@@ -336,8 +340,8 @@ class _Merge(torch.autograd.Function):
         of_kernels: list[Tensor | None] = []
         of_scales: list[Tensor | None] = []
         count = len(ctx.block.branches)
-        for index, (branch, kernel, scale) in enumerate(_of(ctx.block, ctx.saved_tensors)):
-            share = branch.place(gradient, ctx.block.target).reshape(kernel.shape)
+        for index, (branch, kernel, scale) in enumerate(_branches_with_params(ctx.block, ctx.saved_tensors)):
+            share = branch.scatter_view(gradient, ctx.block.target).reshape(kernel.shape)
             of_kernel = of_scale = None
             if ctx.needs_input_grad[1 + index]:
                 of_kernel = share.clone() if scale is None else _scaled(share, scale)
@@ -348,25 +352,27 @@ class _Merge(torch.autograd.Function):
         return None, *of_kernels, *of_scales
 
 
-def _of(block: Block, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Branch, Tensor, Tensor | None]]:
+def _branches_with_params(
+    block: Block, tensors: Sequence[Tensor | None]
+) -> Iterator[tuple[Branch, Tensor, Tensor | None]]:
     """Every branch with its kernel and its scale, of all kernels and then all scales."""
     count = len(block.branches)
     return zip(block.branches, tensors[:count], tensors[count:], strict=True)
 
 
-def _fills(branch: Branch, kernel: Tensor, target: Target) -> bool:
+def _is_full_view(branch: Branch, kernel: Tensor, target: Target) -> bool:
     """Whether a branch's kernel is a whole kernel as it lies."""
     if kernel.shape != target.shape:
         return False
-    place = branch.place(kernel, target)
+    place = branch.scatter_view(kernel, target)
     return (place.shape, place.stride(), place.storage_offset()) == (kernel.shape, kernel.stride(), 0)
 
 
 def _scaled(kernel: Tensor, scale: Tensor | None) -> Tensor:
-    return kernel if scale is None else kernel * _column(scale, kernel)
+    return kernel if scale is None else kernel * _per_filter(scale, kernel)
 
 
-def _column(values: Tensor, kernel: Tensor) -> Tensor:
+def _per_filter(values: Tensor, kernel: Tensor) -> Tensor:
     """(O,) in a shape that multiplies a kernel (O, ...) by filter."""
     return values.view(-1, *[1] * (kernel.dim() - 1))
 

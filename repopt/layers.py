@@ -32,7 +32,7 @@ def initial_scale(layer: int, initial_scales: InitialScales) -> float:
     return math.sqrt(2 / layer) if layer and initial_scales == "depth" else 1.0
 
 
-class Values(nn.Module):
+class ParamHolder(nn.Module):
     """A tensor with a place of its own in the state dict, ``<name>.weight``: a branch's kernel or its scale."""
 
     weight: Tensor
@@ -79,14 +79,14 @@ class RepConv2d(nn.Module):
                 groups=block.target.groups,
                 bias=False,
             )
-            _place(self, block.target.name, conv)
+            add_submodule_by_path(self, block.target.name, conv)
             return
-        kernels = block.fresh_kernels({})
+        kernels = block.init_kernels({})
         for branch in block.branches:
-            _place(self, branch.kernel, Values(kernels[branch.kernel]))
+            add_submodule_by_path(self, branch.kernel, ParamHolder(kernels[branch.kernel]))
             if branch.scale is not None:
                 scale = kernels[branch.kernel].new_full((out_channels,), branch.initial)
-                _place(self, branch.scale, Values(scale, trainable=mode == "hs"))
+                add_submodule_by_path(self, branch.scale, ParamHolder(scale, trainable=mode == "hs"))
 
     def conv2d(self, x: Tensor) -> Tensor:
         """The sum of the branches' outputs, (N, C, H, W) -> (N, O, H', W')."""
@@ -125,7 +125,7 @@ class Deployable(nn.Module, ABC):
         """The plain module of the same function in eval mode."""
 
 
-class Terms(NamedTuple):
+class FusedBranches(NamedTuple):
     """What a trained multi-branch block is in eval mode, in the terms of its declaration.
 
     Attributes:
@@ -151,7 +151,7 @@ class Baseline(Deployable):
     def branches(self) -> Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
         """By the names of the branches' kernels: the convolution, None of an identity, and the batch norm after it."""
 
-    def terms(self) -> Terms:
+    def fused_branches(self) -> FusedBranches:
         """The block in eval mode: a batch norm is a scale and a shift, and that of an identity is its kernel."""
         kernels, scales, shifts = {}, {}, []
         modules = self.branches()
@@ -162,31 +162,31 @@ class Baseline(Deployable):
             if branch.scale is not None:
                 scales[branch.scale] = scale
             shifts.append(shift)
-        return Terms(kernels, scales, sum(shifts))
+        return FusedBranches(kernels, scales, sum(shifts))
 
     def merged(self, stride: int = 1) -> nn.Conv2d:
         """The convolution with a bias that the block is in eval mode, up to its non-linearity."""
-        kernels, scales, bias = self.terms()
+        kernels, scales, bias = self.fused_branches()
         return conv2d_of(self.block.merge(kernels, scales), bias, stride, self.block.target.groups)
 
 
-class Around(nn.Module):
+class ModuleWrapper(nn.Module):
     """A module that runs another one in a form of its own, with the very parameters of that one.
 
     The rules and optimizers look through it: names are those within.
 
     Args:
-        around: the other; no submodule of this one.
+        wrapped_module: the other; no submodule of this one.
     """
 
-    def __init__(self, around: nn.Module) -> None:
+    def __init__(self, wrapped_module: nn.Module) -> None:
         super().__init__()
-        self._around = (around,)
+        self._wrapped_module = (wrapped_module,)
 
     @property
-    def around(self) -> nn.Module:
+    def wrapped_module(self) -> nn.Module:
         """The other one."""
-        return self._around[0]
+        return self._wrapped_module[0]
 
 
 def batch_norm_as_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,7 @@ def conv2d_of(kernel: Tensor, bias: Tensor, stride: int = 1, groups: int = 1, di
     return conv
 
 
-def run(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
+def checkpoint_forward(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
     """``module(x)``; if checkpointed, its activations are computed again in the backward pass instead of kept.
 
     The second run leaves the statistics of batch norms alone, so that training is the same as without.
@@ -224,7 +224,7 @@ def run(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # SyncBatchNorm too
 
     @contextmanager
-    def statistics_at_rest() -> Iterator[None]:
+    def frozen_bn_stats() -> Iterator[None]:
         kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
             norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -234,10 +234,10 @@ def run(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
             for norm, (momentum, count) in zip(norms, kept, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, count
 
-    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_at_rest()))
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_bn_stats()))
 
 
-def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+def add_submodule_by_path(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` under `root` at a dotted name, with empty modules on the way where there are none."""
     *path, leaf = name.split(".")
     for part in path:

@@ -216,7 +216,7 @@ class RepOptimizer(torch.optim.Optimizer):
         mult = None
         if param in self._mults:
             name, mult = self._mults[param]
-            mult = local_mult(name, param, mult).beside(here)
+            mult = local_mult(name, param, mult).to_like(here)
         place = Place(here, mult, {name: local(state[name]) for name in names})
         self._places[param] = _Known(_memory(here, names, state), place)
         return bool(missing), place

@@ -50,7 +50,7 @@ def clip_grad_norm_(
     for name, param in trained:
         gradient, mult = local_gradient(param), grad_mults.get(name)
         if mult is not None:
-            mult = local_mult(name, param, mult).beside(gradient)
+            mult = local_mult(name, param, mult).to_like(gradient)
         alike.setdefault((gradient.device, gradient.dtype, shard_groups(param)), []).append((gradient, mult))
     squares = []
     for (*_, groups), members in alike.items():

@@ -30,7 +30,7 @@ def network(channels_last):
 
 def scales_of(model):
     torch.manual_seed(1)
-    names = [f"{path}.{b.searched}.weight" for path, m in repopt.declared_blocks(model) for b in m.block.branches]
+    names = [f"{path}.{b.searched_name}.weight" for path, m in repopt.declared_blocks(model) for b in m.block.branches]
     sizes = [m.block.target.shape[0] for _, m in repopt.declared_blocks(model) for _ in m.block.branches]
     return {name: torch.randn(size, dtype=torch.float64) for name, size in zip(names, sizes, strict=True)}
 
