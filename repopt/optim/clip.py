@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repopt.csla import GradMult
 from repopt.errors import UserError
-from repopt.optim.base import refuse_unclaimed
+from repopt.optim.base import check_all_matched
 from repopt.optim.shards import local, local_gradient, local_mult, shard_groups
 
 
@@ -42,7 +42,7 @@ def clip_grad_norm_(
         )
     named_parameters = list(named_parameters)
     names = {name for name, _ in named_parameters}
-    refuse_unclaimed({name: mult for name, mult in grad_mults.items() if name not in names})
+    check_all_matched({name: mult for name, mult in grad_mults.items() if name not in names})
     trained = [(name, param) for name, param in named_parameters if param.grad is not None]
     if not trained:
         return torch.zeros(())

@@ -42,7 +42,7 @@ def model():
 def on_device(monkeypatch):
     """As if only the device knew whether a step counts, and kernels were not cut into pieces for a cache."""
     monkeypatch.setattr("repopt.optim.base._on_host", lambda answer: False)
-    monkeypatch.setattr("repopt.optim.update.PIECE", 2**40)
+    monkeypatch.setattr("repopt.optim.update.CHUNK_NUMEL", 2**40)
 
 
 def optimizer_of(model, rule, implementation):
