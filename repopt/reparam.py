@@ -94,7 +94,7 @@ Scales = Mapping[str, Tensor] | BoundScales
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside `torch.compile`, DistributedDataParallel and `ModuleWrapper`; its names are those that count."""
+    """Return the model inside `torch.compile`, DistributedDataParallel and `ModuleWrapper`, whose names are its own."""
     while isinstance(model, (OptimizedModule, DistributedDataParallel, ModuleWrapper)):
         if isinstance(model, ModuleWrapper):
             model = model.wrapped_module
@@ -213,7 +213,7 @@ def _block_paths(key: str, endings: set[str]) -> list[str]:
 
 
 def _emptied(model: nn.Module, path: str) -> bool:
-    """Whether a path leads into an empty `nn.Sequential`."""
+    """Return whether a path leads into an empty `nn.Sequential`."""
     module = model
     for part in path.split("."):
         children = dict(module.named_children())
@@ -249,7 +249,7 @@ def constant_scales(model: nn.Module, constants: ScaleSource, searched: Scales |
 
 
 def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "searched") -> None:
-    """Rule of Initialization, in place: fresh kernels, weighted by the searched scales. For fresh training only.
+    """Draw new kernels, weighted by the searched scales, in place (Rule of Initialization). For new trainings only.
 
     Under the same seed a csla and a target model come out as the same function.
 
@@ -266,7 +266,7 @@ def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "se
 
 
 def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, GradMult]:
-    """Rule of Iteration: the multiplier of every declared block's gradient, by parameter name.
+    """Return the multiplier of every declared block's gradient, by parameter name (Rule of Iteration).
 
     Args:
         model: in target mode.
@@ -286,7 +286,7 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Gr
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of named parameters: decayed, and not decayed (biases and everything else of one dimension).
+    """Return two groups of named parameters: decayed, and not decayed (biases and all else of one dimension).
 
     One-dimensional kernels of identity branches stand for weights: they are decayed where their declaration says so,
     and always in csla mode, where the equivalence needs it.
@@ -315,7 +315,7 @@ def build_optimizer(
     implementation: Implementation = "auto",
     **settings: Any,
 ) -> torch.optim.Optimizer:
-    """An optimizer over the model's parameter groups: a RepOptimizer where scales are given, else the plain rule.
+    """Return an optimizer over the model's parameter groups: a RepOptimizer if scales are given, else the plain rule.
 
     Args:
         name: of the update rule, one of `RULES`: "sgd", "adamw" ...; without scales one of `PLAIN_ONLY`, too.

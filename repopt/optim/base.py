@@ -52,6 +52,7 @@ class RepOptimizer(torch.optim.Optimizer):
     degree: ClassVar[int]
     uses_step: ClassVar[bool] = False
     first_step_overrides: ClassVar[Hyper] = {}  # constants that differ in a parameter's first step
+    _warned = False  # that some steps are not compiled
 
     def __init__(
         self,
@@ -285,7 +286,7 @@ class RepOptimizer(torch.optim.Optimizer):
         self._counted: dict[int, tuple[list[tuple[int, int]], list[Tensor]]] = {}  # group -> identities, versions
         self._flat_params = FlatParams()
         self._compiled_update = CompiledUpdate(self._rule)
-        self._warned: bool = False
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_mults", "_rule", "_constants", "_unmatched_mults", "implementation")
