@@ -210,8 +210,7 @@ def conv2d_of(kernel: Tensor, bias: Tensor, stride: int = 1, groups: int = 1, di
 
 def _same_conv2d(shape: Shape, stride: int, groups: int, dilation: int, **settings: Any) -> nn.Conv2d:
     """Return a convolution whose kernel is (O, I, kh, kw), padded to keep the size at stride 1."""
-    out_channels, per_group, *size = shape
-    height, width = size
+    out_channels, per_group, height, width = shape
     padding = dilation * (height // 2), dilation * (width // 2)
     return nn.Conv2d(per_group * groups, out_channels, (height, width), stride, padding, dilation, groups, **settings)
 

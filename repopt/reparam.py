@@ -160,14 +160,14 @@ def bind(model: nn.Module, scales: Scales | None = None, *, source: ScaleSource 
         return BoundScales(model, _initial_scales(model, one=source == "one"))
     if scales is None:
         raise UserError(f"constants that are {source!r} come from a hyper-search: its scales are needed")
-    if isinstance(scales, BoundScales):
-        bound = scales if scales.model is model else BoundScales(model, _matched(model, scales.scales))
-    else:
-        bound = BoundScales(model, _matched(model, scales))
+    if not isinstance(scales, BoundScales):
+        scales = BoundScales(model, _matched(model, scales))
+    elif scales.model is not model:
+        scales = BoundScales(model, _matched(model, scales.scales))
     if source == "searched":
-        return bound
-    means = {name: scale.double().mean().to(scale.dtype).expand_as(scale) for name, scale in bound.scales.items()}
-    return BoundScales(model, {name: mean.clone() for name, mean in means.items()})
+        return scales
+    means = {name: s.double().mean().to(s.dtype).expand_as(s).clone() for name, s in scales.scales.items()}
+    return BoundScales(model, means)
 
 
 def _initial_scales(model: nn.Module, *, one: bool) -> dict[str, Tensor]:
@@ -243,9 +243,9 @@ def match_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
     return bind(model, scales).scales
 
 
-def constant_scales(model: nn.Module, constants: ScaleSource, searched: Scales | None = None) -> dict[str, Tensor]:
-    """Return the scales of one of the sources that table 4 of the paper compares; see `bind`, whose `source` it is."""
-    return bind(model, searched, source=constants).scales
+def constant_scales(model: nn.Module, source: ScaleSource, searched: Scales | None = None) -> dict[str, Tensor]:
+    """Return the scales of one of the sources that table 4 of the paper compares; see `bind`."""
+    return bind(model, searched, source=source).scales
 
 
 def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "searched") -> None:

@@ -116,7 +116,11 @@ class RepOptimizer(torch.optim.Optimizer):
                 raise UserError("a RepOptimizer takes real parameters, not complex ones")
             hyper = group | self.corrections(1.0, group)
             check_degree(type(self).__name__, self._rule, self.state_names(group), hyper)
-            named = _named(group) if mults else ()
+            if mults and "param_names" not in group:
+                raise UserError(
+                    "a RepOptimizer takes named parameters: model.named_parameters() or repopt.param_groups"
+                )
+            named = zip(group["param_names"], group["params"], strict=True) if mults else ()
             found = {param: (name, mults.pop(name)) for name, param in named if name in mults}
             if own is not None:
                 check_all_matched(mults)
@@ -176,7 +180,8 @@ class RepOptimizer(torch.optim.Optimizer):
         first: list[ParamUpdate] = []
         updates: list[ParamUpdate] = []
         for group in self.param_groups:
-            constants = {name: _hashable(group[name]) for name in self._constants}
+            constants = {name: group[name] for name in self._constants}  # hashed, and betas of a file may be a list
+            constants = {name: tuple(value) if isinstance(value, list) else value for name, value in constants.items()}
             names = self.state_names(group)
             params = [param for param in group["params"] if param.grad is not None]
             slots = [self._slot(param, names) for param in params]
@@ -306,19 +311,8 @@ def _memory(param: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> Mem
     return names, *((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
-def _hashable(value: Any) -> Any:
-    """Return a constant as what is the same can be compiled once: betas may come as a list, from a file say."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _on_host(answer: Tensor) -> bool:
     return answer.device.type == "cpu"
-
-
-def _named(group: dict[str, Any]) -> Iterable[tuple[str, Tensor]]:
-    if "param_names" not in group:
-        raise UserError("a RepOptimizer takes named parameters: model.named_parameters() or repopt.param_groups")
-    return zip(group["param_names"], group["params"], strict=True)
 
 
 def check_all_matched(mults: Mapping[str, GradMult]) -> None:

@@ -26,11 +26,7 @@ MAX_PROGRAMS = 8  # that one optimizer compiles before it gives that up
 LANES = 16  # input channels that share a row of the layout: with a 3x3 kernel, 144 numbers
 
 # Inductor would keep intermediate results that are read often; here none is worth a pass over the memory.
-OPTIONS = {
-    "realize_reads_threshold": 1000,
-    "realize_opcount_threshold": 1000,
-    "realize_acc_reads_threshold": 1000,
-}
+OPTIONS = dict.fromkeys(("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold"), 1000)
 
 
 class MultLayout(NamedTuple):
