@@ -125,7 +125,7 @@ class RepOptimizer(torch.optim.Optimizer):
             if own is not None:
                 check_all_matched(mults)
             for param, (name, mult) in found.items():
-                self._check(name, param, mult)
+                self._check_mult(name, param, mult)
         except UserError:
             self.param_groups.pop()
             raise
@@ -136,7 +136,7 @@ class RepOptimizer(torch.optim.Optimizer):
         if group.get("maximize"):
             raise UserError("a RepOptimizer minimizes: maximize=True is not followed")
 
-    def _check(self, name: str, param: Tensor, mult: GradMult) -> None:
+    def _check_mult(self, name: str, param: Tensor, mult: GradMult) -> None:
         if param.shape != mult.shape:
             raise UserError(f"the Grad Mult of {name!r} is for {tuple(mult.shape)}, not {tuple(param.shape)}")
         if mult.degree != self.degree:

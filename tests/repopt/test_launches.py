@@ -74,7 +74,7 @@ def test_an_eager_step(model, on_device, rule, most):
 @pytest.mark.parametrize(
     ("rule", "operations"),
     [
-        ("sgd", ["fill_", "copy_"]),  # the rate, and whether the step is left out
+        ("sgd", ["fill_", "copy_"]),  # the rate, and whether the step is skipped
         ("adamw", ["fill_", "copy_", "copy_", "copy_", "copy_", "copy_"]),  # and two corrections of two groups
     ],
 )
