@@ -152,7 +152,7 @@ def forms_of(model: nn.Module) -> Kernels:
 
 def baseline_forms(module: Baseline) -> dict[str, Tensor]:
     """Return the kernel of the branch that has the merged kernel's shape, alone and times its batch norm's scale."""
-    kernels, scales, _ = module.terms()
+    kernels, scales, _ = module.fused_branches()
     branch = next(b for b in module.block.branches if kernels[b.kernel].shape == module.block.target.shape)
     assert branch.scale is not None  # a baseline's branches have batch norms
     kernel, scale = kernels[branch.kernel], scales[branch.scale]

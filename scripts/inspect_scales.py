@@ -53,7 +53,7 @@ def inspect(file: Path, arch: str | None, out: Path) -> None:
     with torch.device("meta"):
         model = repopt.create_model(models[0], mode="target")
     model.to_empty(device="cpu")  # the kernels' places are asked for, not their values
-    scales = repopt.fit_scales(model, scales)
+    scales = repopt.match_scales(model, scales)
     title = f"{file.name}: {' or '.join(models)}"
     print(title)
     header = ("block", "branch", "channels", "mean", "std", "min", "max", "negative")
@@ -89,7 +89,7 @@ def fitting_models(scales: Mapping[str, Tensor]) -> list[str]:
     for name in sorted({arch.model for arch in list_archs().values()}):
         model = search_model(name)
         try:
-            repopt.fit_scales(model, scales)
+            repopt.match_scales(model, scales)
         except UserError:
             continue
         unexplained[name] = len(scales.keys() - model.state_dict().keys())
@@ -107,10 +107,10 @@ def scale_rows(model: nn.Module, scales: Mapping[str, Tensor]) -> Iterator[tuple
     """Yield the scales of every branch of every block in numbers, then those of all."""
     for block, module in repopt.declared_blocks(model):
         for branch in module.block.branches:
-            values = scales[key_of(block, branch.searched)]
+            values = scales[key_of(block, branch.searched_name)]
             numbers = values.mean(), values.std(correction=0), values.min(), values.max()
             negative = int((values < 0).sum())
-            yield block, branch.searched, str(len(values)), *(f"{number:.4f}" for number in numbers), str(negative)
+            yield block, branch.searched_name, str(len(values)), *(f"{number:.4f}" for number in numbers), str(negative)
     every = torch.cat(list(scales.values()))
     yield "all", "", str(len(every)), "", "", f"{every.min():.4f}", f"{every.max():.4f}", str(int((every < 0).sum()))
 

@@ -10,7 +10,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from repopt.errors import UserError, shown
-from repopt.layers import run
+from repopt.layers import checkpoint_forward
 
 POOLS = ("", "avg", "max", "avgmax")
 
@@ -111,7 +111,7 @@ class Network(nn.Module):
         for name in self.stage_names:
             stage = self.get_submodule(name)
             for block in stage if self.use_checkpoint and isinstance(stage, nn.Sequential) else (stage,):
-                x = run(block, x, checkpointed=self.use_checkpoint)
+                x = checkpoint_forward(block, x, checkpointed=self.use_checkpoint)
             if name in names:
                 features.append(x)
             if name == last:

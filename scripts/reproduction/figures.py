@@ -113,9 +113,9 @@ def scales_by_epoch(runs: First, path: Path) -> None:
         model = _search_model(run)
         block = [path for path, _ in repopt.declared_blocks(model) if path.startswith(f"{STAGE}.")][-1]
         for branch in dict(repopt.declared_blocks(model))[block].block.branches:
-            key = key_of(block, branch.searched)
+            key = key_of(block, branch.searched_name)
             curve = {epoch["epoch"]: epoch["scales"][key] for epoch in epochs_of(run.folder)}
-            panels.setdefault(f"mean of {branch.searched}", {})[name] = curve
+            panels.setdefault(f"mean of {branch.searched_name}", {})[name] = curve
     plot_lines(panels, path, x="epoch")
 
 
@@ -126,7 +126,7 @@ def scales_by_depth(runs: First, path: Path) -> None:
     for name, run in runs.items():
         blocks = dict(repopt.declared_blocks(_search_model(run)))
         layers, scales = [*blocks], repopt.load_scales(run.folder / "scales.pth")
-        for searched in dict.fromkeys(branch.searched for m in blocks.values() for branch in m.block.branches):
+        for searched in dict.fromkeys(branch.searched_name for m in blocks.values() for branch in m.block.branches):
             found = [scales.get(key_of(block, searched)) for block in blocks]
             means = [None if values is None else float(values.mean()) for values in found]
             panels.setdefault(f"mean of {searched}", {})[name] = {"searched": means}
