@@ -11,14 +11,14 @@ import hashlib
 from pathlib import Path
 
 from data.download import fetch
-from data.folder import FolderImages, class_folders
+from data.folder import Files, class_folders
 from repopt.errors import UserError, shown
 
 NUM_CLASSES = 257
 TRAIN_PER_CLASS = 60
 
 
-def open_split(root: str, split: str) -> FolderImages:
+def open_split(root: str, split: str) -> Files:
     """Return the images of 'train' or 'val', class by class, sorted by name.
 
     A set that is absent from `root` is downloaded into it, by the first process of each node while the others wait.
@@ -39,9 +39,9 @@ def open_split(root: str, split: str) -> FolderImages:
             f"{str(folder)!r} has {len(classes)} class folders, not {NUM_CLASSES}: if its unpacking was interrupted, "
             "remove it and it is unpacked again"
         )
-    return FolderImages(
-        folder, [(path, label) for label, name in enumerate(classes) for path in _share(folder / name, split)]
-    )
+    shares = [_share(folder / name, split) for name in classes]
+    labels = [label for label, share in enumerate(shares) for _ in share]
+    return Files(folder, [path for share in shares for path in share], labels)
 
 
 def _share(folder: Path, split: str) -> list[str]:

@@ -155,27 +155,21 @@ class DetectionDataset(ImageDataset):
     """
 
     def __init__(self, split: coco.Split, which: np.ndarray, seed: int) -> None:
-        super().__init__(seed)
-        self._file = str(split.file)
-        self._files = Files(split.folder, [str(split.folder / split.names[k]) for k in which.tolist()])
-        self._sizes, self._ids = split.sizes[which], torch.from_numpy(split.image_ids[which])
-        self.contents = self._ids
-
-    @override
-    def __len__(self) -> int:
-        return len(self._files)
-
-    @override
-    def name(self, index: int) -> str:
-        return self._files.name(index)
+        self._file, self._sizes, self._ids = (
+            str(split.file),
+            split.sizes[which],
+            torch.from_numpy(split.image_ids[which]),
+        )
+        images = Files(split.folder, [str(split.folder / split.names[k]) for k in which.tolist()])
+        super().__init__(images, self._ids, seed)
 
     @override
     def sample(self, index: int) -> tuple[Tensor, Target]:
-        pixels = to_pixels(self._files.read(index))
+        pixels = to_pixels(self._images.read(index))
         width, height = self._sizes[index].tolist()
         if pixels.shape[:2] != (height, width):
             raise UserError(
-                f"image {self.name(index)!r} has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                f"image {self._images.name(index)!r} has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
                 f"{self._file} says {width} x {height}"
             )
         return pixels, {"image_id": self._ids[index].clone()}

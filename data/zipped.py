@@ -107,6 +107,9 @@ class ZippedImages:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}  # another process opens its own
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def read(self, index: int) -> bytes:
         """Return the encoded bytes of one image; OSError where they are not what the zip's directory says."""
         if index not in self._cached or index in self._unreadable:
