@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from data.download import fetch
 from data.folder import Files, class_folders
+from data.obtain import fetch
 from repopt.errors import UserError, shown
 
 NUM_CLASSES = 257
@@ -46,7 +46,15 @@ def open_split(root: str, split: str) -> Files:
 
 def _share(folder: Path, split: str) -> list[str]:
     """Return the paths of a class's images of one split, sorted."""
-    names = _images(folder)
+    from torchvision.datasets.folder import is_image_file
+
+    names = [
+        path.name  # not of other files and folders, which some have
+        for path in folder.iterdir()
+        if is_image_file(path.name) and not path.name.startswith(".") and path.is_file()
+    ]
+    if unreadable := [name for name in names if not name.isprintable()]:
+        raise UserError(f"{shown(str(folder))} has an image whose name is no text: {shown(min(unreadable))}")
     if len(names) <= TRAIN_PER_CLASS:
         raise UserError(
             f"{shown(str(folder))} has {len(names)} images, not more than training takes ({TRAIN_PER_CLASS})"
@@ -54,17 +62,3 @@ def _share(folder: Path, split: str) -> list[str]:
     shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     share = {"train": shuffled[:TRAIN_PER_CLASS], "val": shuffled[TRAIN_PER_CLASS:]}[split]
     return [str(folder / name) for name in sorted(share)]
-
-
-def _images(folder: Path) -> list[str]:
-    """Return the names of the image files in a class's folder itself: some have other files and folders."""
-    from torchvision.datasets.folder import is_image_file
-
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if is_image_file(path.name) and not path.name.startswith(".") and path.is_file()
-    ]
-    if unreadable := [name for name in names if not name.isprintable()]:
-        raise UserError(f"{shown(str(folder))} has an image whose name is no text: {shown(min(unreadable))}")
-    return names
