@@ -115,10 +115,8 @@ class ImageDataset(Dataset, ABC):
         with seeding.preserved():
             try:
                 return [self[item] for item in items]
-            except (
-                UserError
-            ) as error:  # raised in the main process: the DataLoader would add a traceback to its message
-                return error.with_traceback(None)
+            except UserError as error:
+                return error.with_traceback(None)  # raised by the main process: the DataLoader would add a traceback
 
 
 Batch = tuple[Any, Any, Tensor]  # images, targets, indices

@@ -238,7 +238,7 @@ def invalid_reason(scale: object) -> str | None:
     return None
 
 
-def match_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
+def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
     """Return those scales that belong to the model's blocks, all of them; see `bind`, which raises the same errors."""
     return bind(model, scales).scales
 

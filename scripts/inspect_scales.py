@@ -53,7 +53,7 @@ def inspect(file: Path, arch: str | None, out: Path) -> None:
     with torch.device("meta"):
         model = repopt.create_model(models[0], mode="target")
     model.to_empty(device="cpu")  # the kernels' places are asked for, not their values
-    scales = repopt.match_scales(model, scales)
+    scales = repopt.bind(model, scales).scales
     title = f"{file.name}: {' or '.join(models)}"
     print(title)
     header = ("block", "branch", "channels", "mean", "std", "min", "max", "negative")
@@ -89,7 +89,7 @@ def fitting_models(scales: Mapping[str, Tensor]) -> list[str]:
     for name in sorted({arch.model for arch in list_archs().values()}):
         model = search_model(name)
         try:
-            repopt.match_scales(model, scales)
+            repopt.bind(model, scales)
         except UserError:
             continue
         unexplained[name] = len(scales.keys() - model.state_dict().keys())

@@ -130,7 +130,7 @@ def plot_scales(
             per rule below the scales.
         title: above the panels.
     """
-    scales, mults = repopt.match_scales(model, scales), mults or {}
+    scales, mults = repopt.bind(model, scales).scales, mults or {}
     modules = dict(repopt.declared_blocks(model))
     size = (max(6.0, 0.3 * len(modules)), 4.2 + 2.6 * len(mults))
     figure, panels = _subplots(1 + len(mults), 1, size, sharex=True)

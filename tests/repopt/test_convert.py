@@ -186,7 +186,7 @@ def test_blocks_stand_at_the_same_paths_in_all_modes(name):
     network = create(name)
     hs, csla, target = (repopt.convert_model(network, mode) for mode in MODES)
     scales = {key: torch.rand_like(value) + 0.5 for key, value in repopt.extract_scales(hs).items()}
-    assert repopt.match_scales(target, scales).keys() == scales.keys()
+    assert repopt.bind(target, scales).scales.keys() == scales.keys()
     for model in (csla, target):
         torch.manual_seed(1)
         repopt.initialize(model, scales)

@@ -253,7 +253,7 @@ def test_a_compiled_model():
     a, b = net(), net()
     train(a, repopt.build_optimizer("sgd", a, scales(), **SGD), batches(3))
     compiled = torch.compile(b, backend="eager")
-    repopt.match_scales(compiled, scales())
+    repopt.bind(compiled, scales())
     train(compiled, repopt.build_optimizer("sgd", compiled, scales(), **SGD), batches(3))
     assert_same(a, b)
 

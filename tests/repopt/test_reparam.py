@@ -145,7 +145,7 @@ def test_scales_are_bound_once(scales, monkeypatch):
     assert bound.scales.keys() == scales.keys()
     monkeypatch.setattr("repopt.reparam.invalid_reason", None)  # cannot be called
     assert repopt.bind(model, bound) is bound
-    assert repopt.match_scales(model, bound) == bound.scales
+    assert repopt.bind(model, bound).scales == bound.scales
     torch.manual_seed(0)
     repopt.initialize(model, bound, identity="one")
     optimizer = repopt.build_optimizer("adamw", model, bound, lr=0.1)
