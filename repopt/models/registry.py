@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -17,16 +16,8 @@ from repopt.models import timm_registry, zoo
 from repopt.models.network import Network
 
 
-@dataclass(frozen=True)
-class Family:
-    """Models that share a builder.
-
-    Attributes:
-        configs: by model name ("RepOpt-VGG-B1"), the arguments that the builder takes for it.
-        build: ``build(mode=..., num_classes=..., **config)``.
-        modes: every mode that the builder knows: those of `repopt.layers` and the family's own baseline.
-        aliases: other names of models.
-    """
+class Family(NamedTuple):
+    """Models that share a builder; see `register`."""
 
     configs: Mapping[str, Mapping[str, Any]]
     build: Callable[..., Network]
@@ -56,8 +47,11 @@ def register(
     """Make the models of a family known by name, here and in timm's registry.
 
     Args:
-        configs, build, modes, aliases: see `Family`.
+        configs: the arguments that the builder takes for a model, by the model's name ("RepOpt-VGG-B1").
+        build: ``build(mode=..., num_classes=..., **config)``.
         network: the class of what `build` returns.
+        modes: every mode that the builder knows: those of `repopt.layers` and the family's own baseline.
+        aliases: other names of models.
     """
     family = Family(configs, build, modes, aliases or {})
     for name in (*family.configs, *family.aliases):
@@ -68,32 +62,32 @@ def register(
 
 
 def list_models() -> list[str]:
-    """Names of our models; `create_model` takes others', too."""
+    """Return the names of our models; `create_model` takes others', too."""
     return sorted(_families)
 
 
 def list_archs() -> dict[str, Arch]:
-    """Every ``--arch`` of ours: a model's name, a dash, and a mode or ``target-norepopt``."""
-    archs = {}
-    for name, family in _families.items():
-        model = family.aliases.get(name, name)
-        archs |= {f"{name}-{ending}": Arch(model, mode, repopt) for ending, (mode, repopt) in _endings(family).items()}
-    return archs
+    """Return every ``--arch`` of ours by name: a model's name, a dash, and a mode or ``target-norepopt``."""
+    return {
+        f"{name}-{ending}": Arch(family.aliases.get(name, name), mode, repopt)
+        for name, family in _families.items()
+        for ending, (mode, repopt) in _endings(family).items()
+    }
 
 
 def _endings(family: Family) -> dict[str, tuple[str, bool]]:
-    """How an ``--arch`` of the family ends: the mode, and whether a RepOptimizer trains it."""
+    """Return, by how an ``--arch`` of the family ends, the mode and whether a RepOptimizer trains it."""
     return {mode: (mode, mode == "target") for mode in family.modes} | {"target-norepopt": ("target", False)}
 
 
 def parse_arch(arch: str) -> Arch:
-    """What an ``--arch`` stands for, one of `list_archs` or a name that `zoo.find` takes.
+    """Return what an ``--arch`` stands for, one of `list_archs` or a name of `zoo`.
 
     Raises:
         UserError: there is no such one; it names the nearest.
     """
-    if _find_in_zoo(arch) is not None:
-        return _of_zoo(arch)
+    if _is_of_library(arch):
+        return Arch(arch, zoo.MODE, repopt=False)
     archs = list_archs()
     if arch in _families:
         raise _needs_mode(arch, arch)
@@ -103,44 +97,40 @@ def parse_arch(arch: str) -> Arch:
 
 
 def same_arch(name: str, arch: Arch) -> bool:
-    """Whether an ``--arch``, which may be any text, stands for this one: of ours there are aliases."""
-    return list_archs().get(name, _of_zoo(name)) == arch
+    """Return whether an ``--arch``, which may be any text, stands for this one: of ours there are aliases."""
+    return list_archs().get(name, Arch(name, zoo.MODE, repopt=False)) == arch
 
 
-def _of_zoo(name: str) -> Arch:
-    return Arch(name, zoo.MODE, repopt=False)
-
-
-def _find_in_zoo(name: str) -> Callable[..., nn.Module] | None:
-    """As `zoo.find`; but under the names that they have in timm's registry, ours are refused."""
+def _is_of_library(name: str) -> bool:
+    """Return what `zoo.knows` says; but refuse ours under the names that they have in timm's registry."""
     for own in _families:
         if name == f"timm/{timm_registry.timm_name(own)}":
             raise _needs_mode(name, own)
-    return zoo.find(name)
+    return zoo.knows(name)
 
 
 def _needs_mode(name: str, model: str) -> UserError:
-    """The error for an architecture that names a model of ours alone."""
+    """Return the error for an architecture that names a model of ours alone."""
     archs = ", ".join(f"{model}-{ending}" for ending in _endings(_families[model]))
     return UserError(f"architecture {name!r} needs a mode: {archs}")
 
 
 def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: Any) -> nn.Module:
-    """A model with the default initialization of its framework: a `Network`, or what a library makes.
+    """Create a model with the default initialization of its framework: a `Network`, or what a library makes.
 
     Args:
         name: one of `list_models`, or of a library ("timm/efficientnet_b2", "torchvision/vgg16_bn").
         mode: "hs", "csla", "target", or the family's baseline ("repvgg"); "plain" of a library's.
         num_classes: outputs of the classifier.
-        overrides: of the builder's arguments, such as ``use_checkpoint=True``.
+        overrides: arguments of the builder, such as ``use_checkpoint=True``.
 
     Raises:
         UserError: an unknown name or mode, or arguments that a library's network does not take.
     """
-    if (build := _find_in_zoo(name)) is not None:
+    if _is_of_library(name):
         if mode != zoo.MODE:
             raise unknown(f"mode of {name}", mode, (zoo.MODE,))
-        return build(num_classes=num_classes, **overrides)
+        return zoo.create(name, num_classes=num_classes, **overrides)
     if name not in _families:
         raise unknown("model", name, _families)
     family = _families[name]

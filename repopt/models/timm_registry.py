@@ -15,6 +15,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import nn
 
 from repopt.errors import UserError
 from repopt.models.network import Network
@@ -23,30 +24,16 @@ default_cfgs: dict[str, Any] = {}  # timm looks for this name in the module of a
 
 
 def timm_name(name: str) -> str:
-    """A model's name as timm writes names: "RepOpt-VGG-B1" -> repopt_vgg_b1, "RepOpt-GhostNet-0.5x" -> ..._050."""
+    """Return a model's name as timm writes it: "RepOpt-VGG-B1" -> repopt_vgg_b1, "RepOpt-GhostNet-0.5x" -> ..._050."""
     name = re.sub(r"(\d+\.\d+)x$", lambda width: f"{round(100 * float(width[1])):03d}", name)
     return name.lower().replace("-", "_")
 
 
-def _default_cfg(network: type[Network]) -> dict[str, Any]:
-    return {
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "interpolation": "bilinear",
-        "crop_pct": 224 / 256,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "num_classes": 1000,
-        "first_conv": network.first_conv,
-        "classifier": network.classifier_name,
-    }
-
-
-def register(name: str, network: type[Network], build: Callable[..., Network]) -> None:
+def register(name: str, network: type[Network], build: Callable[..., nn.Module]) -> None:
     """Make a model known to timm, under `timm_name`.
 
     Args:
-        name: ours.
+        name: our name of it.
         network: the class that is built.
         build: ``build(mode=..., **arguments)``.
     """
@@ -59,7 +46,7 @@ def register(name: str, network: type[Network], build: Callable[..., Network]) -
         mode: str = "target",
         output_stride: int = 32,
         **arguments: Any,
-    ) -> Network:
+    ) -> nn.Module:
         if output_stride != 32:
             raise UserError(f"{variant} has the output stride 32 only, not {output_stride}")
         source = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
@@ -80,5 +67,16 @@ def register(name: str, network: type[Network], build: Callable[..., Network]) -
 
     variant = entrypoint.__name__ = timm_name(name)
     entrypoint.__doc__ = f"{name}; see the module."
-    default_cfgs.update(generate_default_cfgs({variant: _default_cfg(network)}))
+    default_cfg = {
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "interpolation": "bilinear",
+        "crop_pct": 224 / 256,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "num_classes": 1000,
+        "first_conv": network.first_conv,
+        "classifier": network.classifier_name,
+    }
+    default_cfgs.update(generate_default_cfgs({variant: default_cfg}))
     register_model(entrypoint)

@@ -17,20 +17,16 @@ from repopt.models.vgg_blocks import RepVGGBlock, VGGBlock
 
 
 class RepOptVGG(Network):
-    """The network, (N, in_chans, H, W) -> (N, num_classes): one stem block, four stages, pooling, linear.
+    """RepOpt-VGG, (N, in_chans, H, W) -> (N, num_classes): one stem block, four stages, pooling, linear.
 
     Args:
         layers: blocks per stage.
         widths: multipliers of the stages' 64, 128, 256 and 512 channels.
         block: ``block(in_channels, out_channels, stride=..., identity=..., initial_scale=...)`` makes one.
-        strides: of the stem and of the stages' first blocks. A search at another resolution than the training's may
-            have others (table 6 of the paper); its blocks, and so its scales, are the same.
+        strides: strides of the stem and of the stages' first blocks. A search at another resolution than the
+            training's may have others (table 6 of the paper); its blocks, and so its scales, are the same.
         initial_scales: see `initial_scale`.
-        num_classes: outputs of the classifier; 0 = none, and the network gives pooled features.
-        in_chans: channels of an image.
-        global_pool: see `Network.reset_classifier`.
-        drop_rate: dropout before the classifier.
-        use_checkpoint: recompute every block's activations in the backward pass instead of keeping them.
+        network: arguments of `Network`.
     """
 
     first_conv, classifier_name = "stage0.conv", "linear"
@@ -44,19 +40,15 @@ class RepOptVGG(Network):
         *,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
         initial_scales: InitialScales = "depth",
-        num_classes: int,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        use_checkpoint: bool = False,
+        **network: Any,
     ) -> None:
-        super().__init__(in_chans=in_chans, use_checkpoint=use_checkpoint)
+        super().__init__(**network)
         channels = [int(base * width) for base, width in zip((64, 128, 256, 512), widths, strict=True)]
         stem_channels = min(64, channels[0])
         scales = [initial_scale(layer, initial_scales) for layer in range(max(layers))]
         check_strides(strides)
         first, following = {"identity": False, "initial_scale": scales[0]}, {"identity": True, "stride": 1}
-        self.stage0 = block(in_chans, stem_channels, stride=strides[0], **first)
+        self.stage0 = block(self.in_chans, stem_channels, stride=strides[0], **first)
         stages, in_channels = [], stem_channels
         for depth, out_channels, stride in zip(layers, channels, strides[1:], strict=True):
             stages.append(nn.Sequential(block(in_channels, out_channels, stride=stride, **first)))
@@ -71,23 +63,26 @@ class RepOptVGG(Network):
             for name, width, reduction in zip(self.stage_names, (stem_channels, *channels), reductions, strict=True)
         ]
         self.num_features = in_channels
-        self._add_head(in_channels, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._add_head(in_channels)
 
 
 def block_of(mode: str, *, se: bool = False) -> Callable[..., nn.Module]:
-    """What makes the blocks of a network, as `RepOptVGG` takes it: in hs, csla or target mode, else the baseline's."""
+    """Return what makes the blocks of `RepOptVGG`: those of the mode hs, csla or target, else the baseline's."""
     return functools.partial(VGGBlock, mode=mode, se=se) if mode in MODES else functools.partial(RepVGGBlock, se=se)
 
 
 def build_vgg(
     *, mode: str, layers: Sequence[int], widths: Sequence[float], se: bool = False, **arguments: Any
 ) -> RepOptVGG:
-    """A RepOpt-VGG in the mode hs, csla or target, or its baseline RepVGG (mode repvgg); arguments of `RepOptVGG`."""
+    """Return a RepOpt-VGG in the mode hs, csla or target, or its baseline RepVGG (mode repvgg).
+
+    The other arguments are those of `RepOptVGG`.
+    """
     return RepOptVGG(layers, widths, block_of(mode, se=se), **arguments)
 
 
 _B, _L = (4, 6, 16, 1), (8, 14, 24, 1)
-_CONFIGS = {
+_CONFIGS: dict[str, dict[str, Any]] = {
     "RepOpt-VGG-nano": {"layers": _B, "widths": (0.25, 0.25, 0.25, 0.5)},
     "RepOpt-VGG-A0": {"layers": (2, 4, 14, 1), "widths": (0.75, 0.75, 0.75, 2.5)},
     "RepOpt-VGG-A1": {"layers": (2, 4, 14, 1), "widths": (1, 1, 1, 2.5)},

@@ -5,15 +5,18 @@ Every block is (N, C, H, W) -> (N, O, H', W').
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
 from repopt.layers import Baseline, Deployable, Mode, RepConv2d
 
 
 def vgg_block(in_channels: int, out_channels: int, identity: bool, initial_scale: float = 1.0) -> Block:
-    """The declaration: a 3x3, a 1x1, and an identity where one is wanted."""
+    """Return the declaration of a block: a 3x3, a 1x1, and an identity where one is wanted."""
     branches: list[ConvBranch | IdentityBranch] = [
         ConvBranch("conv", "scale_conv", initial_scale, size=3),
         ConvBranch("conv_1x1", "scale_1x1", initial_scale, size=1),
@@ -24,14 +27,15 @@ def vgg_block(in_channels: int, out_channels: int, identity: bool, initial_scale
 
 
 class PostSE(nn.Module):
-    """Squeeze-and-excitation after a block: channels weighted by a sigmoid of their pooled means."""
+    """Squeeze-and-excitation after a block: channels are weighted by a sigmoid of their pooled means."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.down = nn.Conv2d(channels, channels // 4, 1)
         self.up = nn.Conv2d(channels // 4, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         weights = self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True))))
         return x * torch.sigmoid(weights)
 
@@ -49,7 +53,8 @@ class PlainBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.post_se = post_se
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         return self.post_se(self.relu(self.conv(x)))
 
 
@@ -57,9 +62,9 @@ class VGGBlock(RepConv2d, Deployable):
     """RepOpt-VGG's block: the declared convolution, batch norm, ReLU, and optionally `PostSE`.
 
     Args:
-        in_channels, out_channels, stride: of the convolution.
+        in_channels, out_channels, stride: channels and stride of the convolution.
         identity: whether an identity branch stands beside it.
-        initial_scale: at which the hyper-search starts the scales of the two convolutions.
+        initial_scale: where the hyper-search starts the scales of the two convolutions.
         mode: "hs", "csla" or "target".
         se: whether squeeze-and-excitation follows.
     """
@@ -80,17 +85,19 @@ class VGGBlock(RepConv2d, Deployable):
         self.relu = nn.ReLU(inplace=True)
         self.post_se = _post_se(out_channels, se)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         return self.post_se(self.relu(self.bn(self.conv2d(x))))
 
-    def fuse(self) -> PlainBlock:  # noqa: D102
+    @override
+    def fuse(self) -> PlainBlock:
         return PlainBlock(self.folded(self.bn), self.post_se)
 
 
 class RepVGGBlock(Baseline):
     """RepVGG's block: every branch has a batch norm of its own, folded into one kernel after training.
 
-    Args: as of `VGGBlock`; there are no scales, so `initial_scale` has no effect.
+    The arguments are those of `VGGBlock`; there are no scales, so `initial_scale` has no effect.
     """
 
     def __init__(
@@ -106,18 +113,18 @@ class RepVGGBlock(Baseline):
         self.relu = nn.ReLU(inplace=True)
         self.post_se = _post_se(out_channels, se)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         y = self.bn_3x3(self.conv_3x3(x)) + self.bn_1x1(self.conv_1x1(x))
         if self.bn_identity is not None:
             y = y + self.bn_identity(x)
         return self.post_se(self.relu(y))
 
-    def branches(self) -> dict[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:  # noqa: D102
-        return {
-            "conv": (self.conv_3x3, self.bn_3x3),
-            "conv_1x1": (self.conv_1x1, self.bn_1x1),
-            "scale_identity": (None, self.bn_identity),  # asked for where it is declared
-        }
+    @override
+    def branches(self) -> Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
+        convs = {"conv": (self.conv_3x3, self.bn_3x3), "conv_1x1": (self.conv_1x1, self.bn_1x1)}
+        return convs if self.bn_identity is None else {**convs, "scale_identity": (None, self.bn_identity)}
 
-    def fuse(self) -> PlainBlock:  # noqa: D102
+    @override
+    def fuse(self) -> PlainBlock:
         return PlainBlock(self.merged(self.stride), self.post_se)
