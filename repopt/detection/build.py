@@ -28,7 +28,7 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
 class Detector(GeneralizedRCNN):
-    """A detector, as torchvision's are called.
+    """A detector that is called as torchvision's are.
 
     In training ``model(images, targets)`` is a dict of losses, in eval mode ``model(images)`` a list of a dict per
     image: "boxes" (D, 4), "labels" (D,), "scores" (D,), and "masks" (D, 1, H, W). Images are (3, H, W) floats in
@@ -38,17 +38,7 @@ class Detector(GeneralizedRCNN):
         masks: whether it finds masks.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        rpn: RegionProposalNetwork,
-        roi_heads: nn.Module,
-        transform: GeneralizedRCNNTransform,
-        *,
-        masks: bool,
-    ) -> None:
-        super().__init__(backbone, rpn, roi_heads, transform)
-        self.masks = masks
+    masks: bool
 
 
 def create_detector(
@@ -71,19 +61,19 @@ def create_detector(
     freeze_batch_norm: bool = False,
     use_checkpoint: bool = False,
 ) -> Detector:
-    """A detector with default initialization.
+    """Create a detector with default initialization.
 
     Args:
         name, mode, neck, strides, initial_scales, freeze_batch_norm, use_checkpoint: see `PyramidBackbone`.
-        num_classes: of objects; the background is none.
+        num_classes: classes of objects; the background is none.
         head: Faster R-CNN ("faster"), Mask R-CNN ("mask") or Cascade Mask R-CNN ("cascade").
-        channels: of the feature pyramid and of the mask heads.
+        channels: channels of the feature pyramid and of the mask heads.
         hidden: channels of the box heads' layers.
         rois: boxes of an image that a head is trained on, a quarter of them of objects.
-        sizes: of the shorter side of an image, one drawn for every training image; the last in evaluation.
-        max_size: of the longer side.
+        sizes: lengths of an image's shorter side, one drawn for every training image; the last in evaluation.
+        max_size: largest length of the longer side.
         anchor_scale: side of a level's anchors, in its pixels.
-        mean, std: by which the channels of images are normalised.
+        mean, std: mean and standard deviation by which the channels of images are normalised.
 
     Raises:
         UserError: an unknown head, or see `PyramidBackbone`.
@@ -104,23 +94,26 @@ def create_detector(
     box_pool, mask_pool = _pool(7, reductions), _pool(14, reductions)
 
     def heads(stage: Stage, predictor: type[BoxPredictor]) -> RoIHeads:
-        masks: tuple[nn.Module, ...] = ()
+        masks: dict[str, nn.Module] = {}
         if head in WITH_MASKS:
-            layers = MaskRCNNHeads(channels, (channels,) * 4, dilation=1)
-            masks = mask_pool, layers, MaskPredictor(channels, channels, classes)
+            masks = {
+                "mask_roi_pool": mask_pool,
+                "mask_head": MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
+                "mask_predictor": MaskPredictor(channels, channels, classes),
+            }
         return RoIHeads(
             box_pool,
             TwoMLPHead(channels * math.prod(box_pool.output_size), hidden),
             predictor(hidden, classes),
-            stage.iou,
-            stage.iou,
-            rois,
-            0.25,
-            stage.coder_weights,
-            0.05,
-            0.5,
-            100,
-            *masks,
+            fg_iou_thresh=stage.iou,
+            bg_iou_thresh=stage.iou,
+            batch_size_per_image=rois,
+            positive_fraction=0.25,
+            bbox_reg_weights=stage.coder_weights,
+            score_thresh=0.05,
+            nms_thresh=0.5,
+            detections_per_img=100,
+            **masks,
         )
 
     if head == CASCADE:
@@ -129,11 +122,13 @@ def create_detector(
     else:
         roi_heads = heads(STAGES[0], BoxPredictor)
     transform = GeneralizedRCNNTransform(tuple(sizes), max_size, mean, std, size_divisible=reductions[-1])
-    return Detector(backbone, _rpn(channels, reductions, anchor_scale), roi_heads, transform, masks=head in WITH_MASKS)
+    detector = Detector(backbone, _rpn(channels, reductions, anchor_scale), roi_heads, transform)
+    detector.masks = head in WITH_MASKS
+    return detector
 
 
 def _rpn(channels: int, reductions: Sequence[int], anchor_scale: int) -> RegionProposalNetwork:
-    """As torchvision's Faster R-CNN has it."""
+    """Return the region proposal network of torchvision's Faster R-CNN."""
     sides = [anchor_scale * reduction for reduction in (*reductions, 2 * reductions[-1])]
     anchors = Anchors([(side,) for side in sides], [ASPECT_RATIOS] * len(sides))
     return RegionProposalNetwork(
@@ -150,7 +145,7 @@ def _rpn(channels: int, reductions: Sequence[int], anchor_scale: int) -> RegionP
 
 
 def _pool(size: int, reductions: Sequence[int]) -> MultiScaleRoIAlign:
-    """Features of boxes, (R, C, size, size), from the level of the pyramid that suits a box's size."""
+    """Return what pools features of boxes, (R, C, size, size), from the pyramid's level that suits a box's size."""
     pool = MultiScaleRoIAlign(LEVELS, output_size=size, sampling_ratio=2)
     # By itself it would take them from the first batch it meets, and wrongly where images are small.
     pool.scales = [1 / reduction for reduction in reductions]
