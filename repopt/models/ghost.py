@@ -214,13 +214,13 @@ _rounded = functools.partial(make_divisible, divisor=4)
 
 
 class RepOptGhostNet(Network, Deployable):
-    """RepOpt-GhostNet, (N, in_chans, H, W) -> (N, num_classes).
+    """RepOpt-GhostNet, or its baseline RepGhostNet, (N, in_chans, H, W) -> (N, num_classes).
 
     Its features are the last stages of their resolutions, before the 1x1 convolution that widens them for the head.
 
     Args:
         width: multiplier of all channels.
-        ghost: makes a ghost module (see `Bottleneck`).
+        mode: "hs", "csla" or "target"; "rep" for the baseline.
         strides: strides of the stem and of the bottlenecks that halve the resolution, as in `RepOptVGG`.
         initial_scales: see `initial_scale`.
         drop_rate: see `Network`.
@@ -231,9 +231,9 @@ class RepOptGhostNet(Network, Deployable):
 
     def __init__(
         self,
-        width: float,
-        ghost: Callable[..., nn.Module],
         *,
+        width: float,
+        mode: str,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
         initial_scales: InitialScales = "depth",
         drop_rate: float = 0.2,
@@ -241,6 +241,7 @@ class RepOptGhostNet(Network, Deployable):
     ) -> None:
         super().__init__(drop_rate=drop_rate, **network)
         check_strides(strides)
+        ghost = functools.partial(GhostModule, mode=mode) if mode in MODES else RepGhostModule
         channels = _rounded(16 * width)
         self.conv_stem, self.bn1 = _conv_bn(self.in_chans, channels, 3, stride=strides[0])
         self.blocks = nn.Sequential()
@@ -287,19 +288,9 @@ class RepOptGhostNet(Network, Deployable):
         return self
 
 
-def build_ghost(*, mode: str, width: float, **arguments: Any) -> RepOptGhostNet:
-    """Return a RepOpt-GhostNet in the mode hs, csla or target, or its baseline RepGhostNet (mode rep).
-
-    The other arguments are those of `RepOptGhostNet`.
-    """
-    ghost = functools.partial(GhostModule, mode=mode) if mode in MODES else RepGhostModule
-    return RepOptGhostNet(width, ghost, **arguments)
-
-
 register(
     {f"RepOpt-GhostNet-{width}x": {"width": width} for width in (0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5, 2.0)},
-    build_ghost,
-    network=RepOptGhostNet,
+    RepOptGhostNet,
     modes=(*MODES, "rep"),
     aliases={"ghost": "RepOpt-GhostNet-0.5x"},
 )

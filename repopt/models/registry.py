@@ -17,10 +17,10 @@ from repopt.models.network import Network
 
 
 class Family(NamedTuple):
-    """Models that share a builder; see `register`."""
+    """Models that share a network; see `register`."""
 
     configs: Mapping[str, Mapping[str, Any]]
-    build: Callable[..., Network]
+    network: Callable[..., Network]
     modes: tuple[str, ...]
     aliases: Mapping[str, str]
 
@@ -38,22 +38,20 @@ _families: dict[str, Family] = {}
 
 def register(
     configs: Mapping[str, Mapping[str, Any]],
-    build: Callable[..., Network],
-    *,
     network: type[Network],
+    *,
     modes: tuple[str, ...],
     aliases: Mapping[str, str] | None = None,
 ) -> None:
     """Make the models of a family known by name, here and in timm's registry.
 
     Args:
-        configs: the arguments that the builder takes for a model, by the model's name ("RepOpt-VGG-B1").
-        build: ``build(mode=..., num_classes=..., **config)``.
-        network: the class of what `build` returns.
-        modes: every mode that the builder knows: those of `repopt.layers` and the family's own baseline.
+        configs: the arguments that the network takes for a model, by the model's name ("RepOpt-VGG-B1").
+        network: ``network(mode=..., num_classes=..., **config)`` creates one.
+        modes: every mode that the network has: those of `repopt.layers` and the family's own baseline.
         aliases: other names of models.
     """
-    family = Family(configs, build, modes, aliases or {})
+    family = Family(configs, network, modes, aliases or {})
     for name in (*family.configs, *family.aliases):
         assert name not in _families, f"{name} is registered twice"
         _families[name] = family
@@ -122,7 +120,7 @@ def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: 
         name: one of `list_models`, or of a library ("timm/efficientnet_b2", "torchvision/vgg16_bn").
         mode: "hs", "csla", "target", or the family's baseline ("repvgg"); "plain" of a library's.
         num_classes: outputs of the classifier.
-        overrides: arguments of the builder, such as ``use_checkpoint=True``.
+        overrides: arguments of the network, such as ``use_checkpoint=True``.
 
     Raises:
         UserError: an unknown name or mode, or arguments that a library's network does not take.
@@ -137,4 +135,4 @@ def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: 
     if mode not in family.modes:
         raise unknown(f"mode of {name}", mode, family.modes)
     config = family.configs[family.aliases.get(name, name)]
-    return family.build(mode=mode, num_classes=num_classes, **{**config, **overrides})
+    return family.network(mode=mode, num_classes=num_classes, **{**config, **overrides})

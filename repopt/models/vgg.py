@@ -16,13 +16,24 @@ from repopt.models.registry import register
 from repopt.models.vgg_blocks import RepVGGBlock, VGGBlock
 
 
+def block_of(mode: str, *, se: bool = False) -> Callable[..., nn.Module]:
+    """Return what makes blocks, of the mode hs, csla or target, else the baseline's.
+
+    It is called with ``(in_channels, out_channels, stride=..., identity=..., initial_scale=...)``.
+    """
+    return functools.partial(VGGBlock, mode=mode, se=se) if mode in MODES else functools.partial(RepVGGBlock, se=se)
+
+
 class RepOptVGG(Network):
-    """RepOpt-VGG, (N, in_chans, H, W) -> (N, num_classes): one stem block, four stages, pooling, linear.
+    """RepOpt-VGG, or its baseline RepVGG, (N, in_chans, H, W) -> (N, num_classes).
+
+    It is one stem block, four stages, pooling and a linear layer.
 
     Args:
         layers: blocks per stage.
         widths: multipliers of the stages' 64, 128, 256 and 512 channels.
-        block: ``block(in_channels, out_channels, stride=..., identity=..., initial_scale=...)`` makes one.
+        mode: "hs", "csla" or "target"; "repvgg" for the baseline.
+        se: whether squeeze-and-excitation follows every block.
         strides: strides of the stem and of the stages' first blocks. A search at another resolution than the
             training's may have others (table 6 of the paper); its blocks, and so its scales, are the same.
         initial_scales: see `initial_scale`.
@@ -34,10 +45,11 @@ class RepOptVGG(Network):
 
     def __init__(
         self,
+        *,
         layers: Sequence[int],
         widths: Sequence[float],
-        block: Callable[..., nn.Module],
-        *,
+        mode: str,
+        se: bool = False,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
         initial_scales: InitialScales = "depth",
         **network: Any,
@@ -47,6 +59,7 @@ class RepOptVGG(Network):
         stem_channels = min(64, channels[0])
         scales = [initial_scale(layer, initial_scales) for layer in range(max(layers))]
         check_strides(strides)
+        block = block_of(mode, se=se)
         first, following = {"identity": False, "initial_scale": scales[0]}, {"identity": True, "stride": 1}
         self.stage0 = block(self.in_chans, stem_channels, stride=strides[0], **first)
         stages, in_channels = [], stem_channels
@@ -66,21 +79,6 @@ class RepOptVGG(Network):
         self._add_head(in_channels)
 
 
-def block_of(mode: str, *, se: bool = False) -> Callable[..., nn.Module]:
-    """Return what makes the blocks of `RepOptVGG`: those of the mode hs, csla or target, else the baseline's."""
-    return functools.partial(VGGBlock, mode=mode, se=se) if mode in MODES else functools.partial(RepVGGBlock, se=se)
-
-
-def build_vgg(
-    *, mode: str, layers: Sequence[int], widths: Sequence[float], se: bool = False, **arguments: Any
-) -> RepOptVGG:
-    """Return a RepOpt-VGG in the mode hs, csla or target, or its baseline RepVGG (mode repvgg).
-
-    The other arguments are those of `RepOptVGG`.
-    """
-    return RepOptVGG(layers, widths, block_of(mode, se=se), **arguments)
-
-
 _B, _L = (4, 6, 16, 1), (8, 14, 24, 1)
 _CONFIGS: dict[str, dict[str, Any]] = {
     "RepOpt-VGG-nano": {"layers": _B, "widths": (0.25, 0.25, 0.25, 0.5)},
@@ -95,4 +93,4 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "RepOpt-VGG-L2-se": {"layers": _L, "widths": (2.5, 2.5, 2.5, 5), "se": True},
 }
 
-register(_CONFIGS, build_vgg, network=RepOptVGG, modes=(*MODES, "repvgg"))
+register(_CONFIGS, RepOptVGG, modes=(*MODES, "repvgg"))
