@@ -44,19 +44,19 @@ def write(
         UserError: it cannot be written; what stood there before is whole.
     """
     path = Path(path)
-    beside = path.with_name(f"{path.name}.writing")
-    beside.unlink(missing_ok=True)  # that of a process that was killed may have got other names already
+    temporary = path.with_name(f"{path.name}.writing")
+    temporary.unlink(missing_ok=True)  # that of a process that was killed may have got other names already
     try:
-        torch.save(dict(content), beside)
-        with beside.open("r+b") as file:
+        torch.save(dict(content), temporary)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         if before_replacing is not None:
-            before_replacing(beside)
-        beside.replace(path)
+            before_replacing(temporary)
+        temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise UserError(f"cannot write {str(path)!r}: {reason}; what was saved before is whole") from None
 

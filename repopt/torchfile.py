@@ -109,7 +109,7 @@ def _records(file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             _refuse(f"its entry {shown(info.filename)} does not lie below {shown(folder)}")
         if info.compress_type != zipfile.ZIP_STORED:
             _refuse(f"its entry {shown(info.filename)} is compressed")
-        if reason := archive.flaw(info):
+        if reason := archive.invalid_reason(info):
             _refuse(f"its entry {shown(info.filename)} {reason}")
         records[info.filename.removeprefix(folder)] = info
     if "data.pkl" not in records:

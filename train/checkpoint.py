@@ -133,18 +133,18 @@ def link_or_copy(file: Path, name: Path) -> None:
     """Make a file known by another name as well, at once: a hard link, or a copy where there are none."""
     if name.is_file() and name.samefile(file):
         return  # renaming one link over another would leave both
-    beside = name.with_name(f"{name.name}.writing")
-    beside.unlink(missing_ok=True)
+    temporary = name.with_name(f"{name.name}.writing")
+    temporary.unlink(missing_ok=True)
     try:
         try:
-            beside.hardlink_to(file)
+            temporary.hardlink_to(file)
         except OSError:
-            shutil.copyfile(file, beside)
-            with beside.open("r+b") as copy:
+            shutil.copyfile(file, temporary)
+            with temporary.open("r+b") as copy:
                 os.fsync(copy.fileno())
-        beside.replace(name)
+        temporary.replace(name)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

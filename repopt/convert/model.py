@@ -108,8 +108,8 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
     `nn.Sequential` and `nn.ModuleList`, and from every block that changes width or resolution.
 
     Args:
-        model: with modules of registered types (`register_block`; timm's repvgg, mobileone and repghost are). It stays
-            as it is.
+        model: a network with modules of registered types (`register_block`; those of timm's repvgg, mobileone and
+            repghost are). It stays as it is.
         mode: "hs", "csla" or "target".
 
     Raises:
@@ -152,7 +152,7 @@ def _converted(module: nn.Module, path: str, mode: Mode, depth: _Depth) -> nn.Mo
             raise UserError("its forward hooks would be lost")
         new = ConvertedBlock(depth.scaled(_declare[cls](module)), mode)
     except UserError as error:
-        place = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
-        raise UserError(f"cannot convert {place}: {error}") from None
+        which = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
+        raise UserError(f"cannot convert {which}: {error}") from None
     like = next(module.parameters())
     return new.to(like.device, like.dtype).train(module.training)

@@ -46,7 +46,7 @@ class PyramidBackbone(nn.Module):
         name: str,
         *,
         mode: str,
-        neck: str,
+        neck: str = PLAIN,
         channels: int,
         strides: Sequence[int] = STRIDES,
         initial_scales: InitialScales = "depth",

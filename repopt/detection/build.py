@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
@@ -15,11 +16,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from repopt.detection.backbone import LEVELS, PLAIN, STRIDES, PyramidBackbone
+from repopt.detection.backbone import LEVELS, PyramidBackbone
 from repopt.detection.cascade import STAGES, CascadeHeads, Stage
 from repopt.detection.parts import Anchors, BoxPredictor, ClassAgnosticPredictor, MaskPredictor, RPNHead
 from repopt.errors import unknown
-from repopt.layers import InitialScales
 
 FASTER, MASK, CASCADE = HEADS = ("faster", "mask", "cascade")
 WITH_MASKS = (MASK, CASCADE)
@@ -47,7 +47,6 @@ def create_detector(
     mode: str,
     num_classes: int,
     head: str = MASK,
-    neck: str = PLAIN,
     channels: int = 256,
     hidden: int = 1024,
     rois: int = 512,
@@ -56,15 +55,12 @@ def create_detector(
     anchor_scale: int = 8,
     mean: Sequence[float],
     std: Sequence[float],
-    strides: Sequence[int] = STRIDES,
-    initial_scales: InitialScales = "depth",
-    freeze_batch_norm: bool = False,
-    use_checkpoint: bool = False,
+    **backbone: Any,
 ) -> Detector:
     """Create a detector with default initialization.
 
     Args:
-        name, mode, neck, strides, initial_scales, freeze_batch_norm, use_checkpoint: see `PyramidBackbone`.
+        name, mode: see `PyramidBackbone`.
         num_classes: classes of objects; the background is none.
         head: Faster R-CNN ("faster"), Mask R-CNN ("mask") or Cascade Mask R-CNN ("cascade").
         channels: channels of the feature pyramid and of the mask heads.
@@ -74,23 +70,16 @@ def create_detector(
         max_size: largest length of the longer side.
         anchor_scale: side of a level's anchors, in its pixels.
         mean, std: mean and standard deviation by which the channels of images are normalised.
+        backbone: the other arguments of `PyramidBackbone`: ``neck``, ``strides``, ``initial_scales``,
+            ``use_checkpoint``, ``freeze_batch_norm``.
 
     Raises:
         UserError: an unknown head, or see `PyramidBackbone`.
     """
     if head not in HEADS:
         raise unknown("detection head", head, HEADS)
-    backbone = PyramidBackbone(
-        name,
-        mode=mode,
-        neck=neck,
-        channels=channels,
-        strides=strides,
-        initial_scales=initial_scales,
-        use_checkpoint=use_checkpoint,
-        freeze_batch_norm=freeze_batch_norm,
-    )
-    reductions, classes = backbone.reductions, num_classes + 1
+    pyramid = PyramidBackbone(name, mode=mode, channels=channels, **backbone)
+    reductions, classes = pyramid.reductions, num_classes + 1
     box_pool, mask_pool = _pool(7, reductions), _pool(14, reductions)
 
     def heads(stage: Stage, predictor: type[BoxPredictor]) -> RoIHeads:
@@ -122,7 +111,7 @@ def create_detector(
     else:
         roi_heads = heads(STAGES[0], BoxPredictor)
     transform = GeneralizedRCNNTransform(tuple(sizes), max_size, mean, std, size_divisible=reductions[-1])
-    detector = Detector(backbone, _rpn(channels, reductions, anchor_scale), roi_heads, transform)
+    detector = Detector(pyramid, _rpn(channels, reductions, anchor_scale), roi_heads, transform)
     detector.masks = head in WITH_MASKS
     return detector
 
