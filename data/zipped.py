@@ -156,7 +156,7 @@ def _find_entries(path: Path, split: str, map_file: str, names: list[str]) -> li
         where = f"{map_file}, line {line}"
         if info is None or info.is_dir():
             raise UserError(f"{where}: no image {shown(name)} in {str(path)!r}")
-        if reason := archive.flaw(info):
+        if reason := archive.invalid_reason(info):
             raise UserError(f"{where}: {shown(name)} {reason}")
         if info.file_size > _MAX_IMAGE_BYTES:
             raise UserError(f"{where}: {shown(name)} is no image, it has {info.file_size} bytes")
@@ -189,7 +189,7 @@ def _read_map(root: str, split: str, path: Path) -> Map:
             raise UserError(f"no {beside.name} in {root!r} or in {path.name} (lines of: path, tab, class index)")
         name = f"{path}@/{shown(inside[0].filename)[1:-1]}"
         _check_map_size(name, inside[0].file_size)
-        if reason := archive.flaw(inside[0]):
+        if reason := archive.invalid_reason(inside[0]):
             raise UserError(f"cannot read {name!r}: it {reason}")
         try:
             content = zip_file.read(inside[0])

@@ -63,7 +63,7 @@ class PreparedModel(ModuleWrapper):
         The ranges of weights are always those of the present weights.
         """
         self._switch(mode)
-        for observer in self._of_activations():
+        for observer in self._activation_quantizers():
             (pt2e.enable_observer if mode else pt2e.disable_observer)(observer)
         return self
 
@@ -85,10 +85,10 @@ class PreparedModel(ModuleWrapper):
 
     def average_over(self, batches: float) -> None:
         """Let the next batch count as one of so many in the ranges of activations, where they are averages."""
-        for observer in self._of_activations():
+        for observer in self._activation_quantizers():
             observer.activation_post_process.averaging_constant = 1 / batches
 
-    def _of_activations(self) -> Iterator[Any]:
+    def _activation_quantizers(self) -> Iterator[Any]:
         yield from (module for module in self.network.modules() if isinstance(module, FakeQuantizedActivation))
 
 

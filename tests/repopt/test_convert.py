@@ -20,7 +20,7 @@ from train_helpers import run_epoch
 import data
 import repopt
 from repopt import Block, ConvBranch, Declaration, IdentityBranch, Target, UserError
-from repopt.convert import registry
+from repopt.convert import model as registry
 from repopt.layers import MODES, batch_norm_as_affine
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "converting.md"
