@@ -69,12 +69,10 @@ class DemoRun:
     @property
     def command(self) -> list[str]:
         """The arguments of main_repopt.py."""
-        arguments = ["--arch", self.arch, "--tag", f"seed{self.seed}"]
-        arguments += ["--output", str(self.family.folder)]
-        arguments += ["--cfg", f"configs/digits/{'search' if self.mode == 'hs' else 'train'}.yaml"]
-        for search in self.needs:
-            arguments += ["--scales-path", str(search.folder / "scales.pth")]
-        return [*arguments, "--opts", "SEED", str(self.seed)]
+        recipe = f"configs/digits/{'search' if self.mode == 'hs' else 'train'}.yaml"
+        scales = [word for run in self.needs for word in ("--scales-path", str(run.folder / "scales.pth"))]
+        arguments = ["--arch", self.arch, "--tag", f"seed{self.seed}", "--output", str(self.family.folder)]
+        return [*arguments, "--cfg", recipe, *scales, "--opts", "SEED", str(self.seed)]
 
 
 def runs_of(family: Family) -> dict[str, list[DemoRun]]:
@@ -89,25 +87,20 @@ def runs_of(family: Family) -> dict[str, list[DemoRun]]:
 
 
 def main() -> None:
-    """Run what is not done yet, then show it."""
+    """Run what is not done yet, several at a time, then show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="?", default="vgg", choices=FAMILIES)
     family = FAMILIES[parser.parse_args().family]
-    os.chdir(_root.ROOT)
-    started = time.perf_counter()
-    train_all(family)
-    report(family)
-    print(f"{time.perf_counter() - started:.0f} seconds; pictures and runs are in {family.folder}/")
-
-
-def train_all(family: Family) -> None:
-    """Train every run, several at a time; those that need the searched scales wait for them."""
     from tqdm import tqdm
 
+    os.chdir(_root.ROOT)
+    started = time.perf_counter()
     runs = [run for group in runs_of(family).values() for run in group]
     runs.sort(key=lambda run: run.mode != "hs")  # the search first: others wait for it
     with tqdm(total=EPOCHS * len(runs), unit="epoch", desc=f"{len(runs)} runs") as bar:
         run_side_by_side(runs, lambda: bar.update(sum(len(epochs_of(run.folder)) for run in runs) - bar.n))
+    report(family)
+    print(f"{time.perf_counter() - started:.0f} seconds; pictures and runs are in {family.folder}/")
 
 
 def report(family: Family) -> None:
@@ -134,9 +127,8 @@ def report(family: Family) -> None:
     print(table)
     (family.folder / "results.md").write_text(table + "\n")
     plot_scores(curves, family.folder / "accuracy.png", measure="top-1")
-    search = DemoRun(family, "hs")
-    model = repopt.create_model(family.model, mode=search.mode)
-    plot_scales(model, repopt.load_scales(search.folder / "scales.pth"), family.folder / "scales.png")
+    scales = repopt.load_scales(DemoRun(family, "hs").folder / "scales.pth")
+    plot_scales(repopt.create_model(family.model, mode="hs"), scales, family.folder / "scales.png")
 
 
 def spread(values: Sequence[float]) -> str:

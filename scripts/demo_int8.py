@@ -10,6 +10,7 @@ everything goes to output/demo/int8/. A second start goes on where the first sto
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -18,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import _root
 from demo import FAMILIES, SEEDS, DemoRun, Family, spread
@@ -92,15 +93,11 @@ def run(family: Family) -> None:
     from repopt.quantization import PRESETS
 
     started = time.perf_counter()
-    every = [
-        Quantization(DemoRun(family, mode, seed), method, preset)
-        for mode in networks_of(family).values()
-        for seed in SEEDS
-        for method in METHODS
-        for preset in PRESETS
-    ]
-    for missing in {str(q.run.folder / "latest.pth") for q in every if not (q.run.folder / "latest.pth").is_file()}:
-        raise UserError(f"{missing} is not there yet: run the demo before (bash scripts/demo.sh)")
+    cases = itertools.product(networks_of(family).values(), SEEDS, METHODS, PRESETS)
+    every = [Quantization(DemoRun(family, mode, seed), method, preset) for mode, seed, method, preset in cases]
+    for checkpoint in (quantization.run.folder / "latest.pth" for quantization in every):
+        if not checkpoint.is_file():
+            raise UserError(f"{checkpoint} is not there yet: run the demo before (bash scripts/demo.sh)")
     todo = [quantization for quantization in every if not quantization.folder.exists()]
     with tqdm(total=len(todo), unit="network", desc="quantizing") as bar:
         run_side_by_side(todo, lambda: bar.update(sum(q.folder.exists() for q in todo) - bar.n))
@@ -113,16 +110,16 @@ def report(family: Family, every: Sequence[Quantization]) -> None:
     from benchmarks.report import as_table
     from plots import plot_by_depth
 
-    rows, layers = [], {}
-    panels: dict[str, Any] = {}
+    rows, layers = [], list[str]()
+    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
     for preset in dict.fromkeys(quantization.preset for quantization in every):
         for network, mode in networks_of(family).items():
-            ptq, qat = (
-                [q for q in every if (q.run.mode, q.preset, q.method) == (mode, preset, method)] for method in METHODS
-            )
-            ratios = [q.signal_to_noise() for q in ptq]
-            layers = {layer: statistics.mean(r[layer] for r in ratios) for layer in ratios[0]}
-            panels.setdefault(f"{preset} (dB)", {})[network] = {"PTQ": list(layers.values())}
+            of_network = [q for q in every if (q.run.mode, q.preset) == (mode, preset)]
+            ptq, qat = ([q for q in of_network if q.method == method] for method in METHODS)
+            layers = [*ptq[0].signal_to_noise()]
+            ratios = [[*q.signal_to_noise().values()] for q in ptq]
+            means = [statistics.mean(of_layer) for of_layer in zip(*ratios, strict=True)]
+            panels.setdefault(f"{preset} (dB)", {})[network] = {"PTQ": means}
             rows.append(
                 {
                     "preset": preset,
@@ -131,15 +128,15 @@ def report(family: Family, every: Sequence[Quantization]) -> None:
                     "PTQ": spread([q.top1("INT8") for q in ptq]),
                     "PTQ, onnxruntime": spread([q.top1("INT8, onnxruntime") for q in ptq]),
                     "QAT": spread([q.top1("INT8") for q in qat]),
-                    "signal to noise of the logits, PTQ (dB)": spread([list(r.values())[-1] for r in ratios]),
-                    "of the worst layer": spread([min(r.values()) for r in ratios]),
+                    "signal to noise of the logits, PTQ (dB)": spread([r[-1] for r in ratios]),
+                    "of the worst layer": spread([min(r) for r in ratios]),
                 }
             )
     folder = family.folder / "int8"
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (folder / "results.md").write_text(as_table(rows) + "\n")
     print(as_table(rows))
-    plot_by_depth(panels, list(layers), folder / "signal_to_noise.png")
+    plot_by_depth(panels, layers, folder / "signal_to_noise.png")
 
 
 if __name__ == "__main__":
