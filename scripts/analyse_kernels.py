@@ -94,7 +94,7 @@ def analyse(files: Sequence[str], archs: Sequence[str] | None, layer: str | None
         layer = papers_layer(models[names[0]], layers)
     elif layer not in layers:
         raise unknown("layer", layer, layers)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"network": name, "layer": path, "form": form, **statistics(kernel)}
         for path in layers
         for name, blocks in networks.items()
