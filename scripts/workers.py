@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +30,37 @@ class Job(Protocol):
     @property
     def needs(self) -> Sequence[Job]:
         """The jobs that come before."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job that writes to the folder <output>/<arch>/<tag>.
+
+    Attributes:
+        script: whose `main` takes the command line.
+        cfg, arch, tag, output: of the command line.
+        arguments: the rest of it; --opts comes last.
+        needs: the runs that come before.
+    """
+
+    script: str
+    cfg: str
+    arch: str
+    tag: str
+    output: Path
+    arguments: tuple[str, ...]
+    needs: tuple[Run, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it writes to."""
+        return self.output / self.arch / self.tag
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments."""
+        own = {"--arch": self.arch, "--tag": self.tag, "--output": str(self.output), "--cfg": self.cfg}
+        return [*itertools.chain(*own.items()), *self.arguments]
 
 
 def run_side_by_side(jobs: Sequence[Job], watch: Callable[[], object]) -> None:
