@@ -84,7 +84,7 @@ class Training(NamedTuple):
         return self.folder(self.part) / "done"
 
     def train(self, deadline: float) -> Row:
-        """Train for as many epochs as end before `deadline` (of time.monotonic); what was found.
+        """Train for as many epochs as end before `deadline` (of time.monotonic), and return what was found.
 
         Raises:
             UserError: not one epoch does.
@@ -103,7 +103,7 @@ class Training(NamedTuple):
         }
 
     def _that_fit(self, deadline: float) -> int:
-        """Epochs; a tenth of the time is kept for evaluations and checkpoints on the way."""
+        """Return how many epochs fit; a tenth of the time is kept for evaluations and checkpoints on the way."""
         started = time.monotonic()
         self._run("speed", self.tried)
         ended = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the commands beside it have in common."""
+"""How the commands beside it make their programs, and draw what their networks predict."""
 
 from __future__ import annotations
 
