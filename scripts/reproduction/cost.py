@@ -10,7 +10,7 @@ from torch import nn
 
 from repopt.models import parse_arch
 from reproduction import paper
-from reproduction.quantities import multiply_adds, network
+from reproduction.experiment import multiply_adds, network
 from reproduction.run import QAT, TRAIN, ExperimentRun
 
 TRAINING_IMAGES = {"imagenet": 1_281_167, "cf100": 50_000, "caltech256": 257 * 60}

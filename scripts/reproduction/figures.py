@@ -18,7 +18,7 @@ import repopt
 from repopt.layers import RepConv2d
 from repopt.models import parse_arch
 from repopt.reparam import key_of
-from reproduction.quantities import kernels
+from reproduction.experiment import kernels
 from reproduction.run import ExperimentRun
 
 First = Mapping[str, ExperimentRun]

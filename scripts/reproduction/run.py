@@ -68,7 +68,7 @@ class Training:
 
     Attributes:
         name: of its runs.
-        arch: of main_repopt.py; None: that of `of`.
+        arch: of main_repopt.py; empty: that of `of`.
         cfg: recipe.
         kind: how it is run.
         settings: keys and values over the recipe.
@@ -80,7 +80,7 @@ class Training:
     """
 
     name: str
-    arch: str | None
+    arch: str = ""
     cfg: str | None = None
     kind: Kind = TRAIN
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import reproduce
 import torch
-from reproduction import cost, figures, paper, quantities, result, tables
-from reproduction.experiment import Experiment, Row
-from reproduction.quantities import score
+from reproduction import cost, experiment, figures, paper, result, tables
+from reproduction.experiment import Experiment, Row, score
 from reproduction.run import FOLDERS, SPEED, ExperimentRun, Training, with_needs
 from reproduction.tables import EXPERIMENTS
 from torch import nn
@@ -114,7 +113,7 @@ def test_hours_are_the_papers_speed():
     epochs_of_images = 120 * 1_281_167 / 3600
     assert cost.gpu_hours(runs["target-seed0"]) == pytest.approx(epochs_of_images / 380)
     assert cost.gpu_hours(runs["repvgg-l2-seed0"]) == pytest.approx(epochs_of_images / 82)
-    vgg16 = quantities.multiply_adds("torchvision/vgg16_bn") / quantities.multiply_adds("RepOpt-VGG-B1-target")
+    vgg16 = experiment.multiply_adds("torchvision/vgg16_bn") / experiment.multiply_adds("RepOpt-VGG-B1-target")
     assert cost.gpu_hours(runs["vgg16-seed0"]) == pytest.approx(epochs_of_images / 380 * vgg16)
     small = (32 / 224) ** 2
     assert cost.gpu_hours(runs["search-seed0"]) == pytest.approx(240 * 50_000 / 3600 / 380 * small, rel=0.02)
@@ -127,10 +126,10 @@ def test_counts_are_those_of_table_1(name):
     """The paper rounds the multiply-adds of B1 up and those of L1 down."""
     there = paper.read("table1_architecture").row([name])
     arch = f"{name}-target"
-    assert quantities.layers(arch) == there["layers of the four stages"]
-    assert quantities.channels(arch) == there["channels of the four stages"]
-    assert quantities.deployed_parameters(arch) == pytest.approx(there["params (M)"], abs=0.05)
-    assert quantities.multiply_adds(arch) == pytest.approx(there["FLOPs (B multiply-adds)"], abs=0.1)
+    assert experiment.layers(arch) == there["layers of the four stages"]
+    assert experiment.channels(arch) == there["channels of the four stages"]
+    assert experiment.deployed_parameters(arch) == pytest.approx(there["params (M)"], abs=0.05)
+    assert experiment.multiply_adds(arch) == pytest.approx(there["FLOPs (B multiply-adds)"], abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["B1", "B2", "L1", "L2"])
@@ -138,8 +137,8 @@ def test_parameters_are_those_of_table_2(name):
     for label, arch in ((f"RepOpt-VGG-{name}", "target"), (f"RepVGG-{name}", "repvgg")):
         there = paper.read("table2_imagenet_2080ti").row([label])
         arch = f"RepOpt-VGG-{name}-{arch}"
-        assert quantities.parameters(arch) == pytest.approx(there["train params (M)"], abs=0.1)
-        assert quantities.deployed_parameters(arch) == pytest.approx(there["inference params (M)"], abs=0.05)
+        assert experiment.parameters(arch) == pytest.approx(there["train params (M)"], abs=0.1)
+        assert experiment.deployed_parameters(arch) == pytest.approx(there["inference params (M)"], abs=0.05)
 
 
 @pytest.mark.parametrize("arch", sorted({arch: name for name, arch in list_archs().items()}.values()))
@@ -159,7 +158,7 @@ def test_multiply_adds_of_every_architecture(arch):
         kernel = module.kernel()
         total += len(kernel) * height * width * kernel[0].numel()
 
-    model = quantities.network(arch)
+    model = experiment.network(arch)
     handles = []
     for module in model.modules():
         if isinstance(module, RepConv2d) and module.mode != "target":  # convolves by itself, before what follows it
@@ -172,7 +171,7 @@ def test_multiply_adds_of_every_architecture(arch):
     finally:
         for handle in handles:
             handle.remove()
-    assert quantities.multiply_adds(arch, 64) == pytest.approx(total / 1e9, rel=1e-12)
+    assert experiment.multiply_adds(arch, 64) == pytest.approx(total / 1e9, rel=1e-12)
 
 
 def test_the_share_of_the_identity():
