@@ -129,18 +129,17 @@ def kernel_std(training: Training, form: str, part: str) -> Cell:
     """Return a cell with the standard deviation of the paper's layer: "std", "central" or "surrounding"."""
 
     def value(run: ExperimentRun) -> float | None:
-        layer, forms = kernels(run)
-        return analyse_kernels.statistics(forms[layer][form])[part]
+        return analyse_kernels.statistics(kernels(run)[form])[part]
 
     return Cell(training, value, decimals=4)
 
 
 @functools.lru_cache(maxsize=8)
-def kernels(run: ExperimentRun) -> tuple[str, Mapping[str, Mapping[str, Tensor]]]:
-    """Return the layer that the paper shows, and all kernels of a trained network by layer and form."""
+def kernels(run: ExperimentRun) -> Mapping[str, Tensor]:
+    """Return the kernels of a trained network, by form, in the layer that the paper shows."""
     model = trained.read(run.folder / "latest.pth", run.arch).network()
     forms = analyse_kernels.forms_of(model)
-    return analyse_kernels.papers_layer(model, list(forms)), forms
+    return forms[analyse_kernels.papers_layer(model, list(forms))]
 
 
 # --- numbers of architectures: nothing is run

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import reproduce
 import torch
-from reproduction import cost, experiment, figures, paper, result, tables
+from reproduction import experiment, figures, paper, result, tables
 from reproduction.experiment import Experiment, Row, score
 from reproduction.run import FOLDERS, SPEED, ExperimentRun, Training, with_needs
 from reproduction.tables import EXPERIMENTS
@@ -63,7 +63,7 @@ def test_every_command_can_be_typed(scale, monkeypatch):
     monkeypatch.chdir(ROOT)
     folders = {}
     for name, run in every_run(scale):
-        words = shlex.split(run.shell_line(run.training.gpus))
+        words = shlex.split(run.shell_line(scale))
         assert words[0] in ("torchrun", "python")
         assert (ROOT / run.script).is_file()
         assert words[-len(run.command) :] == run.command
@@ -111,14 +111,14 @@ def test_the_papers_setting():
 def test_hours_are_the_papers_speed():
     runs = {run.folder.name: run for name, run in every_run("full") if name in ("table 2", "table 3", "table 12")}
     epochs_of_images = 120 * 1_281_167 / 3600
-    assert cost.gpu_hours(runs["target-seed0"]) == pytest.approx(epochs_of_images / 380)
-    assert cost.gpu_hours(runs["repvgg-l2-seed0"]) == pytest.approx(epochs_of_images / 82)
+    assert reproduce.gpu_hours(runs["target-seed0"]) == pytest.approx(epochs_of_images / 380)
+    assert reproduce.gpu_hours(runs["repvgg-l2-seed0"]) == pytest.approx(epochs_of_images / 82)
     vgg16 = experiment.multiply_adds("torchvision/vgg16_bn") / experiment.multiply_adds("RepOpt-VGG-B1-target")
-    assert cost.gpu_hours(runs["vgg16-seed0"]) == pytest.approx(epochs_of_images / 380 * vgg16)
+    assert reproduce.gpu_hours(runs["vgg16-seed0"]) == pytest.approx(epochs_of_images / 380 * vgg16)
     small = (32 / 224) ** 2
-    assert cost.gpu_hours(runs["search-seed0"]) == pytest.approx(240 * 50_000 / 3600 / 380 * small, rel=0.02)
-    assert cost.gpu_hours(runs["target-ghost-seed0"]) is None
-    assert cost.gpu_hours(runs["speed-seed0"]) is None
+    assert reproduce.gpu_hours(runs["search-seed0"]) == pytest.approx(240 * 50_000 / 3600 / 380 * small, rel=0.02)
+    assert reproduce.gpu_hours(runs["target-ghost-seed0"]) is None
+    assert reproduce.gpu_hours(runs["speed-seed0"]) is None
 
 
 @pytest.mark.parametrize("name", ["RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2"])
@@ -242,8 +242,8 @@ def declare(monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def declare(experiments):
-        for name, experiment in experiments.items():
-            monkeypatch.setitem(EXPERIMENTS, name, experiment)
+        for name, declared in experiments.items():
+            monkeypatch.setitem(EXPERIMENTS, name, declared)
 
     return declare
 
