@@ -12,7 +12,7 @@ from repopt.layers import Deployable
 
 @torch.no_grad()
 def deploy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode whose batch norms and branches are folded into convolutions with biases; the same function.
+    """Return a copy in eval mode, the same function, whose batch norms and branches are folded into convolutions.
 
     Args:
         model: any of ours, in any mode; one that is deployed already stays as it is.
