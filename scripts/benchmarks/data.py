@@ -7,8 +7,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import io
 import itertools
 import os
+import random
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
@@ -24,7 +27,6 @@ from torchvision.transforms import v2
 import data
 from benchmarks import baseline
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.photographs import photographs
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave
 from benchmarks.training_step import memory_format_on
@@ -40,6 +42,7 @@ from data.types import EncodedImages
 from data.zipped import CACHE_MODES
 from repopt.errors import UserError
 
+SIZE = (500, 375)  # of a photograph: ImageNet's most frequent one
 BATCH = 32
 IMAGE_SIZE = 224
 SMALL_BATCH = 128  # of images of 32 x 32
@@ -76,21 +79,36 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     try:
         rounds = rounds_of(arguments)
         if arguments.only != SMALL_IMAGES:
-            yield from large_images(photographs(max(arguments.images, BATCH)), rounds)
+            encoded = photographs(max(arguments.images, BATCH))
+            kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
+            batch = f"{BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}"
+            yield f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {batch}, one core", presets(encoded, rounds)
+            with image_files(encoded) as root:
+                yield "The same images from files: reading them", reading(root, rounds)
+                yield "The same images from files: worker processes, raug15, uint8", workers(root, rounds)
         title = "Images of 32 x 32 -> normalised batches on the device, one core"
         yield title, small_images(arguments.small_images, device, rounds.some(10))
     finally:
         torch.set_num_threads(threads)
 
 
-def large_images(encoded: list[bytes], rounds: Rounds) -> Iterator[Table]:
-    """From their bytes, from files, and by worker processes."""
-    kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
-    batch = f"{BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}"
-    yield f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {batch}, one core", presets(encoded, rounds)
-    with image_files(encoded) as root:
-        yield "The same images from files: reading them", reading(root, rounds)
-        yield "The same images from files: worker processes, raug15, uint8", workers(root, rounds)
+def photographs(count: int) -> list[bytes]:
+    """Return JPEGs that all differ: random regions of scikit-learn's two sample photographs."""
+    from sklearn.datasets import load_sample_images
+
+    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    draw = random.Random(0)
+    encoded = []
+    for number in range(count):
+        original = originals[number % len(originals)]
+        width = draw.randint(400, 569)  # of 640 x 427, at the ratio of 4 : 3
+        height = width * SIZE[1] // SIZE[0]
+        left, top = draw.randint(0, original.width - width), draw.randint(0, original.height - height)
+        image = original.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        encoded.append(buffer.getvalue())
+    return encoded
 
 
 def presets(encoded: list[bytes], rounds: Rounds) -> list[Row]:
@@ -188,13 +206,16 @@ def reading(root: Path, rounds: Rounds) -> list[Row]:
         share = " (of 2 processes)" if mode == "part" else ""
         opened[f"zip, cache {mode}{share}"] = opened_at(root, zip_mode=True, cache_mode=mode)
 
-    def every_image(name: str) -> Step:
-        # A process reads those of its own shard, which are what it caches in part.
-        return lambda: [opened[name].read(index) for index in range(0, len(opened[name].labels), 2)]
+    # A process reads those of its own shard, which are what it caches in part.
+    shard = range(0, len(opened["class folders"].labels), 2)
 
-    seconds = interleave({name: every_image(name) for name in opened}, torch.device("cpu"), rounds=rounds)
-    count = len(range(0, len(opened["class folders"].labels), 2))
-    return [{"images": name, "us per image": 1e6 * own / count} for name, own in seconds.items()]
+    def read(images: EncodedImages) -> None:
+        for index in shard:
+            images.read(index)
+
+    steps = {name: functools.partial(read, images) for name, images in opened.items()}
+    seconds = interleave(steps, torch.device("cpu"), rounds=rounds)
+    return [{"images": name, "us per image": 1e6 * own / len(shard)} for name, own in seconds.items()]
 
 
 def opened_at(root: Path, **how: Any) -> EncodedImages:
@@ -206,29 +227,16 @@ def opened_at(root: Path, **how: Any) -> EncodedImages:
 def workers(root: Path, rounds: Rounds) -> list[Row]:
     """uint8 batches of raug15 from one and two worker processes; nothing is done with them."""
     images = opened_at(root)
-    loaders = {}
+    epoch = [[(0, i) for i in batch.tolist()] for batch in torch.arange(len(images.labels)).split(BATCH)]
+    settings: dict[str, Any] = {"batch_sampler": epoch, "collate_fn": Collate(raise_on_bad), "persistent_workers": True}
+    epochs: dict[int, Step] = {}
     for count in range(1, min(2, os.cpu_count() or 1) + 1):
-        epoch = [[(0, i) for i in batch.tolist()] for batch in torch.arange(len(images.labels)).split(BATCH)]
-        loaders[str(count)] = DataLoader(
-            decoded(images, "raug15"),
-            batch_sampler=epoch,
-            collate_fn=Collate(raise_on_bad),
-            num_workers=count,
-            persistent_workers=True,
-        )
-    seconds = interleave(
-        {name: functools.partial(list, loader) for name, loader in loaders.items()},
-        torch.device("cpu"),
-        rounds=rounds.some(4),
-        warm_up=1,
-    )
+        loader = DataLoader(decoded(images, "raug15"), num_workers=count, **settings)
+        epochs[count] = functools.partial(list, loader)
+    seconds = interleave(epochs, torch.device("cpu"), rounds=rounds.some(4), warm_up=1)
     return [
-        {
-            "worker processes": int(name),
-            "images/s": len(images.labels) / own,
-            "efficiency": seconds["1"] / own / int(name),
-        }
-        for name, own in seconds.items()
+        {"worker processes": count, "images/s": len(images.labels) / own, "efficiency": seconds[1] / own / count}
+        for count, own in seconds.items()
     ]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import operator
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,16 +129,16 @@ def kernels(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tab
         steps()
         synchronize(device)
     events = [event for event in seen.key_averages() if not event.is_user_annotation]
-    microseconds = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in events}
-    whole = sum(microseconds.values())
+    microseconds = operator.attrgetter("self_device_time_total" if gpu else "self_cpu_time_total")
+    whole = sum(map(microseconds, events))
     rows: list[Row] = [
         {
             "kernel": " ".join(event.key.split())[:80].replace("|", " "),
             "launches per step": event.count / PROFILED,
-            "ms per step": 1e-3 * microseconds[event.key] / PROFILED,
-            "share %": 100 * microseconds[event.key] / whole,
+            "ms per step": 1e-3 * microseconds(event) / PROFILED,
+            "share %": 100 * microseconds(event) / whole,
         }
-        for event in sorted(events, key=lambda event: microseconds[event.key], reverse=True)[:KERNELS]
+        for event in sorted(events, key=microseconds, reverse=True)[:KERNELS]
     ]
     each = 1e-3 * whole / PROFILED
     yield f"A step of the hyper-search of {arguments.arch}, compile {mode}: {each:.2f} ms in kernels", rows

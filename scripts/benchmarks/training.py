@@ -9,7 +9,7 @@ import functools
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from reproduction import paper
@@ -64,13 +64,11 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     peak = matrix_rate(device)
     of = f"images of {size} x {size}, compile"
     title = f"Batches of {batch_size} {of} {mode}; the device's measured peak is {peak / 1e12:.2f} TFLOP/s"
-    rows: list[Row] = []
-    largest: list[Row] = []
-    beside: list[Row] = []
+    rows, largest, beside = list[Row](), list[Row](), list[Row]()
     for arch in arguments.arch:
         makes = {kind: maker(arch, kind, device, size, mode) for kind in MODE_OF}
-        plain = maker(arch, REPOPT, device, size, mode, textbook=True)
-        own = speeds(makes | {"textbook": plain}, batch_size, rounds, peak)
+        textbook = maker(arch, REPOPT, device, size, "off", textbook=True)
+        own = speeds(makes | {"textbook": textbook}, batch_size, rounds, peak)
         if arguments.no_largest:
             rows += [{"model": arch, "training": kind, **row} for kind, row in own.items()]
             yield title, rows
@@ -80,13 +78,11 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
         memories = {kind: memory(make, batch_size) for kind, make in makes.items()}
         available = memory_of(device)
         most = {kind: found.largest_batch(available) for kind, found in memories.items()}
-        of_largest = {}
-        if gpu:
-            of_largest = {k: at_most(make, most[k], rounds, peak) for k, make in makes.items()}
-            most = {kind: row["batch"] for kind, row in of_largest.items()}
-            for kind, row in of_largest.items():
-                ratio = row["images/s"] / of_largest[REPVGG]["images/s"]
-                largest.append({"model": arch, "training": kind, **row, "speed / RepVGG": ratio})
+        of_largest = {k: at_most(make, most[k], rounds, peak) for k, make in makes.items()} if gpu else {}
+        for kind, row in of_largest.items():
+            most[kind] = row["batch"]
+            ratio = row["images/s"] / of_largest[REPVGG]["images/s"]
+            largest.append({"model": arch, "training": kind, **row, "speed / RepVGG": ratio})
         rows += [
             {
                 "model": arch,
@@ -108,19 +104,12 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 
 def maker(arch: str, kind: str, device: torch.device, size: int, mode: str, *, textbook: bool = False) -> Make:
-    """Makes the step of a network by its batch size, as `main_repopt.py` trains it or as textbooks do."""
+    """Return what makes the step of a network by its batch size, as `main_repopt.py` trains it or as textbooks do."""
 
     def make(batch_size: int) -> TrainingStep:
         _forget(device)
-        return TrainingStep(
-            arch,
-            device,
-            mode=MODE_OF[kind],
-            batch_size=batch_size,
-            image_size=size,
-            textbook=textbook,
-            compile_mode="off" if textbook else mode,
-        )
+        shape: dict[str, Any] = {"batch_size": batch_size, "image_size": size}
+        return TrainingStep(arch, device, mode=MODE_OF[kind], **shape, textbook=textbook, compile_mode=mode)
 
     return make
 
