@@ -56,7 +56,7 @@ class InMemory:
         self.encoded, self.labels = encoded, torch.arange(len(encoded))
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image."""
+        """Return the encoded bytes of one image."""
         return self.encoded[index]
 
     def name(self, index: int) -> str:
@@ -112,7 +112,7 @@ def photographs(count: int) -> list[bytes]:
 
 
 def presets(encoded: list[bytes], rounds: Rounds) -> list[Row]:
-    """A batch by the textbook, by torchvision's v2 transforms on tensors, and by ours.
+    """Return rows of a batch by the textbook, by torchvision's v2 transforms on tensors, and by ours.
 
     The textbook's is normalised, by the same core; ours is where the training is, so that it is measured with and
     without.
@@ -142,26 +142,26 @@ def presets(encoded: list[bytes], rounds: Rounds) -> list[Row]:
 
 
 def batches(count: int) -> Iterator[list[int]]:
-    """Indices of one batch after the other, without end."""
+    """Yield the indices of one batch after the other, without end."""
     cycle = itertools.cycle(range(count))
     while True:
         yield list(itertools.islice(cycle, BATCH))
 
 
 def one_by_one(encoded: list[bytes], transform: Callable[[bytes], Tensor]) -> Step:
-    """The next batch, as a loader's worker makes it of images that it transforms one by one."""
+    """Return what makes the next batch as a loader's worker does that transforms images one by one."""
     indices = batches(len(encoded))
     return lambda: default_collate([(transform(encoded[index]), index) for index in next(indices)])
 
 
 def torchvision_v2() -> Callable[[bytes], Tensor]:
-    """A JPEG's bytes -> uint8 [3, 224, 224] by torchvision's newer transforms."""
+    """Return what makes of a JPEG uint8 [3, 224, 224] by torchvision's newer transforms."""
     varied = v2.Compose([v2.RandomResizedCrop(IMAGE_SIZE, antialias=True), v2.RandomHorizontalFlip()])
     return lambda encoded: varied(to_pixels(encoded).permute(2, 0, 1))
 
 
 def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Callable[[], Tensor]:
-    """The next batch, as a worker of our loader makes it; or as it arrives at the training."""
+    """Return what makes the next batch as a worker of our loader does, or as it arrives at the training."""
     dataset, indices, epochs = decoded(InMemory(encoded), preset), batches(len(encoded)), itertools.count()
     collate, cpu = Collate(raise_on_bad), torch.device("cpu")
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, cpu, torch.contiguous_format)
@@ -177,13 +177,13 @@ def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Call
 
 
 def decoded(images: EncodedImages, preset: str) -> ClassificationDataset:
-    """The images as a worker decodes and augments them."""
+    """Return the data set that a worker decodes and augments."""
     return ClassificationDataset(images, train_transform(data.Augmentation(preset=preset), IMAGE_SIZE, "bilinear"), 0)
 
 
 @contextlib.contextmanager
 def image_files(encoded: list[bytes]) -> Iterator[Path]:
-    """A folder with the images in class folders (train/, val/) and in zips with their maps."""
+    """Yield a folder with the images in class folders (train/, val/) and in zips with their maps."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for split, images in (("train", encoded), ("val", encoded[:4])):
@@ -200,7 +200,7 @@ def image_files(encoded: list[bytes]) -> Iterator[Path]:
 
 
 def reading(root: Path, rounds: Rounds) -> list[Row]:
-    """Bytes of one image from class folders and from a zip in every cache mode; the operating system has cached all."""
+    """Return rows of reading an image from class folders and from a zip in every cache mode, from the page cache."""
     opened = {"class folders": opened_at(root)}
     for mode in CACHE_MODES:
         share = " (of 2 processes)" if mode == "part" else ""
@@ -219,13 +219,13 @@ def reading(root: Path, rounds: Rounds) -> list[Row]:
 
 
 def opened_at(root: Path, **how: Any) -> EncodedImages:
-    """The training images of a folder, for the first of two processes."""
+    """Return the training images of a folder, for the first of two processes."""
     source = data.Source("folder", str(root), **how)
     return data.registry.find(source, FileSpec).open(source, "train", 4, 0, 2)
 
 
 def workers(root: Path, rounds: Rounds) -> list[Row]:
-    """uint8 batches of raug15 from one and two worker processes; nothing is done with them."""
+    """Return rows of uint8 batches of raug15 from one and two worker processes."""
     images = opened_at(root)
     epoch = [[(0, i) for i in batch.tolist()] for batch in torch.arange(len(images.labels)).split(BATCH)]
     settings: dict[str, Any] = {"batch_sampler": epoch, "collate_fn": Collate(raise_on_bad), "persistent_workers": True}
@@ -241,7 +241,7 @@ def workers(root: Path, rounds: Rounds) -> list[Row]:
 
 
 def small_images(count: int, device: torch.device, rounds: Rounds) -> list[Row]:
-    """An epoch by the textbook, image by image on the CPU, and by ours, in batches where the training is."""
+    """Return rows of an epoch by the textbook, image by image on the CPU, and by ours, in batches on the device."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     rows: list[Row] = []
     for name in ("cf100", "digits"):
@@ -254,7 +254,7 @@ def small_images(count: int, device: torch.device, rounds: Rounds) -> list[Row]:
 
 
 def per_image(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
-    """An epoch of images that are transformed one by one, and brought to the device in batches."""
+    """Return an epoch of images that are transformed one by one, and brought to the device in batches."""
     transform = baseline.small(dataset)
 
     def epoch() -> None:
@@ -265,7 +265,7 @@ def per_image(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
 
 
 def resident(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
-    """An epoch of our loader."""
+    """Return an epoch of our loader."""
     loader, epochs = resident_loader(dataset, pixels, device), itertools.count()
 
     def epoch() -> None:
@@ -279,7 +279,7 @@ def resident(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
 def resident_loader(
     dataset: str, pixels: np.ndarray, device: torch.device, batch_size: int = SMALL_BATCH
 ) -> InMemoryLoader:
-    """Training batches, as of a data set, of images uint8 [N, H, W, 3] on the device; all of them are of class 0."""
+    """Return training batches, as of a data set, of images uint8 [N, H, W, 3] on the device; all are of class 0."""
     row = data.registry.find(data.Source(dataset), InMemorySpec)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
     crop = RandomCropFlip(images, padding=row.padding, flip=row.flip, seed=0)

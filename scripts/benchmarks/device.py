@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 
 def ceilings(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """A copy in the device's memory, a matrix product in the number format of training, and the start of a kernel."""
+    """Yield a table of a copy in memory, a matrix product in the format of training, and the start of a kernel."""
     source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
     target, number = torch.empty_like(source), torch.zeros(1, device=device)
 
@@ -75,7 +75,7 @@ def ceilings(arguments: argparse.Namespace, device: torch.device) -> Iterator[Ta
 
 
 def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """An evaluation of the searched network, and a checkpoint of it with its optimizer."""
+    """Yield a table of an evaluation of the searched network, and of a checkpoint of it with its optimizer."""
     model = repopt.create_model(arguments.arch, mode="hs", num_classes=cifar.NUM_CLASSES)
     to_device(model, device)
     optimizer = repopt.build_optimizer("sgd", model, None, **SGD)
@@ -117,7 +117,7 @@ def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Itera
 
 
 def kernels(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """Steps of the hyper-search by the kernels (on CPUs: operations) that take most of the device's time."""
+    """Yield a table of the kernels (on CPUs: operations) that take most of the device's time in a hyper-search."""
     mode = arguments.compile or mode_on(device, BATCH, cifar.SIZE)
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH * PROFILED, cifar.SIZE, cifar.SIZE, 3), dtype=np.uint8)
     steps = our_search(arguments.arch, pixels, device, PROFILED, mode)
@@ -145,7 +145,7 @@ def kernels(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tab
 
 
 def digits(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """The demo's hyper-search, and the plain network trained with its scales, by `main_repopt.py` as it stands."""
+    """Yield a table of the demo's hyper-search, and of the plain network with its scales, by `main_repopt.py`."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         family = FAMILIES["vgg"]._replace(folder=Path(folder))

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 
 def baseline_mode(model: str) -> str:
-    """The mode of a model's baseline: "repvgg" or "rep"."""
+    """Return the mode of a model's baseline: "repvgg" or "rep"."""
     if model not in repopt.list_models():
         raise unknown("model", model, repopt.list_models())
     return next(a.mode for name, a in list_archs().items() if name == f"{model}-{a.mode}" and a.mode not in MODES)
@@ -122,7 +122,7 @@ def _contenders(arch: str, baseline: str, images: Tensor) -> Iterator[tuple[str,
 
 
 def in_onnxruntime(arch: str, model: nn.Module, images: Tensor) -> tuple[nn.Module, nn.Module, str]:
-    """A network deployed in onnxruntime, in fp32 and in INT8, and how many convolutions of INT8 are integer ones.
+    """Return a network in onnxruntime, in fp32 and in INT8, and how many convolutions of INT8 are integer ones.
 
     Args:
         arch: its name, for messages.
@@ -148,7 +148,7 @@ def in_onnxruntime(arch: str, model: nn.Module, images: Tensor) -> tuple[nn.Modu
 
 @torch.no_grad()
 def as_if_trained(model: nn.Module, images: Tensor) -> nn.Module:
-    """The model in eval mode on the images' device and in their format, with batch norms that do something.
+    """Return the model in eval mode on the images' device and in their format, with batch norms that do something.
 
     Their weights and biases are random, and their statistics those of the images: the activations of a fresh network
     fade from layer to layer, down to numbers with which CPUs are slow. Biases are around 1: around 0 every ReLU would
@@ -166,5 +166,5 @@ def as_if_trained(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def difference(outputs: Tensor, reference: Tensor) -> float:
-    """The largest difference, relative to the largest number of the reference."""
+    """Return the largest difference, relative to the largest number of the reference."""
     return ((outputs - reference).abs().max() / reference.abs().max()).item()

@@ -36,7 +36,7 @@ class Memory(NamedTuple):
     per_image: float
 
     def largest_batch(self, available: float) -> int:
-        """Images of a batch that fit."""
+        """Return the size of the largest batch that fits."""
         return max(0, int((available - self.fixed) / self.per_image))
 
 
@@ -135,7 +135,7 @@ def memory(make: Make, batch_size: int) -> Memory:
 
 
 def speeds(makes: Mapping[str, Make], batch_size: int, rounds: Rounds, peak: float) -> dict[str, Row]:
-    """Images per second by kind; all kinds take turns."""
+    """Return a row with the images per second by kind; all kinds take turns."""
     flops = {kind: make(2).flops() / 2 for kind, make in makes.items()}  # of an image: few need little memory
     steps = {kind: make(batch_size) for kind, make in makes.items()}
     seconds = interleave(steps, next(iter(steps.values())).device, rounds=rounds, warm_up=2, settle=True)
@@ -161,14 +161,14 @@ def at_most(make: Make, batch_size: int, rounds: Rounds, peak: float) -> Row:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of large matrix products in the number format of training."""
+    """Return the FLOP/s of large matrix products in the number format of training."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(timed(functools.partial(torch.mm, a, b), device) for _ in range(20))
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes that a training may take: of a GPU all that is free, but 3 % for what lies between tensors."""
+    """Return the bytes that a training may take: of a GPU all that is free, but 3 % for what lies between tensors."""
     if device.type == "cuda":
         _forget(device)
         return 0.97 * torch.cuda.mem_get_info(device)[0]
@@ -176,7 +176,7 @@ def memory_of(device: torch.device) -> float:
 
 
 def beside_the_paper(arch: str, own: Mapping[str, Row], most: Mapping[str, int]) -> Row:
-    """RepOpt over RepVGG in speed and largest batch, there and here."""
+    """Return the row of RepOpt over RepVGG in speed and largest batch, in the paper and here."""
     there, baseline = (paper.in_training(arch, mode) for mode in MODE_OF.values())
 
     def ratio(column: str) -> float | None:
