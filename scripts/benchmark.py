@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name, which is there."""
+    """Return the device of that name; raise a UserError where there is none."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -9,14 +9,14 @@ from benchmarks.timing import Rounds
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Return a whole number from 1 on."""
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
 def above_zero(text: str) -> float:
-    """A number above 0, infinity included."""
+    """Return a number above 0, infinity included."""
     try:
         number = float(text)
     except ValueError:

@@ -71,21 +71,21 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def raug15(image: Image.Image) -> Image.Image:
-    """Two of the sixteen operations, on Pillow's images."""
+    """Return an image after two of the sixteen operations."""
     for operation in random.choices(tuple(OPERATIONS.values()), k=NUM_OPERATIONS):
         image = operation(image, random.randint(0, MAX_MAGNITUDE))
     return image
 
 
 def imagenet(*then: Callable[[Image.Image], Image.Image], size: int = 224) -> Callable[[bytes], Tensor]:
-    """A JPEG's bytes -> normalised float32 [3, size, size]: decode, random resized crop, flip, and what follows."""
+    """Return what makes of a JPEG a normalised float32 [3, size, size]: decoded, cropped, flipped, and what follows."""
     normalize = T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
     varied = T.Compose([T.RandomResizedCrop(size), T.RandomHorizontalFlip(), *then, T.ToTensor(), normalize])
     return lambda data: varied(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def small(dataset: str) -> T.Compose:
-    """uint8 array [32, 32, 3] -> normalised float32 [3, 32, 32]: a crop of the padded image, and a flip, if the set's
+    """Return what makes of uint8 [32, 32, 3] a normalised float32 [3, 32, 32]: a padded crop, and a flip, if the set's
     images are mirrored.
     """
     source = Source(dataset)

@@ -7,8 +7,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import io
 import itertools
 import os
+import random
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
@@ -24,7 +27,6 @@ from torchvision.transforms import v2
 import data
 from benchmarks import baseline
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.photographs import photographs
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave
 from benchmarks.training_step import memory_format_on
@@ -40,6 +42,7 @@ from data.types import EncodedImages
 from data.zipped import CACHE_MODES
 from repopt.errors import UserError
 
+SIZE = (500, 375)  # of a photograph: ImageNet's most frequent one
 BATCH = 32
 IMAGE_SIZE = 224
 SMALL_BATCH = 128  # of images of 32 x 32
@@ -56,7 +59,7 @@ class InMemory:
         return len(self.encoded)
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image."""
+        """Return the encoded bytes of one image."""
         return self.encoded[index]
 
     def name(self, index: int) -> str:
@@ -79,25 +82,40 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     try:
         rounds = rounds_of(arguments)
         if arguments.only != SMALL_IMAGES:
-            yield from large_images(photographs(max(arguments.images, BATCH)), rounds)
+            encoded = photographs(max(arguments.images, BATCH))
+            kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
+            batch = f"{BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}"
+            yield f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {batch}, one core", presets(encoded, rounds)
+            with image_files(encoded) as root:
+                yield "The same images from files: reading them", reading(root, rounds)
+                yield "The same images from files: worker processes, raug15, uint8", workers(root, rounds)
         title = "Images of 32 x 32 -> normalised batches on the device, one core"
         yield title, small_images(arguments.small_images, device, rounds.some(10))
     finally:
         torch.set_num_threads(threads)
 
 
-def large_images(encoded: list[bytes], rounds: Rounds) -> Iterator[Table]:
-    """From their bytes, from files, and by worker processes."""
-    kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
-    batch = f"{BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}"
-    yield f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {batch}, one core", presets(encoded, rounds)
-    with image_files(encoded) as root:
-        yield "The same images from files: reading them", reading(root, rounds)
-        yield "The same images from files: worker processes, raug15, uint8", workers(root, rounds)
+def photographs(count: int) -> list[bytes]:
+    """Return JPEGs that all differ: random regions of scikit-learn's two sample photographs."""
+    from sklearn.datasets import load_sample_images
+
+    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    draw = random.Random(0)
+    encoded = []
+    for number in range(count):
+        original = originals[number % len(originals)]
+        width = draw.randint(400, 569)  # of 640 x 427, at the ratio of 4 : 3
+        height = width * SIZE[1] // SIZE[0]
+        left, top = draw.randint(0, original.width - width), draw.randint(0, original.height - height)
+        image = original.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        encoded.append(buffer.getvalue())
+    return encoded
 
 
 def presets(encoded: list[bytes], rounds: Rounds) -> list[Row]:
-    """A batch by the textbook, by torchvision's v2 transforms on tensors, and by ours.
+    """Return rows of a batch by the textbook, by torchvision's v2 transforms on tensors, and by ours.
 
     The textbook's is normalised, by the same core; ours is where the training is, so that it is measured with and
     without.
@@ -127,26 +145,26 @@ def presets(encoded: list[bytes], rounds: Rounds) -> list[Row]:
 
 
 def batches(count: int) -> Iterator[list[int]]:
-    """Indices of one batch after the other, without end."""
+    """Yield the indices of one batch after the other, without end."""
     cycle = itertools.cycle(range(count))
     while True:
         yield list(itertools.islice(cycle, BATCH))
 
 
 def one_by_one(encoded: list[bytes], transform: Callable[[bytes], Tensor]) -> Step:
-    """The next batch, as a loader's worker makes it of images that it transforms one by one."""
+    """Return what makes the next batch as a loader's worker does that transforms images one by one."""
     indices = batches(len(encoded))
     return lambda: default_collate([(transform(encoded[index]), index) for index in next(indices)])
 
 
 def torchvision_v2() -> Callable[[bytes], Tensor]:
-    """A JPEG's bytes -> uint8 [3, 224, 224] by torchvision's newer transforms."""
+    """Return what makes of a JPEG uint8 [3, 224, 224] by torchvision's newer transforms."""
     varied = v2.Compose([v2.RandomResizedCrop(IMAGE_SIZE, antialias=True), v2.RandomHorizontalFlip()])
     return lambda encoded: varied(to_pixels(encoded).permute(2, 0, 1))
 
 
 def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Callable[[], Tensor]:
-    """The next batch, as a worker of our loader makes it; or as it arrives at the training."""
+    """Return what makes the next batch as a worker of our loader does, or as it arrives at the training."""
     dataset, indices, epochs = decoded(InMemory(encoded), preset), batches(len(encoded)), itertools.count()
     cpu = torch.device("cpu")
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, cpu, torch.contiguous_format)
@@ -162,13 +180,13 @@ def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Call
 
 
 def decoded(images: EncodedImages, preset: str) -> ClassificationDataset:
-    """The images as a worker decodes and augments them."""
+    """Return the data set that a worker decodes and augments."""
     return ClassificationDataset(images, train_transform(data.Augmentation(preset=preset), IMAGE_SIZE, "bilinear"), 0)
 
 
 @contextlib.contextmanager
 def image_files(encoded: list[bytes]) -> Iterator[Path]:
-    """A folder with the images in class folders (train/, val/) and in zips with their maps."""
+    """Yield a folder with the images in class folders (train/, val/) and in zips with their maps."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for split, images in (("train", encoded), ("val", encoded[:4])):
@@ -185,58 +203,49 @@ def image_files(encoded: list[bytes]) -> Iterator[Path]:
 
 
 def reading(root: Path, rounds: Rounds) -> list[Row]:
-    """Bytes of one image from class folders and from a zip in every cache mode; the operating system has cached all."""
+    """Return rows of reading an image from class folders and from a zip in every cache mode, from the page cache."""
     opened = {"class folders": opened_at(root)}
     for mode in CACHE_MODES:
         share = " (of 2 processes)" if mode == "part" else ""
         opened[f"zip, cache {mode}{share}"] = opened_at(root, zip_mode=True, cache_mode=mode)
 
-    def every_image(name: str) -> Step:
-        # A process reads those of its own shard, which are what it caches in part.
-        return lambda: [opened[name].read(index) for index in range(0, len(opened[name].labels), 2)]
+    # A process reads those of its own shard, which are what it caches in part.
+    shard = range(0, len(opened["class folders"].labels), 2)
 
-    seconds = interleave({name: every_image(name) for name in opened}, torch.device("cpu"), rounds=rounds)
-    count = len(range(0, len(opened["class folders"].labels), 2))
-    return [{"images": name, "us per image": 1e6 * own / count} for name, own in seconds.items()]
+    def read(images: EncodedImages) -> None:
+        for index in shard:
+            images.read(index)
+
+    steps = {name: functools.partial(read, images) for name, images in opened.items()}
+    seconds = interleave(steps, torch.device("cpu"), rounds=rounds)
+    return [{"images": name, "us per image": 1e6 * own / len(shard)} for name, own in seconds.items()]
 
 
 def opened_at(root: Path, **how: Any) -> EncodedImages:
-    """The training images of a folder, for the first of two processes."""
+    """Return the training images of a folder, for the first of two processes."""
     source = data.Source("folder", str(root), **how)
     return data.registry.find(source, FileSpec).open(source, "train", 4, 0, 2)
 
 
 def workers(root: Path, rounds: Rounds) -> list[Row]:
-    """uint8 batches of raug15 from one and two worker processes; nothing is done with them."""
+    """Return rows of uint8 batches of raug15 from one and two worker processes."""
     images = opened_at(root)
-    loaders = {}
+    epoch = [[(0, i) for i in batch.tolist()] for batch in torch.arange(len(images.labels)).split(BATCH)]
+    join = functools.partial(collate, on_bad=raise_on_bad)
+    settings: dict[str, Any] = {"batch_sampler": epoch, "collate_fn": join, "persistent_workers": True}
+    epochs: dict[int, Step] = {}
     for count in range(1, min(2, os.cpu_count() or 1) + 1):
-        epoch = [[(0, i) for i in batch.tolist()] for batch in torch.arange(len(images.labels)).split(BATCH)]
-        loaders[str(count)] = DataLoader(
-            decoded(images, "raug15"),
-            batch_sampler=epoch,
-            collate_fn=functools.partial(collate, on_bad=raise_on_bad),
-            num_workers=count,
-            persistent_workers=True,
-        )
-    seconds = interleave(
-        {name: functools.partial(list, loader) for name, loader in loaders.items()},
-        torch.device("cpu"),
-        rounds=rounds.some(4),
-        warm_up=1,
-    )
+        loader = DataLoader(decoded(images, "raug15"), num_workers=count, **settings)
+        epochs[count] = functools.partial(list, loader)
+    seconds = interleave(epochs, torch.device("cpu"), rounds=rounds.some(4), warm_up=1)
     return [
-        {
-            "worker processes": int(name),
-            "images/s": len(images.labels) / own,
-            "efficiency": seconds["1"] / own / int(name),
-        }
-        for name, own in seconds.items()
+        {"worker processes": count, "images/s": len(images.labels) / own, "efficiency": seconds[1] / own / count}
+        for count, own in seconds.items()
     ]
 
 
 def small_images(count: int, device: torch.device, rounds: Rounds) -> list[Row]:
-    """An epoch by the textbook, image by image on the CPU, and by ours, in batches where the training is."""
+    """Return rows of an epoch by the textbook, image by image on the CPU, and by ours, in batches on the device."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     rows: list[Row] = []
     for name in ("cf100", "digits"):
@@ -249,7 +258,7 @@ def small_images(count: int, device: torch.device, rounds: Rounds) -> list[Row]:
 
 
 def per_image(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
-    """An epoch of images that are transformed one by one, and brought to the device in batches."""
+    """Return an epoch of images that are transformed one by one, and brought to the device in batches."""
     transform = baseline.small(dataset)
 
     def epoch() -> None:
@@ -260,7 +269,7 @@ def per_image(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
 
 
 def resident(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
-    """An epoch of our loader."""
+    """Return an epoch of our loader."""
     loader, epochs = resident_loader(dataset, pixels, device), itertools.count()
 
     def epoch() -> None:
@@ -274,7 +283,7 @@ def resident(dataset: str, pixels: np.ndarray, device: torch.device) -> Step:
 def resident_loader(
     dataset: str, pixels: np.ndarray, device: torch.device, batch_size: int = SMALL_BATCH
 ) -> InMemoryLoader:
-    """Training batches, as of a data set, of images uint8 [N, H, W, 3] on the device; all of them are of class 0."""
+    """Return training batches, as of a data set, of images uint8 [N, H, W, 3] on the device; all are of class 0."""
     row = data.registry.find(data.Source(dataset), InMemorySpec)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
     crop = RandomCropFlip(images, padding=row.padding, flip=row.flip, seed=0)

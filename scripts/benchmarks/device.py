@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import operator
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 
 def ceilings(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """A copy in the device's memory, a matrix product in the number format of training, and the start of a kernel."""
+    """Yield a table of a copy in memory, a matrix product in the format of training, and the start of a kernel."""
     source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
     target, number = torch.empty_like(source), torch.zeros(1, device=device)
 
@@ -74,7 +75,7 @@ def ceilings(arguments: argparse.Namespace, device: torch.device) -> Iterator[Ta
 
 
 def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """An evaluation of the searched network, and a checkpoint of it with its optimizer."""
+    """Yield a table of an evaluation of the searched network, and of a checkpoint of it with its optimizer."""
     model = repopt.create_model(arguments.arch, mode="hs", num_classes=cifar.NUM_CLASSES)
     to_device(model, device)
     optimizer = repopt.build_optimizer("sgd", model, None, **SGD)
@@ -116,7 +117,7 @@ def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Itera
 
 
 def kernels(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """Steps of the hyper-search by the kernels (on CPUs: operations) that take most of the device's time."""
+    """Yield a table of the kernels (on CPUs: operations) that take most of the device's time in a hyper-search."""
     mode = arguments.compile or mode_on(device, BATCH, cifar.SIZE)
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH * PROFILED, cifar.SIZE, cifar.SIZE, 3), dtype=np.uint8)
     steps = our_search(arguments.arch, pixels, device, PROFILED, mode)
@@ -128,23 +129,23 @@ def kernels(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tab
         steps()
         synchronize(device)
     events = [event for event in seen.key_averages() if not event.is_user_annotation]
-    microseconds = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in events}
-    whole = sum(microseconds.values())
+    microseconds = operator.attrgetter("self_device_time_total" if gpu else "self_cpu_time_total")
+    whole = sum(map(microseconds, events))
     rows: list[Row] = [
         {
             "kernel": " ".join(event.key.split())[:80].replace("|", " "),
             "launches per step": event.count / PROFILED,
-            "ms per step": 1e-3 * microseconds[event.key] / PROFILED,
-            "share %": 100 * microseconds[event.key] / whole,
+            "ms per step": 1e-3 * microseconds(event) / PROFILED,
+            "share %": 100 * microseconds(event) / whole,
         }
-        for event in sorted(events, key=lambda event: microseconds[event.key], reverse=True)[:KERNELS]
+        for event in sorted(events, key=microseconds, reverse=True)[:KERNELS]
     ]
     each = 1e-3 * whole / PROFILED
     yield f"A step of the hyper-search of {arguments.arch}, compile {mode}: {each:.2f} ms in kernels", rows
 
 
 def digits(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """The demo's hyper-search, and the plain network trained with its scales, by `main_repopt.py` as it stands."""
+    """Yield a table of the demo's hyper-search, and of the plain network with its scales, by `main_repopt.py`."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         family = FAMILIES["vgg"]._replace(folder=Path(folder))

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 
 def one_by_one(model: nn.Module) -> nn.Module:
-    """The model with its blocks computed branch by branch."""
+    """Return the model, whose blocks are now computed branch by branch."""
     for module in model.modules():
         if isinstance(module, RepConv2d):
             module.conv2d = types.MethodType(branch_by_branch, module)  # type: ignore[method-assign]  # of this one
@@ -82,7 +82,7 @@ def one_by_one(model: nn.Module) -> nn.Module:
 
 
 def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_size: int, rounds: Rounds) -> list[Row]:
-    """The plain network's step, and that of the hyper-search in both ways, under a mode of torch.compile."""
+    """Return rows of a step of the plain network, and of the hyper-search in both ways, under one compile mode."""
     torch.compiler.reset()  # it keeps eight programs of one function
     shape: dict[str, Any] = {
         "batch_size": batch_size,
@@ -143,7 +143,7 @@ class _Images(Dataset):
 
 
 def criterion() -> nn.Module:
-    """The search's loss."""
+    """Return the search's loss."""
     return nn.CrossEntropyLoss(label_smoothing=RECIPE.MODEL.LABEL_SMOOTHING)
 
 

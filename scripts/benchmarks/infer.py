@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import repopt
 from benchmarks.arguments import add_rounds, positive, rounds_of
 from benchmarks.report import Row, Table
-from benchmarks.timing import Rounds, interleave, peak_extra
+from benchmarks.timing import interleave, peak_extra
 from benchmarks.training_step import memory_format_on, precision_on, to_device
 from repopt.errors import UserError, one_line, unknown
 from repopt.layers import MODES
@@ -54,91 +54,75 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     size = arguments.image_size
     rows: list[Row] = []
     for arch, baseline in baselines.items():
-        images = torch.randn(batch_size, 3, size, size, device=device).contiguous(
-            memory_format=memory_format_on(device)
-        )
-        rows += _rows(arch, baseline, images, rounds_of(arguments))
+        images = torch.randn(batch_size, 3, size, size, device=device)
+        images = images.contiguous(memory_format=memory_format_on(device))
+        contenders = dict(_contenders(arch, baseline, images))
+        outputs = {form: contender.forward().float() for form, contender in contenders.items()}
+        forwards = {form: contender.forward for form, contender in contenders.items()}
+        seconds = interleave(forwards, device, rounds=rounds_of(arguments))
+        for form, (forward, source, integers) in contenders.items():
+            in_torch = form not in (FP32, INT8)  # torch does not see the memory of onnxruntime
+            row = {
+                "arch": arch,
+                "form": form,
+                "images/s": batch_size / seconds[form],
+                "ms per image": 1e3 * seconds[form] / batch_size,
+                "speed / trained target": seconds[TRAINED] / seconds[form],
+                "speed / onnxruntime fp32": None if in_torch else seconds[FP32] / seconds[form],
+                "peak extra MB per image": peak_extra(forward, device) / batch_size / 1e6 if in_torch else None,
+                "difference of outputs": source and difference(outputs[form], outputs[source]),
+                "integer convolutions": integers,
+            }
+            rows.append(row)
         yield f"Inference, batches of {batch_size} images of {size} x {size}", rows
 
 
 def baseline_mode(model: str) -> str:
-    """The mode of a model's baseline: "repvgg" or "rep"."""
+    """Return the mode of a model's baseline: "repvgg" or "rep"."""
     if model not in repopt.list_models():
         raise unknown("model", model, repopt.list_models())
     return next(a.mode for name, a in list_archs().items() if name == f"{model}-{a.mode}" and a.mode not in MODES)
 
 
-def _rows(arch: str, baseline: str, images: Tensor, rounds: Rounds) -> list[Row]:
-    contenders = _contenders(arch, baseline, images)
-    outputs = {form: contender.forward().float() for form, contender in contenders.items()}
-    seconds = interleave({form: c.forward for form, c in contenders.items()}, images.device, rounds=rounds)
-    return [
-        {
-            "arch": arch,
-            "form": form,
-            "images/s": len(images) / seconds[form],
-            "ms per image": 1e3 * seconds[form] / len(images),
-            "speed / trained target": seconds[TRAINED] / seconds[form],
-            "speed / onnxruntime fp32": seconds[FP32] / seconds[form] if form in (FP32, INT8) else None,
-            "peak extra MB per image": _peak_extra_mb(form, contender, images),
-            "difference of outputs": contender.source and difference(outputs[form], outputs[contender.source]),
-            "integer convolutions": contender.integers,
-        }
-        for form, contender in contenders.items()
-    ]
-
-
-def _peak_extra_mb(form: str, contender: Contender, images: Tensor) -> float | None:
-    """Per image; None for onnxruntime, whose memory torch does not see."""
-    return None if form in (FP32, INT8) else peak_extra(contender.forward, images.device) / len(images) / 1e6
-
-
-def _contenders(arch: str, baseline: str, images: Tensor) -> dict[str, Contender]:
-    """Return the forms of a network by name, in the order of the table."""
+def _contenders(arch: str, baseline: str, images: Tensor) -> Iterator[tuple[str, Contender]]:
+    """Yield the forms of a network with their names, in the order of the table."""
     precision = precision_on(images.device)
     converted = images.to(precision.dtype or images.dtype)  # autocast would convert the weights in every pass
 
-    def forward_of(model: nn.Module, inputs: Tensor = converted) -> Callable[[], Tensor]:
+    def forward_of(model: Callable[[Tensor], Tensor], inputs: Tensor = converted) -> Callable[[], Tensor]:
         def forward() -> Tensor:
             with torch.inference_mode(), precision.autocast():
                 return model(inputs)
 
         return forward
 
-    found: dict[str, Contender] = {}
     for mode in ("target", baseline):
         model = as_if_trained(repopt.create_model(arch, mode=mode), images)
         deployed = repopt.deploy(model).to(converted.dtype)
-        found[f"{mode}, trained"] = Contender(forward_of(model, images), None)
-        found[f"{mode}, deployed"] = Contender(forward_of(deployed), f"{mode}, trained")
-        if mode == "target":
-            forward = forward_of(compiled(deployed))
+        yield f"{mode}, trained", Contender(forward_of(model, images), None)
+        yield f"{mode}, deployed", Contender(forward_of(deployed), f"{mode}, trained")
+        if mode == baseline:
+            return
+        torch.compiler.reset()  # there is a limit to how many programs it keeps
+        compiled = forward_of(torch.compile(deployed))
+        try:
+            compiled()
+        except RuntimeError as error:  # all of torch.compile's are
+            warnings.warn(f"{arch}: not compiled, so that row is left out: {one_line(error)}", stacklevel=1)
+        else:
+            yield "target, deployed, compiled", Contender(compiled, TRAINED)
+        if images.device.type == "cpu":
             try:
-                forward()
-            except RuntimeError as error:  # all of torch.compile's are
-                warnings.warn(f"{arch}: not compiled, so that row is left out: {one_line(error)}", stacklevel=1)
+                fp32, int8, integers = in_onnxruntime(arch, model, images)
+            except UserError as error:  # without the arch: that the extra is missing is then said once
+                warnings.warn(f"rows of onnxruntime are left out: {one_line(error)}", stacklevel=1)
             else:
-                found["target, deployed, compiled"] = Contender(forward, TRAINED)
-            if images.device.type == "cpu":
-                try:
-                    fp32, int8, integers = in_onnxruntime(arch, model, images)
-                except UserError as error:  # without the arch: that the extra is missing is then said once
-                    warnings.warn(f"rows of onnxruntime are left out: {one_line(error)}", stacklevel=1)
-                else:
-                    found[FP32] = Contender(forward_of(fp32), TRAINED)
-                    found[INT8] = Contender(forward_of(int8), TRAINED, integers)
-    return found
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    """The model under torch.compile, which forgets those of before: there is a limit to how many it keeps."""
-    torch.compiler.reset()
-    made: nn.Module = torch.compile(model)  # type: ignore[assignment]  # as torch annotates it
-    return made
+                yield FP32, Contender(forward_of(fp32), TRAINED)
+                yield INT8, Contender(forward_of(int8), TRAINED, integers)
 
 
 def in_onnxruntime(arch: str, model: nn.Module, images: Tensor) -> tuple[nn.Module, nn.Module, str]:
-    """A network deployed in onnxruntime, in fp32 and in INT8, and how many convolutions of INT8 are integer ones.
+    """Return a network in onnxruntime, in fp32 and in INT8, and how many convolutions of INT8 are integer ones.
 
     Args:
         arch: its name, for messages.
@@ -164,7 +148,7 @@ def in_onnxruntime(arch: str, model: nn.Module, images: Tensor) -> tuple[nn.Modu
 
 @torch.no_grad()
 def as_if_trained(model: nn.Module, images: Tensor) -> nn.Module:
-    """The model in eval mode on the images' device and in their format, with batch norms that do something.
+    """Return the model in eval mode on the images' device and in their format, with batch norms that do something.
 
     Their weights and biases are random, and their statistics those of the images: the activations of a fresh network
     fade from layer to layer, down to numbers with which CPUs are slow. Biases are around 1: around 0 every ReLU would
@@ -182,5 +166,5 @@ def as_if_trained(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def difference(outputs: Tensor, reference: Tensor) -> float:
-    """The largest difference, relative to the largest number of the reference."""
+    """Return the largest difference, relative to the largest number of the reference."""
     return ((outputs - reference).abs().max() / reference.abs().max()).item()

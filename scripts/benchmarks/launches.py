@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """Steps of training by their parts, and steps of the optimizer in a CUDA graph.
+    """Yield tables of steps of training by their parts, and of steps of the optimizer in a CUDA graph.
 
     Raises:
         UserError: the device is no GPU.
@@ -82,7 +82,7 @@ def counted(found: dict[str, int], name: str) -> Iterator[None]:
 
 
 def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torch.device) -> dict[str, int]:
-    """Device operations by the parts of a step of `train.trainer.Trainer`, behind some others."""
+    """Return device operations by the parts of a step of `train.trainer.Trainer`, after some others."""
     model, optimizer, clip = network(arch, *training, device)
     precision, loss_of = precision_on(device), criterion()
     found: dict[str, int] = {}  # of the last step

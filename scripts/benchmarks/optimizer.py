@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """The comparison on a network's parameters, with random gradients and scales."""
+    """Yield the comparison on a network's parameters, with random gradients and scales."""
     searched = repopt.extract_scales(repopt.create_model(arguments.arch, mode="hs"))
     scales = {name: 0.5 + torch.rand_like(scale) for name, scale in searched.items()}
     model = repopt.create_model(arguments.arch, mode="target")
@@ -86,7 +86,7 @@ def _contenders(rule: str, model: nn.Module, scales: dict[str, Tensor]) -> Itera
 
 
 def naive_step(model: nn.Module, optimizer: torch.optim.Optimizer, dense: dict[str, Tensor]) -> Callable[[], None]:
-    """A step of the plain optimizer on gradients that are multiplied, one parameter after the other."""
+    """Return a step of the plain optimizer on gradients that are multiplied, one parameter after the other."""
     named = dict(model.named_parameters())
 
     def step() -> None:

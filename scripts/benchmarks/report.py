@@ -40,7 +40,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _without_file(arguments: list[str]) -> list[str]:
-    """The arguments but `--json`: where a result is kept changes nothing in it."""
+    """Return the arguments but `--json`: where a result is kept changes nothing in it."""
     if "--json" not in arguments:
         return arguments
     at = arguments.index("--json")
@@ -48,7 +48,7 @@ def _without_file(arguments: list[str]) -> list[str]:
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """Rows of one kind as a Markdown table."""
+    """Return rows of one kind as a Markdown table."""
     header = list(rows[0])
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(_shown(row[name]) for name in header) + " |" for row in rows]

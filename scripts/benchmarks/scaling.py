@@ -191,7 +191,7 @@ def _work(
 
 
 def all_reduce_gradients(model: nn.Module) -> None:
-    """Gradients become their means over the processes, in one message."""
+    """Replace gradients by their means over the processes, in one message."""
     gradients = [param.grad for param in model.parameters() if param.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -283,7 +283,7 @@ def processes_tables(
 def growth(
     pairs: Sequence[tuple[str, int]], device: torch.device, *, batch_size: int, rounds: Rounds
 ) -> dict[tuple[str, int], Row]:
-    """A step of one process beside what it computes, by model and image size.
+    """Return rows of a step of one process beside what it computes, by model and image size.
 
     Args:
         pairs: of model and image size.

@@ -33,11 +33,11 @@ class Rounds(NamedTuple):
         return f"{self.most} turns" if math.isinf(self.seconds) else f"{self.most} turns or {self.seconds:g} s"
 
     def some(self, divisor: int) -> Rounds:
-        """Fewer, for what takes longer: at least 3."""
+        """Return fewer rounds, for what takes longer: at least 3."""
         return self._replace(most=max(3, self.most // divisor))
 
     def in_time(self, agreed: Callable[[bool], bool] = bool, *, hidden: bool | None = None) -> Iterator[int]:
-        """The numbers of the rounds, as long as there is time.
+        """Yield the numbers of the rounds, as long as there is time.
 
         Args:
             agreed: makes of what this process says about going on what all of them do.
@@ -53,7 +53,7 @@ class Rounds(NamedTuple):
 def interleave(
     contenders: Mapping[Name, Step], device: torch.device, *, rounds: Rounds, warm_up: int = 3, settle: bool = False
 ) -> dict[Name, float]:
-    """Median seconds of each contender's step, by name. Arguments: as of `interleave_times`."""
+    """Return the median seconds of each contender's step, by name. Arguments: as of `interleave_times`."""
     times = interleave_times(contenders, device, rounds=rounds, warm_up=warm_up, settle=settle)
     return {name: statistics.median(own) for name, own in times.items()}
 
@@ -69,7 +69,7 @@ def interleave_times(
     agreed: Callable[[bool], bool] = bool,
     bar: bool = True,
 ) -> dict[Name, list[float]]:
-    """Seconds of each contender's step in every round, by name.
+    """Return the seconds of each contender's step in every round, by name.
 
     All take turns in random order, round after round, for what ran before has its effect, too. The order is the same in
     every process.
@@ -100,7 +100,7 @@ def interleave_times(
 
 
 def timed(step: Step, device: torch.device) -> float:
-    """Seconds that a step takes, until the device is done with it."""
+    """Return the seconds that a step takes, until the device is done with it."""
     synchronize(device)
     start = time.perf_counter()
     step()
@@ -115,7 +115,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_extra(step: Step, device: torch.device) -> int:
-    """Bytes that a step holds at its worst, beyond what was there before."""
+    """Return the bytes that a step holds at its worst, beyond what was there before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -9,7 +9,7 @@ import functools
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from reproduction import paper
@@ -36,7 +36,7 @@ class Memory(NamedTuple):
     per_image: float
 
     def largest_batch(self, available: float) -> int:
-        """Images of a batch that fit."""
+        """Return the size of the largest batch that fits."""
         return max(0, int((available - self.fixed) / self.per_image))
 
 
@@ -64,13 +64,11 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     peak = matrix_rate(device)
     of = f"images of {size} x {size}, compile"
     title = f"Batches of {batch_size} {of} {mode}; the device's measured peak is {peak / 1e12:.2f} TFLOP/s"
-    rows: list[Row] = []
-    largest: list[Row] = []
-    beside: list[Row] = []
+    rows, largest, beside = list[Row](), list[Row](), list[Row]()
     for arch in arguments.arch:
         makes = {kind: maker(arch, kind, device, size, mode) for kind in MODE_OF}
-        plain = maker(arch, REPOPT, device, size, mode, textbook=True)
-        own = speeds(makes | {"textbook": plain}, batch_size, rounds, peak)
+        textbook = maker(arch, REPOPT, device, size, "off", textbook=True)
+        own = speeds(makes | {"textbook": textbook}, batch_size, rounds, peak)
         if arguments.no_largest:
             rows += [{"model": arch, "training": kind, **row} for kind, row in own.items()]
             yield title, rows
@@ -80,13 +78,11 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
         memories = {kind: memory(make, batch_size) for kind, make in makes.items()}
         available = memory_of(device)
         most = {kind: found.largest_batch(available) for kind, found in memories.items()}
-        of_largest = {}
-        if gpu:
-            of_largest = {k: at_most(make, most[k], rounds, peak) for k, make in makes.items()}
-            most = {kind: row["batch"] for kind, row in of_largest.items()}
-            for kind, row in of_largest.items():
-                ratio = row["images/s"] / of_largest[REPVGG]["images/s"]
-                largest.append({"model": arch, "training": kind, **row, "speed / RepVGG": ratio})
+        of_largest = {k: at_most(make, most[k], rounds, peak) for k, make in makes.items()} if gpu else {}
+        for kind, row in of_largest.items():
+            most[kind] = row["batch"]
+            ratio = row["images/s"] / of_largest[REPVGG]["images/s"]
+            largest.append({"model": arch, "training": kind, **row, "speed / RepVGG": ratio})
         rows += [
             {
                 "model": arch,
@@ -108,19 +104,12 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 
 def maker(arch: str, kind: str, device: torch.device, size: int, mode: str, *, textbook: bool = False) -> Make:
-    """Makes the step of a network by its batch size, as `main_repopt.py` trains it or as textbooks do."""
+    """Return what makes the step of a network by its batch size, as `main_repopt.py` trains it or as textbooks do."""
 
     def make(batch_size: int) -> TrainingStep:
         _forget(device)
-        return TrainingStep(
-            arch,
-            device,
-            mode=MODE_OF[kind],
-            batch_size=batch_size,
-            image_size=size,
-            textbook=textbook,
-            compile_mode="off" if textbook else mode,
-        )
+        shape: dict[str, Any] = {"batch_size": batch_size, "image_size": size}
+        return TrainingStep(arch, device, mode=MODE_OF[kind], **shape, textbook=textbook, compile_mode=mode)
 
     return make
 
@@ -146,7 +135,7 @@ def memory(make: Make, batch_size: int) -> Memory:
 
 
 def speeds(makes: Mapping[str, Make], batch_size: int, rounds: Rounds, peak: float) -> dict[str, Row]:
-    """Images per second by kind; all kinds take turns."""
+    """Return a row with the images per second by kind; all kinds take turns."""
     flops = {kind: make(2).flops() / 2 for kind, make in makes.items()}  # of an image: few need little memory
     steps = {kind: make(batch_size) for kind, make in makes.items()}
     seconds = interleave(steps, next(iter(steps.values())).device, rounds=rounds, warm_up=2, settle=True)
@@ -172,14 +161,14 @@ def at_most(make: Make, batch_size: int, rounds: Rounds, peak: float) -> Row:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of large matrix products in the number format of training."""
+    """Return the FLOP/s of large matrix products in the number format of training."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(timed(functools.partial(torch.mm, a, b), device) for _ in range(20))
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes that a training may take: of a GPU all that is free, but 3 % for what lies between tensors."""
+    """Return the bytes that a training may take: of a GPU all that is free, but 3 % for what lies between tensors."""
     if device.type == "cuda":
         _forget(device)
         return 0.97 * torch.cuda.mem_get_info(device)[0]
@@ -187,7 +176,7 @@ def memory_of(device: torch.device) -> float:
 
 
 def beside_the_paper(arch: str, own: Mapping[str, Row], most: Mapping[str, int]) -> Row:
-    """RepOpt over RepVGG in speed and largest batch, there and here."""
+    """Return the row of RepOpt over RepVGG in speed and largest batch, in the paper and here."""
     there, baseline = (paper.in_training(arch, mode) for mode in MODE_OF.values())
 
     def ratio(column: str) -> float | None:

@@ -99,7 +99,7 @@ class TrainingStep:
             self._optimizer = repopt.build_optimizer("sgd", self.model, scales, **SGD)
 
     def backward(self) -> Tensor:
-        """Forward pass, backward pass and exchange: the gradients are there afterwards. The loss."""
+        """Do the forward pass, the backward pass and the exchange, and return the loss."""
         with self._precision.autocast():
             loss = cross_entropy(self._called(self._images), self._labels)
         loss.backward()
@@ -107,7 +107,7 @@ class TrainingStep:
         return loss
 
     def __call__(self) -> None:
-        """The whole step."""
+        """Do the whole step."""
         loss = self.backward()
         self._optimizer.step()
         self.zero_grad()
@@ -119,7 +119,7 @@ class TrainingStep:
         self._optimizer.zero_grad(set_to_none=True)
 
     def flops(self) -> int:
-        """Floating-point operations of the convolutions and matrix products of a step, forward and backward."""
+        """Return the FLOPs of the convolutions and matrix products of a step, forward and backward."""
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             self.backward()
         self.zero_grad()

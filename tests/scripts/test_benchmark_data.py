@@ -6,7 +6,6 @@ import io
 import numpy as np
 import pytest
 import torch
-from benchmarks.photographs import SIZE, photographs
 from PIL import Image
 
 from benchmarks import baseline
@@ -49,16 +48,16 @@ def test_small_images_alone():
 
 
 def test_photographs_differ_and_have_imagenets_size():
-    encoded = photographs(4)
+    encoded = subject.photographs(4)
     assert len(set(encoded)) == 4
-    assert all(Image.open(io.BytesIO(data)).size == SIZE for data in encoded)
-    assert encoded == photographs(4)
+    assert all(Image.open(io.BytesIO(data)).size == subject.SIZE for data in encoded)
+    assert encoded == subject.photographs(4)
 
 
 def test_batches_are_alike():
     """The textbook's and ours, of images of one colour, whose crops are all the same."""
     buffer = io.BytesIO()
-    Image.new("RGB", SIZE, (200, 100, 50)).save(buffer, "JPEG")
+    Image.new("RGB", subject.SIZE, (200, 100, 50)).save(buffer, "JPEG")
     encoded = [buffer.getvalue()] * 3
     normalised = [
         subject.one_by_one(encoded, baseline.imagenet())()[0],
