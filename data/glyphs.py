@@ -110,7 +110,7 @@ def _write(root: Path, workers: int) -> None:
         raise UserError(f"glyphs are drawn in matplotlib's fonts, and {str(_file_of(absent[0]))!r} is not there")
     with tqdm(total=sum(map(_count, PER_CLASS)), desc="drawing glyphs", unit="image", disable=None) as bar:
         for split in PER_CLASS:
-            chunks: DataLoader = DataLoader(
+            chunks: DataLoader[Tensor] = DataLoader(
                 range(_count(split)),  # type: ignore[arg-type]  # any sequence will do
                 batch_size=_CHUNK,
                 collate_fn=functools.partial(_draw_all, split),

@@ -61,11 +61,9 @@ def checked(state: Sequence[Mapping[str, Any]]) -> list[EpochSegment]:
 def advanced(state: SamplerState, *, processes: int, images: int, sharded: bool) -> list[EpochSegment]:
     """Return the state when each of `processes` has taken `images` more; segments of one kind are merged."""
     segments = [segment.copy() for segment in state]
-    if not images:
-        return segments
-    if segments and (segments[-1]["processes"], segments[-1]["sharded"]) == (processes, sharded):
+    if images and segments and (segments[-1]["processes"], segments[-1]["sharded"]) == (processes, sharded):
         segments[-1]["images"] += images
-    else:
+    elif images:
         segments.append(EpochSegment(processes=processes, images=images, sharded=sharded))
     return segments
 

@@ -92,25 +92,6 @@ def eval_transform(image_size: int, interpolation: str, *, crop: bool) -> Transf
     return OnPillow(T.Compose([T.Resize(short_side, mode), T.CenterCrop(image_size)]))
 
 
-def _timm(augmentation: Augmentation, image_size: int, interpolation: str) -> Transform:
-    from timm.data import create_transform
-    from torchvision import transforms as T
-
-    policy = augmentation.auto_augment
-    try:
-        varied, augmented, _ = create_transform(
-            image_size,
-            is_training=True,
-            color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]  # None is none, as timm says
-            auto_augment=None if policy in ("", "none") else policy,
-            interpolation=interpolation,
-            separate=True,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"auto-augment policy {policy!r} is none that timm knows ({error!r})") from error
-    return OnPillow(T.Compose([varied, augmented]))
-
-
 def check_preset(name: str | None) -> None:
     """Raise a UserError for a preset that does not exist."""
     if name is not None and name not in PRESETS:
@@ -130,4 +111,19 @@ def train_transform(augmentation: Augmentation, image_size: int, interpolation: 
             return CropAndFlip(image_size, interpolation, raug15)
         case "none":
             return eval_transform(image_size, interpolation, crop=False)
-    return _timm(augmentation, image_size, interpolation)
+    from timm.data import create_transform
+    from torchvision import transforms as T
+
+    policy = augmentation.auto_augment
+    try:
+        varied, augmented, _ = create_transform(
+            image_size,
+            is_training=True,
+            color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]  # None is none, as timm says
+            auto_augment=None if policy in ("", "none") else policy,
+            interpolation=interpolation,
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"auto-augment policy {policy!r} is none that timm knows ({error!r})") from error
+    return OnPillow(T.Compose([varied, augmented]))

@@ -5,6 +5,7 @@ The zip is data: entries are read into memory, never extracted to files.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,9 +92,13 @@ class ZippedImages:
         self._entries = np.array(
             [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos], np.int64
         )
+        self._file: io.FileIO | None = None
         count = len(infos)
         cached = {"no": range(0), "full": range(count), "part": range(rank, count, world_size)}
         self._fill_cache(cached[cache_mode])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}  # another process opens its own
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -111,11 +117,12 @@ class ZippedImages:
 
     def _read_entry(self, index: int) -> bytes:
         at, packed, size, crc, method = self._entries[index].tolist()
-        with self._path.open("rb") as file:
-            file.seek(at)
-            signature, *lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size))
-            file.seek(sum(lengths), os.SEEK_CUR)
-            data = file.read(packed)
+        if self._file is None:
+            self._file = io.FileIO(self._path)
+        # Positional reads: forked processes share a descriptor's position.
+        file = self._file.fileno()
+        signature, *lengths = _LOCAL_HEADER.unpack(os.pread(file, _LOCAL_HEADER.size, at).ljust(_LOCAL_HEADER.size))
+        data = os.pread(file, packed, at + _LOCAL_HEADER.size + sum(lengths))
         if signature != b"PK\3\4":
             raise OSError("the zip's directory points to no entry")
         if method == zipfile.ZIP_DEFLATED:
