@@ -102,10 +102,11 @@ def side_by_side(
     """
     quantities = [cell["quantity"] for cell in content["rows"][0]["cells"]]
     columns = [text for name in quantities for text in (f"{name}: paper", "this run", "difference")]
-    rows = [
-        [*row["labels"], *(text for cell in row["cells"] for text in (cell["paper"], *shown(cell)))]
-        for row in content["rows"]
-    ]
+    rows = []
+    for row in content["rows"]:
+        rows.append([*row["labels"]])
+        for cell in row["cells"]:
+            rows[-1] += [cell["paper"], *shown(cell)]
     return [*content["labels"], *columns], rows
 
 
