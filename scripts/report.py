@@ -27,6 +27,7 @@ import _root  # noqa: F401
 import analyse_kernels
 import plots
 from inspect_scales import of_backbone, search_model
+from reproduction.result import side_by_side
 from runs import METRICS, NONE, RunFolderSummary, number, read_json, steps_of
 from torch import Tensor
 
@@ -58,9 +59,11 @@ class Pictures(NamedTuple):
     folder: Path
     name: str
 
-    def draw(self, caption: str, plot: Callable[..., None], *data: Any, **options: Any) -> str:
-        """Return the Markdown of what a function of plots.py draws of some data."""
-        return self._show(caption, lambda path: plot(*data, path, **options))
+    def draw(self, caption: str, plot: Callable[..., object], *data: Any, **options: Any) -> str:
+        """Return the Markdown of what a function, such as those of plots.py, draws of some data into a file."""
+        path = self.folder / f"{sum(1 for _ in self.folder.iterdir()) + 1}.png"
+        plot(*data, path, **options)
+        return f"{text(caption)}\n\n![{text(caption)}]({self.name}/{path.name})"
 
     def copy(self, caption: str, file: Path) -> str:
         """Return the Markdown of a PNG file.
@@ -72,12 +75,7 @@ class Pictures(NamedTuple):
             raise UserError(f"there is no picture {shown(str(file))}")
         if not file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n"):
             raise UserError(f"{str(file)!r} is no picture: it is not a PNG")
-        return self._show(caption, lambda path: shutil.copyfile(file, path))
-
-    def _show(self, caption: str, write: Callable[[Path], object]) -> str:
-        path = self.folder / f"{sum(1 for _ in self.folder.iterdir()) + 1}.png"
-        write(path)
-        return f"{text(caption)}\n\n![{text(caption)}]({self.name}/{path.name})"
+        return self.draw(caption, shutil.copyfile, file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +131,7 @@ def section_of(source: Path, pictures: Pictures) -> str:
         raise UserError(f"{str(source)!r} is no folder of a run: it has neither {METRICS} nor {CONFIG} nor {RESULTS}")
     try:
         title, parts = (run_section if source.is_dir() else table_section)(source, pictures)
-        blocks = {heading: [*found] for heading, found in parts.items()}
+        blocks = {heading: [*filter(None, found)] for heading, found in parts.items()}
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:  # JSON of another shape
@@ -152,17 +150,15 @@ def run_section(folder: Path, pictures: Pictures) -> tuple[str, dict[str, Iterab
     starts = run.run.get("starts", [])
     versions = [{key: value for key, value in start.items() if key not in ("command", "time")} for start in starts]
     return f"{name}, {folder.resolve().name}", {
-        "Results": [*([table([*facts], [[*facts.values()]])] if facts else []), *quantization({name: run}, pictures)],
+        "Results": [table(facts, [facts.values()]), *quantization({name: run}, pictures)],
         "Training": training(run, name, pictures),
         "Predictions": predictions({name: run}, pictures),
         "Searched scales": searched_scales({name: run}, pictures),
         "Kernels": kernels({name: run}, pictures),
         "Command lines and environment": [
             code(dict.fromkeys(start["command"] for start in starts)),
-            table([*versions[0]], dict.fromkeys(tuple(version.values()) for version in versions)),
-        ]
-        if starts
-        else [],
+            table(versions[0] if versions else (), dict.fromkeys(tuple(version.values()) for version in versions)),
+        ],
         "Configuration": configuration({"this run": run.settings}),
     }
 
@@ -172,12 +168,11 @@ def table_section(file: Path, pictures: Pictures) -> tuple[str, dict[str, Iterab
     content = read_json(file)
     runs = {name: [RunFolderSummary.read(Path(f)) for f in folders] for name, folders in content["runs"].items()}
     first = {name: group[0] for name, group in runs.items() if group}
-    environment = content["environment"]
     return f"{content['name']}: {content['title']} ({content['scale']})", {
         "Beside the paper": [
-            *([paper_table(content)] if content["rows"] else []),
-            *([items(content["notes"])] if content["notes"] else []),
-            *(["Orderings:", items(content["orderings"])] if content["orderings"] else []),
+            paper_table(content),
+            items(content["notes"]),
+            items(content["orderings"], "Orderings:"),
         ],
         "Pictures": (pictures.copy(entry["title"], file.parent / entry["file"]) for entry in content["pictures"]),
         "Runs": scores(runs, pictures),
@@ -186,8 +181,8 @@ def table_section(file: Path, pictures: Pictures) -> tuple[str, dict[str, Iterab
         "Kernels": kernels(first, pictures),
         "Quantization": quantization(first, pictures),
         "Command lines and environment": [
-            *([code(content["commands"])] if content["commands"] else []),
-            *([table(("what", "with"), environment.items())] if environment else []),
+            code(content["commands"]),
+            table(("what", "with"), content["environment"].items()),
         ],
         "Configuration": configuration({name: run.settings for name, run in first.items()}),
     }
@@ -198,27 +193,27 @@ def table_section(file: Path, pictures: Pictures) -> tuple[str, dict[str, Iterab
 
 def paper_table(content: Mapping[str, Any]) -> str:
     """Return the numbers of a reproduced table beside the paper's, those of several seeds behind their mean."""
-    quantities = [cell["quantity"] for cell in content["rows"][0]["cells"]]
-    heads = [*content["labels"], *(h for name in quantities for h in (f"{name}: paper", "this run", "difference"))]
-    rows = []
-    for row in content["rows"]:
-        cells = [*row["labels"]]
-        for cell in row["cells"]:
-            decimals = cell.get("decimals", 2)
-            this = figure(cell["mean"], decimals)
-            this += "" if cell["std"] is None else f" ± {figure(cell['std'], decimals)}"
-            seeds = [figure(value, decimals) for value in cell["values"]]
-            this += f" ({' · '.join(seeds)})" if len(seeds) > 1 else ""
-            cells += [cell["paper"], this, figure(cell["difference"], decimals, sign="+")]
-        if len(cells) != len(heads) or [cell["quantity"] for cell in row["cells"]] != quantities:
-            raise UserError("a row of the table has other labels or quantities than the first")
-        rows.append(cells)
-    return table(heads, rows)
+    shapes = [(len(row["labels"]), [cell["quantity"] for cell in row["cells"]]) for row in content["rows"]]
+    if not shapes:
+        return ""
+    if any(shape != (len(content["labels"]), shapes[0][1]) for shape in shapes):
+        raise UserError("a row of the table has other labels or quantities than the first")
+    return table(*side_by_side(content, measured))
+
+
+def measured(cell: Mapping[str, Any]) -> tuple[str, str]:
+    """Return this run's number in a cell of a reproduced table, and its difference from the paper's."""
+    decimals = cell.get("decimals", 2)
+    seeds = [figure(value, decimals) for value in cell["values"]]
+    this = figure(cell["mean"], decimals)
+    this += "" if cell["std"] is None else f" ± {figure(cell['std'], decimals)}"
+    this += f" ({' · '.join(seeds)})" if len(seeds) > 1 else ""
+    return this, figure(cell["difference"], decimals, sign="+")
 
 
 def configuration(settings: Mapping[str, Mapping[str, Any]]) -> Blocks:
     """Yield configurations by name: first the keys that are not as they are by default, then the rest."""
-    columns = {name: flat(found) for name, found in settings.items() if found}
+    columns = {name: dict(flat(found)) for name, found in settings.items() if found}
     if not columns:
         return
     changed, rest = [], []
@@ -235,13 +230,13 @@ def configuration(settings: Mapping[str, Mapping[str, Any]]) -> Blocks:
     yield folded(f"{len(rest)} keys that have their defaults", table(("key", "default", "meaning"), rest))
 
 
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings by dotted key."""
-    found = {}
-    for name, value in settings.items():
-        inner = {f"{name}.{key}": v for key, v in flat(value).items()} if isinstance(value, Mapping) else {name: value}
-        found.update(inner)
-    return found
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings by dotted key."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def written(setting: object) -> str:
@@ -265,9 +260,8 @@ def scores(runs: Mapping[str, Sequence[RunFolderSummary]], pictures: Pictures) -
         if recorded := [(name, folder, *summary.values()) for name, folder, summary in summaries if summary]:
             heads = next(summary for *_, summary in summaries if summary)
             yield folded(f"Every run by itself ({len(recorded)})", table(("run", "folder", *heads), recorded))
-        if absent := [folder for _, folder, summary in summaries if not summary and not (folder / RESULTS).is_file()]:
-            yield "Nothing is recorded of:"
-            yield items(absent)
+        absent = [folder for _, folder, summary in summaries if not summary and not (folder / RESULTS).is_file()]
+        yield items(absent, "Nothing is recorded of:")
 
 
 def predictions(runs: Runs, pictures: Pictures) -> Blocks:
@@ -313,20 +307,15 @@ def searched_scales(runs: Runs, pictures: Pictures) -> Blocks:
                 yield pictures.draw(caption, plots.plot_scales, model, scales)
             except UserError as error:
                 yield f"Not shown: {text(error)}"
-        if curves := scales_by_epoch(run):
+        curves: dict[str, dict[str, dict[int, float]]] = {}  # the recorded mean scales by branch, block and epoch
+        for record in run.epochs:
+            for key, value in record.get("scales", {}).items():
+                if (mean := number(value)) is not None:
+                    block, _, branch = label(key).removesuffix(".weight").rpartition(".")
+                    curves.setdefault(branch, {}).setdefault(block, {})[record["epoch"]] = mean
+        if curves:
             caption = "how far the mean scale of every block moved since the first epoch (the deeper, the stronger)"
             yield pictures.draw(f"{name}: {caption}", plots.plot_scales_by_epoch, curves)
-
-
-def scales_by_epoch(run: RunFolderSummary) -> dict[str, dict[str, dict[int, float]]]:
-    """Return the recorded mean scales by branch, block and epoch."""
-    curves: dict[str, dict[str, dict[int, float]]] = {}
-    for record in run.epochs:
-        for key, value in record.get("scales", {}).items():
-            if (mean := number(value)) is not None:
-                block, _, branch = label(key).removesuffix(".weight").rpartition(".")
-                curves.setdefault(branch, {}).setdefault(block, {})[record["epoch"]] = mean
-    return curves
 
 
 def kernels(runs: Runs, pictures: Pictures) -> Blocks:
@@ -339,18 +328,16 @@ def kernels(runs: Runs, pictures: Pictures) -> Blocks:
         except UserError as error:
             yield f"Not shown: {text(error)}"
     for layer, networks in layers.items():
-        parts = {
-            textwrap.fill(label(name), 32): {form: analyse_kernels.split(kernel) for form, kernel in forms.items()}
-            for name, forms in networks.items()
-        }
         caption = f"Weights of {layer} of {', '.join(networks)}; a panel is as wide as the range of INT8"
+        parts, rows = {}, []
+        for name, forms in networks.items():
+            split = {form: analyse_kernels.split(kernel) for form, kernel in forms.items()}
+            parts[textwrap.fill(label(name), 32)] = split
+            for form, kernel in forms.items():
+                numbers = {"network": name, "form": form, **analyse_kernels.statistics(kernel)}
+                rows.append(analyse_kernels.written(numbers))
         yield pictures.draw(caption, plots.plot_weights, parts)
-        rows = [
-            analyse_kernels.written({"network": name, "form": form, **analyse_kernels.statistics(kernel)})
-            for name, forms in networks.items()
-            for form, kernel in forms.items()
-        ]
-        yield table([*rows[0]], [row.values() for row in rows])
+        yield table(rows[0], [row.values() for row in rows])
 
 
 def kernels_of(file: Path) -> tuple[str, Mapping[str, Tensor]] | None:
@@ -378,7 +365,9 @@ def quantization(runs: Runs, pictures: Pictures) -> Blocks:
     tables: dict[tuple[Column, ...], list[Sequence[str]]] = {}
     sizes: list[Sequence[str]] = []
     noise: dict[tuple[str, ...], dict[str, list[float | None]]] = {}
-    for name, run in [(name, run) for name, run in runs.items() if (run.folder / RESULTS).is_file()]:
+    for name, run in runs.items():
+        if not (run.folder / RESULTS).is_file():
+            continue
         columns = (*run.columns, IMAGES)
         for network, row in read_json(run.folder / RESULTS).items():
             cells = (figure(row.get(column.name), column.decimals) for column in columns)
@@ -390,35 +379,34 @@ def quantization(runs: Runs, pictures: Pictures) -> Blocks:
             noise.setdefault(tuple(ratios), {})[name] = [*map(number, ratios.values())]
     for columns, rows in tables.items():
         yield table(("trained as", "network", *(column.head for column in columns)), rows)
-    if sizes:
-        yield table(("trained as", "file", "MB"), sizes)
+    yield table(("trained as", "file", "MB"), sizes)
     for layers, networks in noise.items():
-        worst = [
-            f"{name}: {layer} ({value:.1f} dB)"
-            for name, values in networks.items()
-            for value, layer in sorted((v, layer) for v, layer in zip(values, layers, strict=True) if v is not None)[:1]
-        ]
+        worst = []
+        for name, values in networks.items():
+            known = [(value, layer) for value, layer in zip(values, layers, strict=True) if value is not None]
+            worst += [f"{name}: {layer} ({value:.1f} dB)" for value, layer in sorted(known)[:1]]
+        caption = f"Signal to noise by layer, in INT8; the most noise: {'; '.join(worst)}"
         ratios = {label(name): {"INT8": values} for name, values in networks.items()}
-        yield pictures.draw(
-            f"Signal to noise by layer, in INT8; the most noise: {'; '.join(worst)}",
-            plots.plot_by_depth,
-            {"signal to noise (dB)": ratios},
-            [*map(label, layers)],
-        )
+        layer_names = [*map(label, layers)]
+        yield pictures.draw(caption, plots.plot_by_depth, {"signal to noise (dB)": ratios}, layer_names)
 
 
 # --- pieces of Markdown
 
 
-def table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a table of cells, which are numbers or text."""
+def table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table of cells, which are numbers or text; nothing where it has no columns or no rows."""
+    heads, rows = [*heads], [*rows]
+    if not heads or not rows:
+        return ""
     lines = ["| " + " | ".join(text(NONE if cell is None else cell) for cell in row) + " |" for row in (heads, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
 
 
-def items(lines: Iterable[object]) -> str:
-    """Return a list of sentences or names."""
-    return "\n".join(f"- {text(line)}" for line in lines)
+def items(lines: Iterable[object], title: str = "") -> str:
+    """Return a list of sentences or names below a title; nothing where it is empty."""
+    listed = "\n".join(f"- {text(line)}" for line in lines)
+    return f"{title}\n\n{listed}" if title and listed else listed
 
 
 def code(lines: Iterable[object]) -> str:

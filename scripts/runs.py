@@ -57,10 +57,9 @@ class RunFolderSummary(NamedTuple):
     @property
     def scores(self) -> dict[int, float]:
         """The score (percent) by epoch, where it was evaluated."""
-        found = {
-            record["epoch"]: number(config.lookup(record, f"val.{self.columns[0].name}")) for record in self.epochs
-        }
-        return {epoch: score for epoch, score in found.items() if score is not None}
+        name = f"val.{self.columns[0].name}"
+        found = ((record["epoch"], number(config.lookup(record, name))) for record in self.epochs)
+        return {epoch: score for epoch, score in found if score is not None}
 
     def summary(self) -> dict[str, str]:
         """Return the training in a few numbers; an empty dict where nothing was recorded."""
@@ -126,8 +125,9 @@ def _records(folder: Path) -> Iterator[dict[str, Any]]:
 
 def number(value: object) -> float | None:
     """Return a number that can be drawn; None for anything else."""
-    drawable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
-    return float(value) if drawable else None  # type: ignore[arg-type]  # it is a number there
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
+        return float(value)
+    return None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -92,8 +92,8 @@ def _words(value: Any) -> str | None:
 
 
 def side_by_side(
-    content: Content, shown: Callable[[Content], tuple[str | None, str | None]]
-) -> tuple[list[str], list[list[str | None]]]:
+    content: Mapping[str, Any], shown: Callable[[Content], tuple[str | None, str | None]]
+) -> tuple[Sequence[str], Sequence[Sequence[str | None]]]:
     """Return the columns and the rows of a table: the paper's numbers, and behind each what is shown of a cell.
 
     Args:
@@ -102,10 +102,11 @@ def side_by_side(
     """
     quantities = [cell["quantity"] for cell in content["rows"][0]["cells"]]
     columns = [text for name in quantities for text in (f"{name}: paper", "this run", "difference")]
-    rows = [
-        [*row["labels"], *(text for cell in row["cells"] for text in (cell["paper"], *shown(cell)))]
-        for row in content["rows"]
-    ]
+    rows: list[list[str | None]] = []
+    for row in content["rows"]:
+        rows.append([*row["labels"]])
+        for cell in row["cells"]:
+            rows[-1] += [cell["paper"], *shown(cell)]
     return [*content["labels"], *columns], rows
 
 

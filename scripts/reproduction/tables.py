@@ -106,8 +106,8 @@ def _table2(full: bool) -> Experiment:
     on_gpus = ("MaxBS", "train samples/s/GPU @MaxBS")  # columns that are measured on GPUs alone
     for model in MODELS if full else ("B1",):
         ours = target(full, model)
-        sides = () if full else ("--image-size", "32")
-        command = ("train", "--arch", ours.arch.removesuffix("-target"), "--batch-size", "32", *sides)
+        size = () if full else ("--image-size", "32")
+        command = ("train", "--arch", ours.arch.removesuffix("-target"), "--batch-size", "32", *size)
         speed = Training(ours.name.replace("target", "speed"), ours.arch, kind=SPEED, once=True, arguments=command)
         for family, label, training in (
             ("RepVGG", f"RepVGG-{model}", repvgg(full, model)),
@@ -146,13 +146,13 @@ def _table3(full: bool) -> Experiment:
 
     networks = {"RepOpt-VGG-B1": target(full), "EfficientNet-B2": efficientnet("b2")}
     if full:
-        se: dict[str, Any] = {"arch": "RepOpt-VGG-L2-se-target", "cfg": "configs/imagenet/l2_se_target.yaml"}
+        l2, l2_se = target(full, "L2"), "RepOpt-VGG-L2-se-target"
         networks |= {
             "RepOpt-VGG-B2": target(full, "B2"),
             "VGGNet-16": Training("vgg16", "torchvision/vgg16_bn", "configs/imagenet/vgg16.yaml", gpus=8),
-            "RepOpt-VGG-L2": target(full, "L2"),
+            "RepOpt-VGG-L2": l2,
             "EfficientNet-B3": efficientnet("b3"),
-            "RepOpt-VGG-L2 + SE": target(full, "L2").but("target-l2-se", **se),
+            "RepOpt-VGG-L2 + SE": l2.but("target-l2-se", arch=l2_se, cfg="configs/imagenet/l2_se_target.yaml"),
             "EfficientNet-B4": efficientnet("b4"),
             "EfficientNet-B5": efficientnet("b5"),
         }
