@@ -41,7 +41,7 @@ class BoundScales:
         """Apply the Rule of Initialization to the model, in place; see `repopt.initialize`."""
         for path, module in declared_blocks(self.model, "csla", "target"):
             like = module.kernel()
-            values = {name: scale.to(like) for name, scale in self._of_block(path, module).items()}
+            values = {name: scale.to(like) for name, scale in self.of_block(path, module).items()}
             kernels = module.block.fresh_kernels(values if identity == "searched" else {})
             kernels = {name: kernel.to(like) for name, kernel in kernels.items()}
             if module.mode == "target":
@@ -58,7 +58,7 @@ class BoundScales:
             kernel = module.kernel()
             if not kernel.requires_grad:
                 continue
-            scales = {name: scale.double() for name, scale in self._of_block(path, module).items()}
+            scales = {name: scale.double() for name, scale in self.of_block(path, module).items()}
             mult = module.block.grad_mult(scales, degree).beside(kernel)  # rounded once, here
             shared = mults.setdefault(names[kernel], mult)
             if any(not torch.equal(a, b) for a, b in zip(shared.tensors(), mult.tensors(), strict=True)):
@@ -83,7 +83,7 @@ class BoundScales:
     def _squares(self) -> dict[str, GradMult]:
         return self.grad_mults(degree=1)
 
-    def _of_block(self, path: str, module: RepConv2d) -> dict[str, Tensor]:
+    def of_block(self, path: str, module: RepConv2d) -> dict[str, Tensor]:
         """Return a block's scales by the names of its declaration."""
         return {branch.searched: self.scales[key_of(path, branch.searched)] for branch in module.block.branches}
 

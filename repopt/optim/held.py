@@ -7,6 +7,7 @@ of the multi-branch network, and writes W. Nothing is asked of the rule: it may 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from repopt.csla import Block
 from repopt.errors import UserError
 from repopt.optim.base import NamedParams
+from repopt.optim.sgd import RepSGD
 
 
 @dataclass(eq=False)
@@ -133,8 +135,7 @@ class BranchOptimizer(torch.optim.Optimizer):
                 self._inner = self._rule([inner], **self._settings)
             else:
                 self._inner.add_param_group(inner)
-        hyper = self._inner.param_groups[-2]
-        group.update({key: value for key, value in hyper.items() if key not in ("params", "param_names")})
+        group.update(_hyper(self._inner.param_groups[-2]))
 
     def _inner_groups(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the rule's two groups for one of ours: what has its weight decay, and what is not decayed."""
@@ -148,9 +149,8 @@ class BranchOptimizer(torch.optim.Optimizer):
             without = held.undecayed()
             for own, tensor in held.trained().items():
                 (rest if own in without else decayed).append(tensor)
-        hyper = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        yield hyper | {"params": decayed}
-        yield hyper | {"params": rest, "weight_decay": 0.0}
+        yield _hyper(group) | {"params": decayed}
+        yield _hyper(group) | {"params": rest, "weight_decay": 0.0}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the model's parameters, as `torch.optim.Optimizer` does."""
@@ -200,11 +200,9 @@ class BranchOptimizer(torch.optim.Optimizer):
                 param.grad = gradient
 
     def _step_rule(self, found_inf: Tensor | None) -> None:
-        for number, group in enumerate(self.param_groups):
-            hyper = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            decayed, rest = self._inner.param_groups[2 * number : 2 * number + 2]
-            decayed.update(hyper)
-            rest.update(hyper | {"weight_decay": rest["weight_decay"]})
+        for group, (decayed, rest) in self._grouped():
+            decayed.update(_hyper(group))
+            rest.update(_hyper(group) | {"weight_decay": rest["weight_decay"]})
         if found_inf is None:
             self._inner.step()
         elif getattr(self._inner, "_step_supports_amp_scaling", False):
@@ -214,6 +212,10 @@ class BranchOptimizer(torch.optim.Optimizer):
         elif not found_inf:
             self._inner.step()
 
+    def _grouped(self) -> Iterator[tuple[dict[str, Any], tuple[dict[str, Any], ...]]]:
+        """Yield every group with the two that the rule has for it."""
+        return zip(self.param_groups, zip(*[iter(self._inner.param_groups)] * 2, strict=True), strict=True)
+
     @torch.no_grad()
     def write_kernels(self) -> None:
         """Write the plain kernels, W = sum_k s_k A_k w_k, where branches have been changed from outside."""
@@ -221,20 +223,60 @@ class BranchOptimizer(torch.optim.Optimizer):
             kernel.copy_(self.branches[name].merged())
 
     def freeze_scales(self) -> None:
-        """End the search: the scales are constants from now on, and the rule goes on with the kernels' state."""
-        before = self._inner
-        self._inner = None
+        """End the search: the scales are constants from now on, and all kernels go on with their state, decayed."""
+        scales = {scale for held in self.branches.values() for scale in held.scales.values()}
+        for _, (decayed, rest) in self._grouped():
+            decayed["params"] += [param for param in rest["params"] if param not in scales]
+            rest["params"] = []
+        for scale in scales:
+            self._inner.state.pop(scale, None)
         for held in self.branches.values():
             held.searched = False
-        for group in self.param_groups:
-            for inner in self._inner_groups(group):
-                if self._inner is None:
-                    self._inner = self._rule([inner], **self._settings)
-                else:
-                    self._inner.add_param_group(inner)
-        for param in self._params():
-            if param in before.state:
-                self._inner.state[param] = before.state[param]
+
+    def collapsed(self) -> RepSGD:
+        """Return the RepSGD that goes on from here, for which nothing of the branches is held but their multipliers.
+
+        Kernels and momenta are merged by the same sum. With constant scales SGD is linear, so the path is the same.
+
+        Raises:
+            UserError: the scales are still searched, the rule is not SGD, or gradients are clipped here.
+        """
+        if not isinstance(self._inner, torch.optim.SGD):
+            raise UserError(
+                f"only SGD's branches can be merged with their state, not those of {type(self._inner).__name__}: under "
+                "rules that normalise gradients, the state of the sum is not the sum of the states"
+            )
+        if any(held.searched for held in self.branches.values()):
+            raise UserError("scales are searched still: freeze_scales() makes constants of them")
+        mults = {
+            name: held.block.grad_mult({own: s.detach().double() for own, s in held.scales.items()}, degree=1).beside(
+                self._kernels[name]
+            )
+            for name, held in self.branches.items()
+        }
+        taken = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "initial_lr")
+        groups = [
+            {key: group[key] for key in taken if key in group}
+            | {"params": list(zip(group["param_names"], group["params"], strict=True))}
+            for group in self.param_groups
+        ]
+        plain = RepSGD(groups, **{key: self.defaults[key] for key in taken[:-1]}, grad_mults=mults)
+        for name, param in ((n, p) for group in groups for n, p in group["params"]):
+            buffers = self._momenta(name, param)
+            if buffers is not None:
+                plain.state[param]["momentum_buffer"] = buffers
+        return plain
+
+    def _momenta(self, name: str, param: Tensor) -> Tensor | None:
+        held = self.branches.get(name)
+        if held is None:
+            return self._inner.state.get(param, {}).get("momentum_buffer")
+        momenta = {
+            own: self._inner.state.get(kernel, {}).get("momentum_buffer") for own, kernel in held.kernels.items()
+        }
+        if any(momentum is None for momentum in momenta.values()):
+            return None
+        return held.block.merge(momenta, held.scales).detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the groups, and by parameter the rule's state; a plain kernel's holds its branches and theirs."""
@@ -253,6 +295,8 @@ class BranchOptimizer(torch.optim.Optimizer):
                     self.state[param] = state
         content = super().state_dict()
         self.state.clear()
+        for saved, (group, (decayed, _)) in zip(content["param_groups"], self._grouped(), strict=True):
+            saved["rule"] = {key: value for key, value in _hyper(decayed).items() if key not in group}
         return content
 
     @torch.no_grad()
@@ -262,7 +306,8 @@ class BranchOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: the state is of other parameters or branches.
         """
-        groups = state_dict["param_groups"]
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        own_of_rule = [group.pop("rule", {}) for group in groups]
         super().load_state_dict({"state": {}, "param_groups": groups})
         names = [name for group in self.param_groups for name in group["param_names"]]
         states = {
@@ -278,13 +323,17 @@ class BranchOptimizer(torch.optim.Optimizer):
                 continue
             for own, tensor in (held.kernels | held.scales).items():
                 if own not in states[name] or states[name][own].shape != tensor.shape:
-                    raise UserError(f"the optimizer's state lacks the branch {own!r} of {name!r}, or it has another shape")
+                    raise UserError(
+                        f"the optimizer's state lacks the branch {own!r} of {name!r}, or it has another shape"
+                    )
                 tensor.copy_(states[name][own])
                 prefix = f"{own}/"
                 of_rule[tensor] = {
                     key.removeprefix(prefix): value for key, value in states[name].items() if key.startswith(prefix)
                 }
         inner = self._inner.state_dict()
+        for number, group in enumerate(inner["param_groups"]):
+            group.update(copy.deepcopy(own_of_rule[number // 2]))
         order = (i for group in inner["param_groups"] for i in group["params"])
         inner["state"] = {i: of_rule[param] for i, param in zip(order, self._params(), strict=True) if of_rule[param]}
         self._inner.load_state_dict(inner)
@@ -293,6 +342,10 @@ class BranchOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("branches", "max_norm", "norm", "_rule", "_settings", "_kernels", "_inner", "_unclaimed")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+
+def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _refuse_unclaimed(branches: Mapping[str, HeldBranches]) -> None:
