@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from repopt.csla import Block
 from repopt.errors import UserError
 from repopt.layers import RepConv2d
-from repopt.optim.held import HeldBranches
-from repopt.reparam import Scales, bind, declared_blocks, key_of, unwrapped
+from repopt.optim.held import BranchOptimizer, HeldBranches
+from repopt.reparam import Scales, bind, declared_blocks, key_of, param_groups, unwrapped
 
 
 @torch.no_grad()
@@ -90,6 +91,24 @@ def share_branches(branched: nn.Module, plain: nn.Module) -> dict[str, HeldBranc
                 if own[leaf] is not None and (f"{path}.{leaf}" if path else leaf) not in held:
                     own[leaf] = getattr(branched.get_submodule(path), kind)[leaf]
     return held
+
+
+def held_state(optimizer: BranchOptimizer, branched: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a plain rule on the multi-branch network as that of the optimizer that holds its branches.
+
+    Args:
+        optimizer: on the plain model that shares its parameters with `branched` (`share_branches`).
+        branched: the multi-branch network.
+        state_dict: of an optimizer over ``param_groups(branched, ...)``; not copied.
+
+    Raises:
+        ValueError, KeyError: the state is of other parameters.
+    """
+    of_rule: dict[Tensor, Mapping[str, Any]] = {}
+    for group, saved in zip(param_groups(branched, 0.0), state_dict["param_groups"], strict=True):
+        for (_, param), index in zip(group["params"], saved["params"], strict=True):
+            of_rule[param] = state_dict["state"].get(index, {})
+    return optimizer.pack(of_rule)
 
 
 def held_scales(model: nn.Module, branches: Mapping[str, HeldBranches]) -> dict[str, Tensor]:

@@ -15,7 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 from repopt.csla import GradMult
 from repopt.errors import UserError, shown, unknown
 from repopt.layers import Around, Mode, RepConv2d
-from repopt.optim import PLAIN_ONLY, REFUSED, RULES, Implementation, clip_grad_norm_
+from repopt.optim import (
+    PLAIN_ONLY,
+    RULES,
+    WITHOUT_MULTIPLIERS,
+    BranchOptimizer,
+    HeldBranches,
+    Implementation,
+    clip_grad_norm_,
+    plain_rule,
+)
 
 IdentityInit = Literal["searched", "one"]
 ScaleSource = Literal["searched", "channel-mean", "initial", "one"]
@@ -311,40 +320,52 @@ def build_optimizer(
     lr: float | Tensor,
     weight_decay: float = 0.0,
     implementation: Implementation = "auto",
+    branches: Mapping[str, HeldBranches] | None = None,
+    max_norm: float | None = None,
     **settings: Any,
 ) -> torch.optim.Optimizer:
-    """An optimizer over the model's parameter groups: a RepOptimizer where scales are given, else the plain rule.
+    """Build an optimizer over the model's parameter groups.
 
     Args:
-        name: of the update rule, one of `RULES`: "sgd", "adamw" ...; without scales one of `PLAIN_ONLY`, too.
-        model: in target mode if scales are given, else any.
-        scales: from `load_scales`, `extract_scales` or `bind`.
+        name: of the update rule, one of `RULES` ("sgd", "adamw" ...), or without scales of `PLAIN_ONLY` ("muon" ...).
+        model: in target mode if scales or branches are given, else any.
+        scales: from `load_scales`, `extract_scales` or `bind`: a RepOptimizer, which keeps their multipliers.
         lr: learning rate.
         weight_decay: of the decayed group (`param_groups`).
         implementation: of a RepOptimizer's step (`RepOptimizer`).
+        branches: from `hold_branches` or `share_branches`: the rule is on the multi-branch network (`BranchOptimizer`).
+        max_norm: to which the gradients of the multi-branch network are clipped, where branches are given.
         settings: hyper-parameters of the rules (momentum, nesterov, betas, eps ...). Those of other rules are passed
             over, so that one set of settings serves every rule.
 
     Raises:
         UserError: an unknown rule or setting, a value that the rule refuses, or scales that are not this model's.
     """
-    if scales is None and name in PLAIN_ONLY:
-        return PLAIN_ONLY[name](param_groups(model, weight_decay), lr=lr)
-    if scales is not None and name in REFUSED:
-        raise UserError(f"optimizer {name!r} cannot be re-parameterized: {REFUSED[name]}")
-    if name not in RULES:
+    if name not in RULES and name not in PLAIN_ONLY:
         raise unknown("optimizer", name, (*RULES, *PLAIN_ONLY))
-    rule, known = RULES[name], set().union(*(rule.hyperparameters for rule in RULES.values()))
+    if scales is not None and name in WITHOUT_MULTIPLIERS:
+        raise UserError(
+            f"optimizer {name!r} has no form with multipliers: {WITHOUT_MULTIPLIERS[name]}; with branches that it "
+            "holds it is exact (branches=repopt.hold_branches(model, scales))"
+        )
+    if scales is not None and branches is not None:
+        raise UserError("an optimizer multiplies gradients by constants of scales or holds branches, not both")
+    known = set().union(*(rule.hyperparameters for rule in RULES.values()))
     for key in settings:
         if key not in known:
             raise unknown("optimizer setting", key, known)
-    arguments = {"lr": lr} | {key: value for key, value in settings.items() if key in rule.hyperparameters}
     groups = param_groups(model, weight_decay)
     if scales is not None:
+        rule = RULES[name]
+        taken = {key: value for key, value in settings.items() if key in rule.hyperparameters}
         mults = grad_mults(model, scales, degree=rule.rep.degree)
-        return rule.rep(groups, grad_mults=mults, implementation=implementation, **arguments)
+        return rule.rep(groups, grad_mults=mults, implementation=implementation, lr=lr, **taken)
+    plain, hyperparameters = plain_rule(name)
+    arguments = {"lr": lr} | {key: value for key, value in settings.items() if key in hyperparameters}
     try:
-        return rule.plain(groups, **arguments)
+        if branches is not None:
+            return BranchOptimizer(groups, plain, branches, max_norm=max_norm, **arguments)
+        return plain(groups, **arguments)
     except ValueError as error:
         raise UserError(f"optimizer {name!r}: {error}") from None
 

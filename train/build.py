@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -13,13 +13,15 @@ from yacs.config import CfgNode
 
 import repopt
 from repopt import BoundScales
+from repopt.branches import share_branches
 from repopt.errors import UserError
+from repopt.optim import HeldBranches
 from train import compilation
 from train.distributed import World
 from train.keys import CLASSIFY
 from train.logging import logger
 from train.parallel import data_parallel
-from train.placement import precision_of
+from train.placement import precision_of, to_device
 from train.schedule import build_schedule
 from train.state import TrainingState, count_steps
 from train.tasks import Task
@@ -27,16 +29,45 @@ from train.tasks import Task
 MAX_GRAPH_PIXELS = 2**19  # of a batch that is small: 128 images of 64 x 64
 
 
-def training_state(task: Task, model: nn.Module, scales: BoundScales | None, *, batches: int) -> TrainingState:
-    """Return optimizer, schedule and moving average around a model; `batches` are those of an epoch."""
+def plain_form(task: Task, model: nn.Module) -> tuple[nn.Module, dict[str, HeldBranches] | None]:
+    """Return the network that computes in a training, and the branches that the optimizer holds for it.
+
+    A hyper-search computes with the plain network, which shares everything else with `model`: what a checkpoint holds
+    is the network with branches.
+    """
+    if task.arch.mode != "hs" or task.cfg.QUANT.METHOD:
+        return model, None
+    plain = to_device(task.network("target"), task.world)
+    return plain, share_branches(model, plain)
+
+
+def training_state(
+    task: Task,
+    model: nn.Module,
+    scales: BoundScales | None,
+    *,
+    batches: int,
+    plain: nn.Module,
+    branches: Mapping[str, HeldBranches] | None,
+) -> TrainingState:
+    """Return optimizer, schedule and moving average around a model; `batches` are those of an epoch.
+
+    Args:
+        task, model: of the training.
+        scales: constants of a RepOptimizer.
+        batches: of an epoch.
+        plain, branches: see `plain_form`.
+    """
     cfg, world = task.cfg, task.world
     images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
     scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
     rule = cfg.TRAIN.OPTIMIZER
     optimizer = repopt.build_optimizer(
         rule.NAME,
-        model,
+        plain,
         scales_of_gradients(task, scales),
+        branches=branches,
+        max_norm=cfg.TRAIN.CLIP_GRAD or None if branches is not None else None,
         lr=cfg.TRAIN.BASE_LR * scaling,
         weight_decay=cfg.TRAIN.WEIGHT_DECAY,
         momentum=rule.MOMENTUM,
@@ -76,7 +107,7 @@ def scales_of_gradients(task: Task, scales: BoundScales | None) -> BoundScales |
 def clipping(task: Task, model: nn.Module, scales: BoundScales | None) -> Callable[[], Tensor] | None:
     """Return what clips the gradients: under a RepOptimizer by the norm of the equivalent CSLA network's, or None."""
     max_norm = task.cfg.TRAIN.CLIP_GRAD
-    if not max_norm:
+    if not max_norm or task.arch.mode == "hs":
         return None
     if (constants := scales_of_gradients(task, scales)) is not None:
         bound = repopt.bind(model, constants)

@@ -12,6 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from repopt.branches import held_state
 from repopt.checkpoint import load_weights, state_dict_of
 from repopt.errors import UserError, one_line, shown
 from train.precision import Precision
@@ -62,7 +63,7 @@ class TrainingState:
         """Return what saves and loads its own state, by its entry in a checkpoint."""
         parts: dict[str, Stateful] = {
             "model": _Weights(self.model),
-            "optimizer": _OptimizerState(self.optimizer),
+            "optimizer": _OptimizerState(self.optimizer, self.model),
             "scaler": self.precision.scaler,
         }
         if self.ema is not None:
@@ -163,24 +164,30 @@ class _OptimizerState:
     torch pairs states with parameters by position and looks at neither names nor shapes, so both are compared first.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self._optimizer, self._model = optimizer, model
 
     def state_dict(self) -> dict[str, Any]:
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state_dict: Any) -> None:
         groups = self._optimizer.param_groups
+        branches = getattr(self._optimizer, "branches", {})
         configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             if not isinstance(state_dict, Mapping):
                 raise TypeError(f"it is {shown(state_dict)}")
+            sizes = [len(group["params"]) for group in groups]
+            if branches and [len(saved["params"]) for saved in state_dict["param_groups"]] != sizes:
+                state_dict = held_state(self._optimizer, self._model, state_dict)  # of the published search
             for own, saved in zip(groups, state_dict["param_groups"], strict=True):
                 if saved.get("param_names", own["param_names"]) != own["param_names"]:
                     raise ValueError("its parameters have other names or another order")
                 for name, param, index in zip(own["param_names"], own["params"], saved["params"], strict=True):
+                    held = branches.get(name)
                     for key, value in state_dict["state"].get(index, {}).items():
-                        if not _is_state(key, value, param):
+                        of, entry = (param, key) if held is None else held.find(key)
+                        if of is None or not _is_state(entry, value, of):
                             raise ValueError(
                                 f"what it keeps of {name!r} as {shown(key)} is nothing of its shape and kind"
                             )

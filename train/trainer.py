@@ -49,7 +49,7 @@ class Trainer:
         state: updated in place.
         train_loader, val_loader: of this process.
         folder: where the first process writes checkpoints, metrics, and (in a hyper-search) the scales.
-        model: ``state.model``, or what wraps it for training (DDP, torch.compile).
+        model: what computes in training: ``state.model``, or what stands for it, in DDP or compiled.
         clip: clips the gradients and returns their norm before; None = no clipping.
         searched: whether the model's scales are being searched.
     """
@@ -187,6 +187,8 @@ class Trainer:
         precision.scaler.unscale_(optimizer)
         self.norm = self.clip() if self.clip else None
         self.guard.step(self.norm)
+        if self.clip is None:  # where branches are held, the optimizer has clipped
+            self.norm = getattr(optimizer, "norm", None)
         precision.scaler.update()
 
     def evaluate(self) -> dict[str, Result] | None:

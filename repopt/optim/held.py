@@ -46,6 +46,14 @@ class HeldBranches:
         kept = {b.kernel for b in self.block.branches if b.scale is None and not b.decay_in_search}
         return {*self.scales, *(kept if self.searched else ())}
 
+    def find(self, entry: str) -> tuple[Tensor | None, str]:
+        """Return the kernel or scale that an entry of the plain kernel's state belongs to, and the rule's name for it.
+
+        The name is empty where the entry is the kernel or scale itself; the tensor is None where there is none.
+        """
+        own, _, key = entry.partition("/")
+        return (self.kernels | self.scales).get(own), key
+
     def merged(self) -> Tensor:
         """Return the plain kernel, (O, I, *k)."""
         return self.block.merge(self.kernels, self.scales)
@@ -280,23 +288,25 @@ class BranchOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the groups, and by parameter the rule's state; a plain kernel's holds its branches and theirs."""
+        content = self.pack(self._inner.state)
+        for saved, (group, (decayed, _)) in zip(content["param_groups"], self._grouped(), strict=True):
+            saved["rule"] = {key: value for key, value in _hyper(decayed).items() if key not in group}
+        return content
+
+    def pack(self, of_rule: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a state dict of what a rule keeps of the multi-branch network's parameters."""
         self.state.clear()
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 held = self.branches.get(name)
-                if held is None:
-                    state = dict(self._inner.state.get(param, {}))
-                else:
-                    state = {}
-                    for own, tensor in (held.kernels | held.scales).items():
-                        state[own] = tensor.detach()
-                        state |= {f"{own}/{key}": value for key, value in self._inner.state.get(tensor, {}).items()}
+                state = dict(of_rule.get(param, {})) if held is None else {}
+                for own, tensor in () if held is None else (held.kernels | held.scales).items():
+                    state[own] = tensor.detach()
+                    state |= {f"{own}/{key}": value for key, value in of_rule.get(tensor, {}).items()}
                 if state:
                     self.state[param] = state
         content = super().state_dict()
         self.state.clear()
-        for saved, (group, (decayed, _)) in zip(content["param_groups"], self._grouped(), strict=True):
-            saved["rule"] = {key: value for key, value in _hyper(decayed).items() if key not in group}
         return content
 
     @torch.no_grad()

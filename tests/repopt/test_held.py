@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from check_equivalency import BLOCKS, OneBlock
 
 import repopt
-from repopt.branches import held_scales, hold_branches, share_branches
+from repopt.branches import held_scales, held_state, hold_branches, share_branches
 from repopt.optim.held import BranchOptimizer
 from repopt.reparam import declared_blocks, param_groups
 
@@ -115,6 +115,20 @@ def test_the_state_dict_holds_the_branches(rule):
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert train(plain, optimizer) == train(other, restored)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_it_goes_on_from_the_state_of_the_multi_branch_network(rule):
+    make, settings = RULES[rule]
+    branched, _, _ = pair()
+    reference = make(param_groups(branched, DECAY), **settings)
+    train(branched, reference)
+    other, plain = copy.deepcopy(branched), OneBlock(BLOCKS["3x3 + 1x1 + identity"], "target").double()
+    branches = share_branches(other, plain)
+    optimizer = BranchOptimizer(param_groups(plain, DECAY), make, branches, **settings)
+    optimizer.load_state_dict(held_state(optimizer, other, copy.deepcopy(reference.state_dict())))
+    if rule != "lamb":  # counts its steps in its groups
+        assert train(branched, reference) == train(plain, optimizer)
 
 
 def test_a_deep_copy_goes_its_own_way():
