@@ -12,12 +12,12 @@ from repopt.csla import Block
 from repopt.errors import UserError
 from repopt.layers import RepConv2d
 from repopt.optim.held import BranchOptimizer, HeldBranches
-from repopt.reparam import Scales, bind, declared_blocks, key_of, param_groups, unwrapped
+from repopt.reparam import IdentityInit, Scales, bind, declared_blocks, key_of, param_groups, unwrapped
 
 
 @torch.no_grad()
 def hold_branches(
-    model: nn.Module, scales: Scales | None = None, *, keep_weights: bool = False
+    model: nn.Module, scales: Scales | None = None, *, identity: IdentityInit = "searched", keep_weights: bool = False
 ) -> dict[str, HeldBranches]:
     """Return fresh branches for every declared kernel of a plain model, and write the kernels that they add up to.
 
@@ -25,6 +25,7 @@ def hold_branches(
         model: in target mode; changed in place.
         scales: constant scales, from `load_scales`, `extract_scales` or `bind`; None = the scales are searched, from
             the values of the declaration on.
+        identity: how identity branches enter where scales are given (`initialize`).
         keep_weights: the model's kernels stay what they are, a block's first kernel of the whole size becomes
             ``W / s``, and the other kernels begin as zeros. Else kernels are drawn, as `initialize` draws them.
 
@@ -45,7 +46,11 @@ def hold_branches(
         given = {} if constants is None else constants.of_block(path, module)
         start = {b.scale: kernel.new_full(kernel.shape[:1], b.initial) for b in block.branches if b.scale is not None}
         start = {own: given.get(own, initial).to(kernel) for own, initial in start.items()}
-        kernels = _split(block, path, kernel, start) if keep_weights else block.fresh_kernels(given)
+        kernels = (
+            _split(block, path, kernel, start)
+            if keep_weights
+            else block.fresh_kernels(given if identity == "searched" else {})
+        )
         held[name] = HeldBranches(
             block,
             {own: _parameter(value, kernel) for own, value in kernels.items()},

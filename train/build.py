@@ -13,9 +13,9 @@ from yacs.config import CfgNode
 
 import repopt
 from repopt import BoundScales
-from repopt.branches import share_branches
+from repopt.branches import hold_branches, share_branches
 from repopt.errors import UserError
-from repopt.optim import HeldBranches
+from repopt.optim import WITHOUT_MULTIPLIERS, BranchOptimizer, HeldBranches
 from train import compilation
 from train.distributed import World
 from train.keys import CLASSIFY
@@ -29,16 +29,27 @@ from train.tasks import Task
 MAX_GRAPH_PIXELS = 2**19  # of a batch that is small: 128 images of 64 x 64
 
 
-def plain_form(task: Task, model: nn.Module) -> tuple[nn.Module, dict[str, HeldBranches] | None]:
+def plain_form(
+    task: Task, model: nn.Module, scales: BoundScales | None
+) -> tuple[nn.Module, dict[str, HeldBranches] | None]:
     """Return the network that computes in a training, and the branches that the optimizer holds for it.
 
     A hyper-search computes with the plain network, which shares everything else with `model`: what a checkpoint holds
-    is the network with branches.
+    is the network with branches. A target holds branches while its scales are searched, and longer under rules whose
+    state does not merge with the kernels.
     """
-    if task.arch.mode != "hs" or task.cfg.QUANT.METHOD:
+    cfg = task.cfg
+    if cfg.QUANT.METHOD:
         return model, None
-    plain = to_device(task.network("target"), task.world)
-    return plain, share_branches(model, plain)
+    if task.arch.mode == "hs":
+        plain = to_device(task.network("target"), task.world)
+        return plain, share_branches(model, plain)
+    rule = cfg.TRAIN.OPTIMIZER.NAME
+    if task.arch.repopt and (
+        scales is None or rule in WITHOUT_MULTIPLIERS or (cfg.TRAIN.SEARCH_EPOCHS and rule != "sgd")
+    ):
+        return model, hold_branches(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
+    return model, None
 
 
 def training_state(
@@ -65,7 +76,7 @@ def training_state(
     optimizer = repopt.build_optimizer(
         rule.NAME,
         plain,
-        scales_of_gradients(task, scales),
+        scales_of_gradients(task, scales) if branches is None else None,
         branches=branches,
         max_norm=cfg.TRAIN.CLIP_GRAD or None if branches is not None else None,
         lr=cfg.TRAIN.BASE_LR * scaling,
@@ -104,10 +115,15 @@ def scales_of_gradients(task: Task, scales: BoundScales | None) -> BoundScales |
     return scales if task.arch.repopt and task.cfg.TRAIN.CHANGE_GRADIENTS else None
 
 
-def clipping(task: Task, model: nn.Module, scales: BoundScales | None) -> Callable[[], Tensor] | None:
-    """Return what clips the gradients: under a RepOptimizer by the norm of the equivalent CSLA network's, or None."""
+def clipping(
+    task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, scales: BoundScales | None
+) -> Callable[[], Tensor] | None:
+    """Return what clips the gradients, by the norm of the equivalent CSLA network's under a RepOptimizer.
+
+    None where nothing is clipped, or the optimizer does it.
+    """
     max_norm = task.cfg.TRAIN.CLIP_GRAD
-    if not max_norm or task.arch.mode == "hs":
+    if not max_norm or isinstance(optimizer, BranchOptimizer):
         return None
     if (constants := scales_of_gradients(task, scales)) is not None:
         bound = repopt.bind(model, constants)

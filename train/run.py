@@ -167,7 +167,7 @@ def prepare(
     train_loader, val_loader = task.train_loader(), task.eval_loader()
     if goes_on(content) and content.get("data") not in (None, train_loader.fingerprint):
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
-    plain, branches = plain_form(task, model)
+    plain, branches = plain_form(task, model, scales)
     state: TrainingState = training_state(
         task, model, scales, batches=len(train_loader), plain=plain, branches=branches
     )
@@ -194,8 +194,7 @@ def prepare(
         val_loader,
         folder,
         model=distribute(task, plain),
-        clip=clipping(task, model, scales),
-        searched=task.arch.mode == "hs" and not cfg.QUANT.METHOD,
+        clip=clipping(task, model, state.optimizer, scales),
     )
 
 

@@ -16,10 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Loader, seeding
+from repopt.branches import held_scales
 from repopt.errors import UserError
-from repopt.reparam import extract_scales
+from repopt.optim import BranchOptimizer
+from repopt.reparam import bind
 from repopt.scales import save_scales
 from train import config
+from train.build import clipping
 from train.checkpoint import RunFolder
 from train.distributed import AsyncMax, gather
 from train.evaluation.base import Result
@@ -50,8 +53,7 @@ class Trainer:
         train_loader, val_loader: of this process.
         folder: where the first process writes checkpoints, metrics, and (in a hyper-search) the scales.
         model: what computes in training: ``state.model``, or what stands for it, in DDP or compiled.
-        clip: clips the gradients and returns their norm before; None = no clipping.
-        searched: whether the model's scales are being searched.
+        clip: clips the gradients and returns their norm before; None = no clipping, or the optimizer does it.
     """
 
     def __init__(
@@ -64,13 +66,12 @@ class Trainer:
         *,
         model: nn.Module | None = None,
         clip: Callable[[], Tensor] | None = None,
-        searched: bool = False,
     ) -> None:
         self.task, self.cfg, self.world = task, task.cfg, task.world
         self.state, self.folder = state, folder
         self.train_loader, self.val_loader = train_loader, val_loader
         self.model = state.model if model is None else model
-        self.clip, self.searched = clip, searched
+        self.clip = clip
         self.guard = NonFiniteGuard(state.model, state.optimizer, state.precision.device)
         self.metrics = Metrics(None)
         train_loader.set_epoch(state.epoch)
@@ -103,9 +104,39 @@ class Trainer:
         )
         with stop_requests() as self._request, self.metrics, self._bar:
             while state.epoch < cfg.TRAIN.EPOCHS:
+                if 0 < cfg.TRAIN.SEARCH_EPOCHS <= state.epoch and self.searching:
+                    self.freeze_scales()
                 self.fit_epoch()
         self.folder.wait()
         logger.info(f"best {self.task.metric_name} {state.max_accuracy:.3f} %, checkpoints in {self.folder.path}")
+
+    @property
+    def searching(self) -> bool:
+        """Return whether the scales of the model's branches are being searched."""
+        return isinstance(self.state.optimizer, BranchOptimizer) and self.state.optimizer.searching
+
+    def searched_scales(self) -> dict[str, Tensor] | None:
+        """Return the scales as they are, where they are being searched."""
+        return held_scales(self.model, self.state.optimizer.branches) if self.searching else None
+
+    def freeze_scales(self) -> None:
+        """Make constants of the scales, between two epochs: the rest is the training of a target with these scales.
+
+        Nothing else changes, neither the model nor what wraps it. Under SGD a RepOptimizer takes over.
+        """
+        state, scales = self.state, self.searched_scales()
+        assert scales is not None and isinstance(state.optimizer, BranchOptimizer)
+        state.optimizer.freeze_scales()
+        state.scales = scales
+        if self.cfg.TRAIN.OPTIMIZER.NAME == "sgd":
+            state.optimizer = state.optimizer.collapsed(implementation=self.cfg.TRAIN.OPTIMIZER.IMPLEMENTATION)
+            state.schedule.optimizer = state.optimizer
+            self.clip = clipping(self.task, state.model, state.optimizer, bind(state.model, scales))
+        self._skipped_before = state.skipped
+        self.guard = NonFiniteGuard(state.model, state.optimizer, state.precision.device)
+        if self.world.is_main:
+            save_scales(scales, self.folder.path / "scales.pth")
+        logger.info(f"scales are constants from epoch {state.epoch + 1} on")
 
     def fit_epoch(self) -> None:
         """Train what is left of an epoch, evaluate, and save."""
@@ -134,8 +165,7 @@ class Trainer:
         if state.epoch % cfg.SAVE_FREQ == 0 or last:
             names.append(f"ckpt_epoch_{state.epoch - 1}.pth")
         self._check_finite()
-        if self.searched:
-            scales = extract_scales(state.model)
+        if scales := self.searched_scales():
             numbers["scales"] = {name: values.mean().item() for name, values in scales.items()}
             if self.world.is_main:
                 save_scales(scales, self.folder.path / "scales.pth")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from repopt.csla import Block
 from repopt.errors import UserError
-from repopt.optim.base import NamedParams
+from repopt.optim.base import Implementation, NamedParams
 from repopt.optim.sgd import RepSGD
 
 
@@ -241,7 +241,12 @@ class BranchOptimizer(torch.optim.Optimizer):
         for held in self.branches.values():
             held.searched = False
 
-    def collapsed(self) -> RepSGD:
+    @property
+    def searching(self) -> bool:
+        """Return whether scales are trained."""
+        return any(held.searched for held in self.branches.values())
+
+    def collapsed(self, *, implementation: Implementation = "auto") -> RepSGD:
         """Return the RepSGD that goes on from here, for which nothing of the branches is held but their multipliers.
 
         Kernels and momenta are merged by the same sum. With constant scales SGD is linear, so the path is the same.
@@ -254,7 +259,7 @@ class BranchOptimizer(torch.optim.Optimizer):
                 f"only SGD's branches can be merged with their state, not those of {type(self._inner).__name__}: under "
                 "rules that normalise gradients, the state of the sum is not the sum of the states"
             )
-        if any(held.searched for held in self.branches.values()):
+        if self.searching:
             raise UserError("scales are searched still: freeze_scales() makes constants of them")
         mults = {
             name: held.block.grad_mult({own: s.detach().double() for own, s in held.scales.items()}, degree=1).beside(
@@ -268,7 +273,9 @@ class BranchOptimizer(torch.optim.Optimizer):
             | {"params": list(zip(group["param_names"], group["params"], strict=True))}
             for group in self.param_groups
         ]
-        plain = RepSGD(groups, **{key: self.defaults[key] for key in taken[:-1]}, grad_mults=mults)
+        plain = RepSGD(
+            groups, **{key: self.defaults[key] for key in taken[:-1]}, grad_mults=mults, implementation=implementation
+        )
         for name, param in ((n, p) for group in groups for n, p in group["params"]):
             buffers = self._momenta(name, param)
             if buffers is not None:
