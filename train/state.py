@@ -210,7 +210,7 @@ def _is_state(key: object, value: object, param: Tensor) -> bool:
 
     Adafactor keeps those of rows and columns: the shape has ones then.
     """
-    if value is None or (key == "step" and type(value) in (int, float)):
+    if value is None or type(value) is bool or (key == "step" and type(value) in (int, float)):
         return True
     if not isinstance(value, Tensor) or not value.is_floating_point() or not torch.isfinite(value).all():
         return False
