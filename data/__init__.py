@@ -9,8 +9,7 @@ folder, zipped                  images in files
 caltech                         one whose split is ours
 cityscapes, coco                layouts of images with label images, and with boxes and masks
 scenes                          digits in both, made where they are absent
-generated                       the folder of a set that is made where it is absent
-download                        what fetches a set that is absent, once per node
+obtain                          what fetches or makes a set that is absent
 decode      encoded bytes -> an image
 transforms, raug15              one decoded image -> uint8 tensor
 sampler     which images in what order, and how far an epoch has got; randomness is that of data.seeding

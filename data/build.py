@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import device as Device
 from torch.utils.data import default_collate
 
-from data.decoded import BadSamplePolicy, Collate, DecodedLoader, ImageDataset, raise_on_bad, replace_bad
+from data.decoded import BadSamplePolicy, DecodedLoader, ImageDataset, collate, raise_on_bad, replace_bad
 from data.loader import BatchAugmentation, Loader
 from data.on_device import Normalize
 from data.registry import DatasetSpec
@@ -117,5 +118,5 @@ def _loader(
 ) -> Loader:
     if isinstance(dataset, InMemoryDataset):
         return InMemoryLoader(dataset, sampler, images.normalize(cfg), augmentations)
-    collate = Collate(images.bad_sample_policy(split), images.collate)
-    return DecodedLoader(dataset, sampler, images.normalize(cfg), augmentations, collate=collate, cfg=cfg)
+    make_batch = functools.partial(collate, on_bad=images.bad_sample_policy(split), join=images.collate)
+    return DecodedLoader(dataset, sampler, images.normalize(cfg), augmentations, collate=make_batch, cfg=cfg)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from data.download import fetch
-from data.folder import FolderImages, class_folders
+from data.folder import Files, class_folders
+from data.obtain import fetch
 from repopt.errors import UserError, shown
 
 NUM_CLASSES = 257
 TRAIN_PER_CLASS = 60
 
 
-def open_split(root: str, split: str) -> FolderImages:
+def open_split(root: str, split: str) -> Files:
     """Return the images of 'train' or 'val', class by class, sorted by name.
 
     A set that is absent from `root` is downloaded into it, by the first process of each node while the others wait.
@@ -39,14 +39,22 @@ def open_split(root: str, split: str) -> FolderImages:
             f"{str(folder)!r} has {len(classes)} class folders, not {NUM_CLASSES}: if its unpacking was interrupted, "
             "remove it and it is unpacked again"
         )
-    return FolderImages(
-        folder, [(path, label) for label, name in enumerate(classes) for path in _share(folder / name, split)]
-    )
+    shares = [_share(folder / name, split) for name in classes]
+    labels = [label for label, share in enumerate(shares) for _ in share]
+    return Files(folder, [path for share in shares for path in share], labels)
 
 
 def _share(folder: Path, split: str) -> list[str]:
     """Return the paths of a class's images of one split, sorted."""
-    names = _images(folder)
+    from torchvision.datasets.folder import is_image_file
+
+    names = [
+        path.name  # not of other files and folders, which some have
+        for path in folder.iterdir()
+        if is_image_file(path.name) and not path.name.startswith(".") and path.is_file()
+    ]
+    if unreadable := [name for name in names if not name.isprintable()]:
+        raise UserError(f"{shown(str(folder))} has an image whose name is no text: {shown(min(unreadable))}")
     if len(names) <= TRAIN_PER_CLASS:
         raise UserError(
             f"{shown(str(folder))} has {len(names)} images, not more than training takes ({TRAIN_PER_CLASS})"
@@ -54,17 +62,3 @@ def _share(folder: Path, split: str) -> list[str]:
     shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     share = {"train": shuffled[:TRAIN_PER_CLASS], "val": shuffled[TRAIN_PER_CLASS:]}[split]
     return [str(folder / name) for name in sorted(share)]
-
-
-def _images(folder: Path) -> list[str]:
-    """Return the names of the image files in a class's folder itself: some have other files and folders."""
-    from torchvision.datasets.folder import is_image_file
-
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if is_image_file(path.name) and not path.name.startswith(".") and path.is_file()
-    ]
-    if unreadable := [name for name in names if not name.isprintable()]:
-        raise UserError(f"{shown(str(folder))} has an image whose name is no text: {shown(min(unreadable))}")
-    return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data.download import fetch
+from data.obtain import fetch
 from repopt.errors import UserError
 
 SIZE = 32

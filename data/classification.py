@@ -8,6 +8,7 @@ Batches are normalized float32 [B, 3, H, W] and int64 [B], or float [B, num_clas
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from typing_extensions import override
 
 from data import registry, transforms
 from data.build import ImageSet
-from data.decoded import BadSamplePolicy, BlankBad, ImageDataset
+from data.decoded import BadSamplePolicy, ImageDataset, blank_bad
 from data.loader import BatchAugmentation
 from data.on_device import Erase, Mix
 from data.registry import ClassificationSpec, FileSpec, InMemorySpec
@@ -100,7 +101,7 @@ class Classification(ImageSet):
     @override
     def bad_sample_policy(self, split: str) -> BadSamplePolicy:
         if split == "val" and self.source.on_bad_image == "skip":
-            return BlankBad(self.image_size)
+            return functools.partial(blank_bad, image_size=self.image_size)
         return super().bad_sample_policy(split)
 
     @override
@@ -131,16 +132,8 @@ class ClassificationDataset(ImageDataset):
     """Encoded images with one label each."""
 
     def __init__(self, images: EncodedImages, transform: Transform, seed: int) -> None:
-        super().__init__(seed)
-        self._images, self._transform = images, transform
-        self.contents = images.labels
-
-    def __len__(self) -> int:
-        return len(self._images.labels)
-
-    @override
-    def name(self, index: int) -> str:
-        return self._images.name(index)
+        super().__init__(images, images.labels, seed)
+        self._transform = transform
 
     @override
     def sample(self, index: int) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""COCO's layout: `<split>2017/*.jpg` and `annotations/instances_<split>2017.json`, read whole and checked once."""
+"""COCO's layout: `<split>2017/*.jpg` and `annotations/instances_<split>2017.json`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import marshal
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,15 +15,12 @@ import numpy as np
 
 from repopt.errors import UserError, one_line, shown
 
-MIN_SIDE = 1e-3  # of a box, in pixels
-
 _MAX_PIXELS = 2**28  # of an image; of more, masks would be an attack on the memory
 _MAX_COORDINATE = 1e9  # of a box
 
 
-@dataclass(frozen=True)
 class Split:
-    """An annotation file that is sound, its columns as arrays.
+    """The annotations of a split, read whole and checked, their columns as arrays.
 
     Attributes:
         file: the annotation file.
@@ -41,76 +36,74 @@ class Split:
         labels: int64 [A], 1..K.
         crowd: bool [A].
         boxes: float64 [A, 4], left, top, right and bottom, as far as they lie in the image.
-    """
-
-    file: Path
-    folder: Path
-    content: dict[str, Any]
-    category_ids: tuple[int, ...]
-    class_names: tuple[str, ...]
-    image_ids: np.ndarray
-    names: list[str]
-    sizes: np.ndarray
-    annotation_ids: np.ndarray
-    images: np.ndarray
-    labels: np.ndarray
-    crowd: np.ndarray
-    boxes: np.ndarray
-
-    def empty(self) -> np.ndarray:
-        """Return bool [A]: of which boxes less than `MIN_SIDE` is left in the image."""
-        return ((self.boxes[:, 2:] - self.boxes[:, :2]) < MIN_SIDE).any(1)
-
-
-def annotation_file(root: Path, split: str) -> Path:
-    """Return where the annotations of a split lie."""
-    return root / "annotations" / f"instances_{split}2017.json"
-
-
-def read(root: Path, split: str) -> Split:
-    """Return the annotations of a split, checked.
 
     Raises:
         UserError: there are none, or they are not sound, or name images that the folder does not have.
     """
-    file, folder = annotation_file(root, split), root / f"{split}2017"
-    content = _parse(file)
-    images, annotations, categories = (
-        _Records(file, content, kind) for kind in ("images", "annotations", "categories")
-    )
-    category_ids = categories.ids()
-    class_names = categories.column("name", _is_text, "text")
-    by_id = np.argsort(category_ids)
 
-    image_ids = images.ids()
-    names = images.column("file_name", _is_text, "text")
-    sizes = np.stack([images.integers("width", 1), images.integers("height", 1)], 1)
-    if (large := sizes.astype(float).prod(1) > _MAX_PIXELS).any():
-        raise UserError(f"{file}: image {image_ids[large][0]} has more than {_MAX_PIXELS} pixels")
-    _check_files(file, folder, names)
+    def __init__(self, root: Path, split: str) -> None:
+        self.file, self.folder = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
+        self.content = _parse(self.file)
+        images, annotations, categories = (
+            _Records(self.file, self.content, kind) for kind in ("images", "annotations", "categories")
+        )
+        category_ids, class_names = categories.ids(), categories.column("name", _is_text, "text")
+        by_id = np.argsort(category_ids)
+        self.category_ids = tuple(category_ids[by_id].tolist())
+        self.class_names = tuple(class_names[k] for k in by_id)
 
-    annotation_ids = annotations.ids(1)  # pycocotools takes others for no annotation
-    of_image = _places(file, annotation_ids, "image", annotations.integers("image_id"), image_ids)
-    of_category = _places(file, annotation_ids, "category", annotations.integers("category_id"), category_ids[by_id])
-    crowd = annotations.integers("iscrowd", 0) > 0
-    annotations.column("area", _is_number, "a number")
-    corners = np.array(annotations.column("bbox", _is_box, "four numbers"), np.float64).reshape(-1, 2, 2)
-    corners[:, 1] += corners[:, 0]
-    return Split(
-        file,
-        folder,
-        content,
-        tuple(category_ids[by_id].tolist()),
-        tuple(class_names[k] for k in by_id),
-        image_ids,
-        names,
-        sizes,
-        annotation_ids,
-        of_image,
-        of_category + 1,
-        crowd,
-        np.clip(corners, 0, sizes[of_image][:, None]).reshape(-1, 4),
-    )
+        self.image_ids = images.ids()
+        self.names = images.column("file_name", _is_text, "text")
+        self.sizes = np.stack([images.integers("width", 1), images.integers("height", 1)], 1)
+        if (large := self.sizes.astype(float).prod(1) > _MAX_PIXELS).any():
+            raise UserError(f"{self.file}: image {self.image_ids[large][0]} has more than {_MAX_PIXELS} pixels")
+        self._check_files()
+
+        self.annotation_ids = annotations.ids(1)  # pycocotools takes others for no annotation
+        self.images = self._places("image", annotations.integers("image_id"), self.image_ids)
+        self.labels = 1 + self._places("category", annotations.integers("category_id"), category_ids[by_id])
+        self.crowd = annotations.integers("iscrowd", 0) > 0
+        annotations.column("area", _is_number, "a number")
+        corners = np.array(annotations.column("bbox", _is_box, "four numbers"), np.float64).reshape(-1, 2, 2)
+        corners[:, 1] += corners[:, 0]
+        self.boxes = np.clip(corners, 0, self.sizes[self.images][:, None]).reshape(-1, 4)
+
+    def check_masks(self, chosen: Iterable[int]) -> None:
+        """Refuse annotations without a mask, and masks that pycocotools crashes on.
+
+        Raises:
+            UserError: naming the first.
+        """
+        for k in chosen:
+            width, height = self.sizes[self.images[k]].tolist()
+            segmentation = self.content["annotations"][k].get("segmentation")
+            if reason := _invalid_reason(segmentation, width, height):
+                where = f"{self.file}: annotation {self.annotation_ids[k]}"
+                raise UserError(f"{where}: its segmentation {reason}: {shown(segmentation)}")
+
+    def _check_files(self) -> None:
+        if not self.folder.is_dir():
+            raise UserError(f"no folder {str(self.folder)!r}, whose images {self.file.name} lists")
+        found = {entry.name for entry in os.scandir(self.folder)}  # sooner than asking for every file
+        if lacking := [name for name in self.names if name not in found and not self._is_below(name)]:
+            raise UserError(
+                f"{str(self.folder)!r} lacks {len(lacking)} of {len(self.names)} images that {self.file} lists: "
+                f"{shown(lacking[0])}"
+            )
+
+    def _is_below(self, name: str) -> bool:
+        return not Path(name).is_absolute() and ".." not in Path(name).parts and (self.folder / name).is_file()
+
+    def _places(self, kind: str, wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Return where in `known` each annotation's id of its image or category stands."""
+        order = np.argsort(known)
+        places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+        if (foreign := known[places] != wanted).any():
+            raise UserError(
+                f"{self.file}: annotation {self.annotation_ids[foreign][0]} is of {kind} {wanted[foreign][0]}, "
+                f"which the file does not list ({foreign.sum()} such)"
+            )
+        return places
 
 
 class Masks:
@@ -126,7 +119,7 @@ class Masks:
 
     def __init__(self, split: Split, chosen: np.ndarray) -> None:
         tools()
-        check_masks(split, chosen.tolist())
+        split.check_masks(chosen.tolist())
         annotations = split.content["annotations"]
         # In one piece rather than as many objects, which reference counts would copy into every worker.
         packed = [marshal.dumps(annotations[k]["segmentation"]) for k in chosen.tolist()]
@@ -136,26 +129,8 @@ class Masks:
     def decode(self, index: int, height: int, width: int) -> np.ndarray:
         """Return uint8 [height, width], 1 in the mask of the annotation chosen[index]."""
         mask = tools().mask
-        found = marshal.loads(self._packed[self._ends[index] : self._ends[index + 1]])
-        if isinstance(found, list):
-            found = mask.merge(mask.frPyObjects(found, height, width))
-        else:
-            found = mask.frPyObjects(found, height, width)
-        return mask.decode(found)
-
-
-def check_masks(split: Split, chosen: Iterable[int]) -> None:
-    """Refuse annotations without a mask, and masks that pycocotools crashes on.
-
-    Raises:
-        UserError: naming the first.
-    """
-    for k in chosen:
-        width, height = split.sizes[split.images[k]].tolist()
-        segmentation = split.content["annotations"][k].get("segmentation")
-        if reason := _invalid_reason(segmentation, width, height):
-            where = f"{split.file}: annotation {split.annotation_ids[k]}"
-            raise UserError(f"{where}: its segmentation {reason}: {shown(segmentation)}")
+        found = mask.frPyObjects(marshal.loads(self._packed[self._ends[index] : self._ends[index + 1]]), height, width)
+        return mask.decode(mask.merge(found) if isinstance(found, list) else found)
 
 
 def tools() -> ModuleType:
@@ -197,18 +172,10 @@ class _Records:
 
     def column(self, key: str, fits: Callable[[Any], bool], expected: str) -> list[Any]:
         """Return a value of each record."""
-        try:
-            values = list(map(itemgetter(key), self._records))
-            wrong = next((number for number, value in enumerate(values) if not fits(value)), None)
-        except (KeyError, TypeError, IndexError):
-            wrong = next(
-                n for n, record in enumerate(self._records) if not isinstance(record, dict) or key not in record
-            )
-        if wrong is not None:
-            raise UserError(
-                f"{self._file}: {self._kind}[{wrong}] lacks {key!r} ({expected}): {shown(self._records[wrong])}"
-            )
-        return values
+        for number, record in enumerate(self._records):
+            if not (isinstance(record, dict) and key in record and fits(record[key])):
+                raise UserError(f"{self._file}: {self._kind}[{number}] lacks {key!r} ({expected}): {shown(record)}")
+        return [record[key] for record in self._records]
 
     def integers(self, key: str, min_value: int = -(2**62)) -> np.ndarray:
         """Return an integer of each record, int64."""
@@ -242,33 +209,6 @@ def _is_box(value: Any) -> bool:
         and len(value) == 4
         and all(_is_number(v) and -_MAX_COORDINATE < v < _MAX_COORDINATE for v in value)
     )
-
-
-def _places(file: Path, annotation_ids: np.ndarray, kind: str, wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return where in `known` each annotation's id of its image or category stands."""
-    order = np.argsort(known)
-    places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-    if (foreign := known[places] != wanted).any():
-        raise UserError(
-            f"{file}: annotation {annotation_ids[foreign][0]} is of {kind} {wanted[foreign][0]}, "
-            f"which the file does not list ({foreign.sum()} such)"
-        )
-    return places
-
-
-def _check_files(file: Path, folder: Path, names: list[str]) -> None:
-    if not folder.is_dir():
-        raise UserError(f"no folder {str(folder)!r}, whose images {file.name} lists")
-    found = {entry.name for entry in os.scandir(folder)}  # sooner than asking for every file
-    lacking = [
-        name
-        for name in names
-        if name not in found and (Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_file())
-    ]
-    if lacking:
-        raise UserError(
-            f"{str(folder)!r} lacks {len(lacking)} of {len(names)} images that {file} lists: {shown(lacking[0])}"
-        )
 
 
 def _invalid_reason(segmentation: Any, width: int, height: int) -> str:

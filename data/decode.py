@@ -36,12 +36,7 @@ def to_values(data: bytes) -> np.ndarray:
     Raises:
         OSError: as `to_pillow`.
     """
-
-    def values(image: Image.Image) -> np.ndarray:
-        image.load()
-        return np.array(image)
-
-    return _decoded(data, values)
+    return _decoded(data, lambda image: np.array(image.copy()))  # the copy is decoded, or its error is Pillow's
 
 
 def _decoded(data: bytes, decode: Callable[[Image.Image], T]) -> T:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from data import seeding
 from data.loader import BatchAugmentation, Loader
 from data.sampler import Sampler
-from data.types import LoaderConfig
+from data.types import EncodedImages, LoaderConfig
 from repopt.errors import UserError
 
 logger = logging.getLogger("repopt")
@@ -43,14 +43,16 @@ BadSamplePolicy = Callable[[list[Sample | Unreadable]], list[Sample]]
 
 
 def raise_on_bad(samples: list[Sample | Unreadable]) -> list[Sample]:
-    """Refuse a batch with an unreadable image.
+    """Return the samples.
 
     Raises:
-        UserError: always, naming the first.
+        UserError: one is unreadable; it names the first.
     """
-    first, *others = (sample for sample in samples if isinstance(sample, Unreadable))
-    more = f" and {len(others)} more of its batch" if others else ""
-    raise UserError(f"cannot read image {first.name!r} ({first.reason}){more}")
+    bad = [sample for sample in samples if isinstance(sample, Unreadable)]
+    if bad:
+        more = f" and {len(bad) - 1} more of its batch" if len(bad) > 1 else ""
+        raise UserError(f"cannot read image {bad[0].name!r} ({bad[0].reason}){more}")
+    return [sample for sample in samples if not isinstance(sample, Unreadable)]
 
 
 def replace_bad(samples: list[Sample | Unreadable]) -> list[Sample]:
@@ -67,42 +69,28 @@ def replace_bad(samples: list[Sample | Unreadable]) -> list[Sample]:
     ]
 
 
-@dataclass(frozen=True)
-class BlankBad:
-    """Makes an unreadable image black, with the label `NO_LABEL`, so that it still counts as an image; for evaluation.
-
-    Attributes:
-        image_size: side in pixels.
-    """
-
-    image_size: int
-
-    def __call__(self, samples: list[Sample | Unreadable]) -> list[Sample]:
-        """Return the batch without gaps."""
-        black = torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8)
-        return [(black, NO_LABEL, s.index) if isinstance(s, Unreadable) else s for s in samples]
+def blank_bad(samples: list[Sample | Unreadable], *, image_size: int) -> list[Sample]:
+    """Make unreadable images black, with the label `NO_LABEL`, so that they still count as images; for evaluation."""
+    black = torch.zeros(image_size, image_size, 3, dtype=torch.uint8)
+    return [(black, NO_LABEL, s.index) if isinstance(s, Unreadable) else s for s in samples]
 
 
 class ImageDataset(Dataset, ABC):
-    """What workers make of the images of one split: item (epoch, index) is a `Sample`, `Unreadable`, or a UserError.
+    """What workers make of the images of one split: item (epoch, index) is a `Sample` or `Unreadable`.
 
     What `sample` draws depends on (seed, epoch, index) alone, so neither on the worker nor on what it did before.
 
-    Attributes:
+    Args:
+        images: the encoded images.
         contents: int64, of any shape; identifies the split's images and targets in their order.
+        seed: of every variation.
     """
 
-    contents: Tensor
+    def __init__(self, images: EncodedImages, contents: Tensor, seed: int) -> None:
+        self._images, self.contents, self._seed = images, contents, seed
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """Return what to call an image in a message."""
+    def __len__(self) -> int:
+        return len(self._images)
 
     @abstractmethod
     def sample(self, index: int) -> tuple[Tensor, Any]:
@@ -113,50 +101,45 @@ class ImageDataset(Dataset, ABC):
             UserError: the split is refused for it.
         """
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample | Unreadable | UserError:
-        return self.__getitems__([item])[0]
-
-    def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample | Unreadable | UserError]:
-        """Return a batch of items; the DataLoader asks for it, and the generators are saved once for all of them."""
-        with seeding.preserved():
-            return [self._get(epoch, index) for epoch, index in items]
-
-    def _get(self, epoch: int, index: int) -> Sample | Unreadable | UserError:
+    def __getitem__(self, item: tuple[int, int]) -> Sample | Unreadable:
+        epoch, index = item
         try:
             seeding.reseed(self._seed, epoch, seeding.TRANSFORM, index)
             return *self.sample(index), index
-        except UserError as error:  # raised in the main process: the DataLoader would add a traceback to its message
-            return error.with_traceback(None)
         except (OSError, SyntaxError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            return Unreadable(index, self.name(index), reason)
+            return Unreadable(index, self._images.name(index), reason)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample | Unreadable] | UserError:
+        """Return a batch of items, or why it is refused; the global generators are saved once for all of them."""
+        with seeding.preserved():
+            try:
+                return [self[item] for item in items]
+            except UserError as error:
+                return error.with_traceback(None)  # raised by the main process: the DataLoader would add a traceback
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Makes a batch of samples.
+Batch = tuple[Any, Any, Tensor]  # images, targets, indices
 
-    Attributes:
+
+def collate(
+    samples: list[Sample | Unreadable] | UserError,
+    on_bad: BadSamplePolicy,
+    join: Callable[[list[Sample]], Batch] = default_collate,
+) -> tuple[Batch, list[Unreadable]] | UserError:
+    """Return a batch of samples and which of them are unreadable, or why the batch is refused.
+
+    Args:
+        samples: from `ImageDataset.__getitems__`.
         on_bad: what becomes of unreadable images.
-        join: makes images, targets and indices of samples; a UserError refuses them.
+        join: makes a batch of readable samples; a UserError refuses them.
     """
-
-    on_bad: BadSamplePolicy
-    join: Callable[[list[Sample]], tuple[Any, Any, Tensor]] = default_collate
-
-    def __call__(
-        self, items: list[Sample | Unreadable | UserError]
-    ) -> tuple[tuple[Any, Any, Tensor] | UserError, list[Unreadable]]:
-        """Return what `join` makes of a dataset's items, or why the batch is refused; and what is unreadable."""
-        found = [item for item in items if not isinstance(item, UserError)]
-        unreadable = [item for item in found if isinstance(item, Unreadable)]
-        try:
-            if len(found) < len(items):
-                raise next(item for item in items if isinstance(item, UserError))
-            readable = [item for item in found if not isinstance(item, Unreadable)]
-            return self.join(self.on_bad(found) if unreadable else readable), unreadable
-        except UserError as error:
-            return error.with_traceback(None), unreadable
+    if isinstance(samples, UserError):
+        return samples
+    try:
+        return join(on_bad(samples)), [sample for sample in samples if isinstance(sample, Unreadable)]
+    except UserError as error:
+        return error.with_traceback(None)
 
 
 class _Batches:
@@ -206,7 +189,7 @@ class DecodedLoader(Loader):
         normalize: Callable[[Any], Any],
         augmentations: Sequence[BatchAugmentation] = (),
         *,
-        collate: Collate,
+        collate: Callable[[list[Sample | Unreadable] | UserError], tuple[Batch, list[Unreadable]] | UserError],
         cfg: LoaderConfig,
     ) -> None:
         super().__init__(dataset.contents, sampler, normalize, augmentations)
@@ -223,17 +206,17 @@ class DecodedLoader(Loader):
             generator=torch.Generator(),  # or each iteration would draw from the global one
         )
 
-    def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[tuple[Any, Any, Tensor]]:
+    def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Batch]:
         self._items.epoch, self._items.batches = epoch, batches
-        for batch, unreadable in self._workers:
-            if isinstance(batch, UserError):
-                raise batch
+        for found in self._workers:
+            if isinstance(found, UserError):
+                raise found
+            (images, targets, indices), unreadable = found
             for image in unreadable:
                 if image.name not in self.unreadable:
                     self.unreadable[image.name] = image.reason
                     logger.warning("cannot read image %r (%s)", image.name, image.reason)
-            images, targets, indices = batch
-            images, targets = self._send(images), self._send(targets)
+            images, targets = self._send([images, targets])
             yield (
                 [i.permute(2, 0, 1) for i in images] if isinstance(images, list) else images.permute(0, 3, 1, 2),
                 targets.long() if isinstance(targets, Tensor) else targets,  # sent as bytes, an eighth of the memory

@@ -43,6 +43,8 @@ logger = logging.getLogger("repopt")
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
+MIN_SIDE = 1e-3  # of a box, in pixels; less is empty
+
 Target = dict[str, Tensor]
 
 
@@ -75,7 +77,7 @@ class Detection(ImageSet):
 
     @functools.cached_property
     def _val(self) -> coco.Split:
-        return coco.read(self.spec.root(self.source.root), "val")
+        return coco.Split(self.spec.root(self.source.root), "val")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -101,7 +103,7 @@ class Detection(ImageSet):
         """
         tools = coco.tools()
         if self.masks:
-            coco.check_masks(self._val, range(len(self._val.images)))
+            self._val.check_masks(range(len(self._val.images)))
         found = tools.coco.COCO()
         found.dataset = self._val.content
         with contextlib.redirect_stdout(io.StringIO()):
@@ -110,7 +112,7 @@ class Detection(ImageSet):
 
     @override
     def dataset(self, split: str, *, training: bool, seed: int, cfg: LoaderConfig) -> DetectionDataset:
-        found = self._val if split == "val" else coco.read(self.spec.root(self.source.root), split)
+        found = self._val if split == "val" else coco.Split(self.spec.root(self.source.root), split)
         if not training:
             return DetectionDataset(found, np.arange(len(found.names)), seed)
         if (found.category_ids, found.class_names) != (self.category_ids, self.class_names):
@@ -131,8 +133,7 @@ class Detection(ImageSet):
 
 def _usable(split: coco.Split, on_bad_image: str) -> np.ndarray:
     """Return which annotations to train on, int64, sorted by image."""
-    usable = ~split.crowd
-    empty = usable & split.empty()
+    empty = ~split.crowd & ((split.boxes[:, 2:] - split.boxes[:, :2]) < MIN_SIDE).any(1)
     if empty.any():
         message = (
             f"{split.file}: {empty.sum()} boxes are empty or outside their images, the first of annotation "
@@ -141,7 +142,7 @@ def _usable(split: coco.Split, on_bad_image: str) -> np.ndarray:
         if on_bad_image == "raise":
             raise UserError(message)
         logger.warning("%s; they are left out", message)
-    chosen = np.flatnonzero(usable & ~empty)
+    chosen = np.flatnonzero(~split.crowd & ~empty)
     return chosen[np.argsort(split.images[chosen], kind="stable")]
 
 
@@ -155,27 +156,21 @@ class DetectionDataset(ImageDataset):
     """
 
     def __init__(self, split: coco.Split, which: np.ndarray, seed: int) -> None:
-        super().__init__(seed)
-        self._file = str(split.file)
-        self._files = Files(split.folder, [str(split.folder / split.names[k]) for k in which.tolist()])
-        self._sizes, self._ids = split.sizes[which], torch.from_numpy(split.image_ids[which])
-        self.contents = self._ids
-
-    @override
-    def __len__(self) -> int:
-        return len(self._files)
-
-    @override
-    def name(self, index: int) -> str:
-        return self._files.name(index)
+        self._file, self._sizes, self._ids = (
+            str(split.file),
+            split.sizes[which],
+            torch.from_numpy(split.image_ids[which]),
+        )
+        images = Files(split.folder, [str(split.folder / split.names[k]) for k in which.tolist()])
+        super().__init__(images, self._ids, seed)
 
     @override
     def sample(self, index: int) -> tuple[Tensor, Target]:
-        pixels = to_pixels(self._files.read(index))
+        pixels = to_pixels(self._images.read(index))
         width, height = self._sizes[index].tolist()
         if pixels.shape[:2] != (height, width):
             raise UserError(
-                f"image {self.name(index)!r} has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                f"image {self._images.name(index)!r} has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
                 f"{self._file} says {width} x {height}"
             )
         return pixels, {"image_id": self._ids[index].clone()}

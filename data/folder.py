@@ -65,7 +65,7 @@ def class_folders(folder: Path) -> list[str]:
     return classes
 
 
-def open_split(root: str, split: str) -> FolderImages:
+def open_split(root: str, split: str) -> Files:
     """Return the images of one split, class by class, sorted by path.
 
     Raises:
@@ -79,18 +79,20 @@ def open_split(root: str, split: str) -> FolderImages:
         found = make_dataset(str(folder), {c: i for i, c in enumerate(classes)}, IMG_EXTENSIONS)
     except FileNotFoundError as error:  # it lists the classes without images
         raise UserError(f"{str(folder)!r}: {error}") from error
-    return FolderImages(folder, found)
+    return Files(folder, *zip(*found, strict=True))
 
 
 class Files:
-    """Files below one folder.
+    """Image files below one folder; `data.types.EncodedImages`.
 
     Args:
         folder: the folder.
         paths: of the files; they start with the folder's.
+        labels: of the images, where they have one each.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
+    def __init__(self, folder: Path, paths: Sequence[str], labels: Sequence[int] = ()) -> None:
+        self.labels = torch.tensor(labels, dtype=torch.int64)
         self._folder = os.fsencode(folder)
         # One array rather than a million objects, which reference counts would copy into every worker.
         self._paths = np.array([os.fsencode(path)[len(self._folder) :] for path in paths])
@@ -105,16 +107,3 @@ class Files:
     def name(self, index: int) -> str:
         """Return the file's path."""
         return os.fsdecode(self._folder + self._paths[index])
-
-
-class FolderImages(Files):
-    """Image files below one folder, with a label each.
-
-    Args:
-        folder: the folder.
-        found: each image's path, which starts with the folder's, and label.
-    """
-
-    def __init__(self, folder: Path, found: Sequence[tuple[str, int]]) -> None:
-        super().__init__(folder, [path for path, _ in found])
-        self.labels = torch.tensor([label for _, label in found])

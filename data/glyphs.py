@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import generated
+from data import obtain
 from data.decoded import ignore_stop_signals
-from data.download import once_per_node
 from repopt.errors import UserError
 
 DEFAULT = "output/glyphs"
@@ -77,20 +76,17 @@ def load(root: str, split: str) -> tuple[Tensor, Tensor]:
         UserError: the folder holds something else, another version, or a damaged file.
     """
     folder = Path(root or DEFAULT)
-    once_per_node(lambda: make(folder))
-    if not generated.stands(folder, _VERSION):
+    obtain.once_per_node(lambda: make(folder))
+    if not obtain.stands(folder, _VERSION):
         raise UserError(f"{str(folder)!r} is absent: the first process of this node could not make it")
-    images = _read(folder / f"{split}.npy")
-    if images is None or (images.dtype, images.shape) != (np.uint8, (_count(split), 3, SIZE, SIZE)):
-        raise UserError(f"'{split}.npy' in {str(folder)!r} is damaged: remove the folder, and it is made anew")
-    return torch.from_numpy(images), torch.arange(len(images)) % NUM_CLASSES
-
-
-def _read(file: Path) -> Pixels | None:
     try:
-        return np.load(file)
+        images = np.load(folder / f"{split}.npy")
+        if (images.dtype, images.shape) != (np.uint8, (_count(split), 3, SIZE, SIZE)):
+            raise ValueError("other images")
     except (OSError, EOFError, ValueError):  # what numpy raises at files that are absent, empty, cut off, or others
-        return None
+        damaged = f"'{split}.npy' in {str(folder)!r} is damaged: remove the folder, and it is made anew"
+        raise UserError(damaged) from None
+    return torch.from_numpy(images), torch.arange(len(images)) % NUM_CLASSES
 
 
 def make(root: Path, workers: int | None = None) -> None:
@@ -106,7 +102,7 @@ def make(root: Path, workers: int | None = None) -> None:
         UserError: the folder holds something else or another version; matplotlib has no fonts.
     """
     count = len(os.sched_getaffinity(0)) if workers is None else workers
-    generated.make(root, _VERSION, lambda folder: _write(folder, count))
+    obtain.make(root, _VERSION, lambda folder: _write(folder, count))
 
 
 def _write(root: Path, workers: int) -> None:
@@ -114,9 +110,10 @@ def _write(root: Path, workers: int) -> None:
         raise UserError(f"glyphs are drawn in matplotlib's fonts, and {str(_file_of(absent[0]))!r} is not there")
     with tqdm(total=sum(map(_count, PER_CLASS)), desc="drawing glyphs", unit="image", disable=None) as bar:
         for split in PER_CLASS:
-            chunks = DataLoader(
-                _Chunks(split),
-                batch_size=None,
+            chunks: DataLoader = DataLoader(
+                range(_count(split)),  # any sequence will do
+                batch_size=_CHUNK,
+                collate_fn=functools.partial(_draw_all, split),
                 num_workers=workers,
                 worker_init_fn=ignore_stop_signals,
                 generator=torch.Generator(),  # or the training's own would be drawn from
@@ -132,18 +129,8 @@ def _count(split: str) -> int:
     return PER_CLASS[split] * NUM_CLASSES
 
 
-class _Chunks(Dataset):
-    """The images of a split, some at a time: uint8 [at most `_CHUNK`, 3, 32, 32]."""
-
-    def __init__(self, split: str) -> None:
-        self._split, self._indices = split, range(_count(split))
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._indices) / _CHUNK)
-
-    def __getitem__(self, chunk: int) -> Tensor:
-        indices = self._indices[_CHUNK * chunk : _CHUNK * (chunk + 1)]
-        return torch.from_numpy(np.stack([draw(self._split, index).transpose(2, 0, 1) for index in indices]))
+def _draw_all(split: str, indices: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.stack([draw(split, index).transpose(2, 0, 1) for index in indices]))
 
 
 def draw(split: str, index: int) -> Pixels:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data import digits, generated
+from data import digits, obtain
 from data.cityscapes import IGNORED
 
 DEFAULT = "output/scenes"
@@ -60,7 +60,7 @@ def make(root: Path) -> None:
     Raises:
         UserError: the folder holds something else, or scenes of another version.
     """
-    generated.make(root, _VERSION, _write)
+    obtain.make(root, _VERSION, _write)
 
 
 @dataclass(frozen=True)

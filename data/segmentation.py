@@ -137,24 +137,16 @@ class SegmentationDataset(ImageDataset):
     def __init__(
         self, spec: SegmentationSpec, source: Source, split: str, transform: JointTransform | None, seed: int
     ) -> None:
-        super().__init__(seed)
-        self._images, self._labels = cityscapes.open_split(spec.root(source.root), split)
+        images, self._labels = cityscapes.open_split(spec.root(source.root), split)
+        names = (Path(images.name(index)).name for index in range(len(images)))
+        contents = torch.tensor([zlib.crc32(name.encode(errors="surrogateescape")) for name in names])
+        super().__init__(images, contents, seed)
         self._transform = transform
-        names = (Path(self._images.name(index)).name for index in range(len(self)))
-        self.contents = torch.tensor([zlib.crc32(name.encode(errors="surrogateescape")) for name in names])
         indices = spec.class_indices()
         self._max_value = len(indices) - 1
         self._classes = np.full(256, _INVALID, np.uint8)
         self._classes[: len(indices)] = indices
         self._classes[IGNORED] = IGNORED
-
-    @override
-    def __len__(self) -> int:
-        return len(self._images)
-
-    @override
-    def name(self, index: int) -> str:
-        return self._images.name(index)
 
     @override
     def sample(self, index: int) -> tuple[Tensor, Tensor]:

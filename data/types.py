@@ -116,10 +116,12 @@ class EncodedImages(Protocol):
     It is shared with worker processes, so it holds arrays rather than many objects.
 
     Attributes:
-        labels: int64 [N].
+        labels: int64 [N]; empty where the images have no label each.
     """
 
     labels: Tensor
+
+    def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes:
         """Return the encoded bytes of one image; OSError where they cannot be read."""

@@ -5,7 +5,6 @@ The zip is data: entries are read into memory, never extracted to files.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
@@ -13,9 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,16 +34,10 @@ _MAX_MAP_BYTES = 2**30
 _MAX_LINES = 2**25
 _MAX_RATIO = 100
 _SIZE = 2  # the column of an entry's unpacked size
+Map = tuple[str, list[str], list[int]]
+"""Of a map file what messages call it, and the names in the zip and class indices of its lines."""
+
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field that follow it
-
-
-@dataclass(frozen=True)
-class Map:
-    """The lines of a map file: names in the zip, and class indices, with the file's own name for messages."""
-
-    file: str
-    names: list[str]
-    labels: list[int]
 
 
 def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
@@ -56,11 +47,11 @@ def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
         UserError: a zip or map file is missing or malformed, or a split has classes that the first does not have.
     """
     maps = {split: _read_map(root, split, _find_zip(root, split)) for split in splits}
-    (first, reference), *others = maps.items()
-    expected = set(reference.labels)
-    for _, found in others:
-        if foreign := set(found.labels) - expected:
-            raise UserError(f"{found.file} has class {min(foreign)}, which {first} does not have ({reference.file})")
+    (first, (reference, _, labels)), *others = maps.items()
+    expected = set(labels)
+    for _, (file, _, found) in others:
+        if foreign := set(found) - expected:
+            raise UserError(f"{file} has class {min(foreign)}, which {first} does not have ({reference})")
     return DatasetInfo(num_classes=max(expected) + 1, image_size=None)
 
 
@@ -87,25 +78,24 @@ class ZippedImages:
         if cache_mode not in CACHE_MODES:
             raise unknown("cache mode", cache_mode, CACHE_MODES)
         self._path = _find_zip(root, split)
-        map_ = _read_map(root, split, self._path)
-        for line, label in enumerate(map_.labels, 1):
+        map_file, listed, labels = _read_map(root, split, self._path)
+        for line, label in enumerate(labels, 1):
             if label >= num_classes:
-                raise UserError(f"{map_.file}, line {line}: class index {label} is not below {num_classes}")
-        self.labels = torch.tensor(map_.labels)
-        infos = _find_entries(self._path, split, map_)
+                raise UserError(f"{map_file}, line {line}: class index {label} is not below {num_classes}")
+        self.labels = torch.tensor(labels)
+        infos = _find_entries(self._path, split, map_file, listed)
         names = [info.filename.encode() for info in infos]
         # In one piece: an array of names would be as wide as the longest one.
         self._names, self._name_ends = b"".join(names), np.cumsum([len(name) for name in names])
         self._entries = np.array(
             [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos], np.int64
         )
-        self._file: io.FileIO | None = None
         count = len(infos)
         cached = {"no": range(0), "full": range(count), "part": range(rank, count, world_size)}
         self._fill_cache(cached[cache_mode])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}  # another process opens its own
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def read(self, index: int) -> bytes:
         """Return the encoded bytes of one image; OSError where they are not what the zip's directory says."""
@@ -121,12 +111,11 @@ class ZippedImages:
 
     def _read_entry(self, index: int) -> bytes:
         at, packed, size, crc, method = self._entries[index].tolist()
-        if self._file is None:
-            self._file = io.FileIO(self._path)
-        # Positional reads: forked processes share a descriptor's position.
-        file = self._file.fileno()
-        signature, *lengths = _LOCAL_HEADER.unpack(os.pread(file, _LOCAL_HEADER.size, at).ljust(_LOCAL_HEADER.size))
-        data = os.pread(file, packed, at + _LOCAL_HEADER.size + sum(lengths))
+        with self._path.open("rb") as file:
+            file.seek(at)
+            signature, *lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size))
+            file.seek(sum(lengths), os.SEEK_CUR)
+            data = file.read(packed)
         if signature != b"PK\3\4":
             raise OSError("the zip's directory points to no entry")
         if method == zipfile.ZIP_DEFLATED:
@@ -157,17 +146,17 @@ class ZippedImages:
                 self._unreadable.add(index)
 
 
-def _find_entries(path: Path, split: str, map_: Map) -> list[zipfile.ZipInfo]:
+def _find_entries(path: Path, split: str, map_file: str, names: list[str]) -> list[zipfile.ZipInfo]:
     """Return the zip's entry of every line of a map file."""
     with archive.open_zip(path) as zip_file:
         infos = {info.filename: info for info in zip_file.infolist()}
     found = []
-    for line, name in enumerate(map_.names, 1):
+    for line, name in enumerate(names, 1):
         info = infos.get(name) or infos.get(f"{split}/{name}")
-        where = f"{map_.file}, line {line}"
+        where = f"{map_file}, line {line}"
         if info is None or info.is_dir():
             raise UserError(f"{where}: no image {shown(name)} in {str(path)!r}")
-        if reason := archive.flaw(info):
+        if reason := archive.invalid_reason(info):
             raise UserError(f"{where}: {shown(name)} {reason}")
         if info.file_size > _MAX_IMAGE_BYTES:
             raise UserError(f"{where}: {shown(name)} is no image, it has {info.file_size} bytes")
@@ -200,7 +189,7 @@ def _read_map(root: str, split: str, path: Path) -> Map:
             raise UserError(f"no {beside.name} in {root!r} or in {path.name} (lines of: path, tab, class index)")
         name = f"{path}@/{shown(inside[0].filename)[1:-1]}"
         _check_map_size(name, inside[0].file_size)
-        if reason := archive.flaw(inside[0]):
+        if reason := archive.invalid_reason(inside[0]):
             raise UserError(f"cannot read {name!r}: it {reason}")
         try:
             content = zip_file.read(inside[0])
@@ -230,4 +219,4 @@ def _parse_map(file: str, content: bytes) -> Map:
         labels.append(int(label))
     if not names:
         raise UserError(f"{file} is empty")
-    return Map(file, names, labels)
+    return file, names, labels

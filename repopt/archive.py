@@ -47,7 +47,7 @@ def open_zip(path: str | os.PathLike[str]) -> zipfile.ZipFile:
     return archive
 
 
-def flaw(info: zipfile.ZipInfo) -> str | None:
+def invalid_reason(info: zipfile.ZipInfo) -> str | None:
     """Return why an entry is not read; None if it is a plain file, stored or deflated, of a size that can be true."""
     if info.is_dir():
         return "is a folder"

@@ -43,13 +43,13 @@ def hold_branches(
         if name in held:
             continue
         block, kernel = module.block, module.kernel()
-        given = {} if constants is None else constants.of_block(path, module)
+        given = {} if constants is None else constants.block_scales(path, module)
         start = {b.scale: kernel.new_full(kernel.shape[:1], b.initial) for b in block.branches if b.scale is not None}
         start = {own: given.get(own, initial).to(kernel) for own, initial in start.items()}
         kernels = (
             _split(block, path, kernel, start)
             if keep_weights
-            else block.fresh_kernels(given if identity == "searched" else {})
+            else block.init_kernels(given if identity == "searched" else {})
         )
         held[name] = HeldBranches(
             block,
@@ -119,7 +119,7 @@ def held_state(optimizer: BranchOptimizer, branched: nn.Module, state_dict: Mapp
 def held_scales(model: nn.Module, branches: Mapping[str, HeldBranches]) -> dict[str, Tensor]:
     """Return the scales of a plain model's branches as `extract_scales` returns those of a hyper-search's network."""
     return {
-        key_of(path, branch.searched): (branches[name].kernels | branches[name].scales)[branch.searched]
+        key_of(path, branch.searched_name): (branches[name].kernels | branches[name].scales)[branch.searched_name]
         .detach()
         .cpu()
         .clone()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,66 +31,34 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write(
-    content: Mapping[str, Any], path: str | os.PathLike[str], *, also: Sequence[Path] = (), keep: int = 1
+    content: Mapping[str, Any], path: str | os.PathLike[str], *, before_replacing: Callable[[Path], None] | None = None
 ) -> None:
     """Write a ``.pth`` file whole or not at all: beside first, synced to the disk, then renamed.
 
     Args:
-        content: of tensors and plain data.
+        content: tensors and plain data.
         path: where.
-        also: more names of the same file; they stand before `path` does.
-        keep: how many files of this name are kept: this one, and those that stood there before (`older`).
+        before_replacing: called with the written file before it replaces what stands at `path`.
 
     Raises:
         UserError: it cannot be written; what stood there before is whole.
     """
     path = Path(path)
-    beside = _beside(path)
-    beside.unlink(missing_ok=True)  # that of a process that was killed may have got other names already
+    temporary = path.with_name(f"{path.name}.writing")
+    temporary.unlink(missing_ok=True)  # that of a process that was killed may have got other names already
     try:
-        torch.save(dict(content), beside)
-        with beside.open("r+b") as file:
+        torch.save(dict(content), temporary)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        for other in also:
-            _name_too(beside, other)
-        for number in reversed(range(1, keep)):
-            if (before := older(path, number - 1)).is_file():
-                _name_too(before, older(path, number))
-        beside.replace(path)
+        if before_replacing is not None:
+            before_replacing(temporary)
+        temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise UserError(f"cannot write {str(path)!r}: {reason}; what was saved before is whole") from None
-
-
-def older(path: Path, number: int) -> Path:
-    """Return where the file is kept that stood at `path` before the last `number` writes."""
-    return path.with_stem(f"{path.stem}_{number}") if number else path
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.writing")
-
-
-def _name_too(file: Path, name: Path) -> None:
-    """Make a file known by another name as well, at once: a hard link, or a copy where there are none."""
-    if name.is_file() and name.samefile(file):
-        return  # renaming one link over another would leave both
-    beside = _beside(name)
-    beside.unlink(missing_ok=True)
-    try:
-        try:
-            beside.hardlink_to(file)
-        except OSError:
-            shutil.copyfile(file, beside)
-            with beside.open("r+b") as copy:
-                os.fsync(copy.fileno())
-        beside.replace(name)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -52,53 +52,51 @@ class GradMult:
     first: int = 0
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        """``M * gradient`` as a new tensor of the gradient's shape (O, I, *k); M itself is never made."""
+        """Return ``M * gradient`` as a new tensor of the gradient's shape (O, I, *k); M itself is never made."""
         product = gradient * self.filter
-        for constants, place, entries in self.on_diagonal(product, gradient):
-            place.addcmul_(constants, entries)
+        for constants, products, entries in self.on_diagonal(product, gradient):
+            products.addcmul_(constants, entries)
         return product
 
     def dense(self) -> Tensor:
-        """M in full, (O, I, *k)."""
+        """Return M in full, (O, I, *k)."""
         return self(self.filter.new_ones(self.shape))
 
     def on_diagonal(self, *kernels: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Where an identity branch meets kernels (O, I, *k): parts of `diagonal`, each with views of them, all alike.
+        """Yield parts of `diagonal`, each with views (all of its shape) of where it meets kernels (O, I, *k).
 
         There is one part in a whole kernel, and none without an identity branch; a kernel that is cut within its groups
         (`rows`) has up to three.
         """
-        count, inputs = self.shape[:2]
-        centre = (..., *(size // 2 for size in self.shape[2:]))
-        start = count if self.diagonal is None else 0
+        if self.diagonal is None:
+            return
+        start, count, inputs = 0, *self.shape[:2]
         while start < count:
             column = (self.first + start) % inputs
             width = min(inputs - column, count - start)
             groups = (count - start) // width if width == inputs else 1
             rows, shape = slice(start, start + groups * width), (groups, width)
-            views = (kernel[centre][rows, column:].unflatten(0, shape).diagonal(dim1=1, dim2=2) for kernel in kernels)
+            views = (
+                _centre_entries(kernel)[rows, column:].unflatten(0, shape).diagonal(dim1=1, dim2=2)
+                for kernel in kernels
+            )
             yield self.diagonal[rows].view(shape), *views
             start = rows.stop
 
     def rows(self, start: int, stop: int) -> GradMult:
-        """The multiplier of the filters from `start` up to `stop`: views, nothing is copied."""
+        """Return the multiplier of the filters from `start` up to `stop`: views, nothing is copied."""
         diagonal = None if self.diagonal is None else self.diagonal[start:stop]
-        rows = self.filter[start:stop]
-        return replace(
-            self, filter=rows, diagonal=diagonal, shape=(len(rows), *self.shape[1:]), first=self.first + start
-        )
+        part = self.filter[start:stop]
+        return GradMult(part, diagonal, (len(part), *self.shape[1:]), self.degree, self.first + start)
 
-    def to(self, *args: torch.dtype | torch.device | str) -> GradMult:
-        """The same multiplier in another dtype or on another device; arguments as `Tensor.to` takes them."""
-        diagonal = None if self.diagonal is None else self.diagonal.to(*args)
-        return replace(self, filter=self.filter.to(*args), diagonal=diagonal)
-
-    def beside(self, tensor: Tensor) -> GradMult:
-        """The same multiplier where a tensor is, and in its precision, but at least in float32."""
-        return self.to(tensor.device, torch.promote_types(tensor.dtype, torch.float32))
+    def to_like(self, tensor: Tensor) -> GradMult:
+        """Return the same multiplier where a tensor is, and in its precision, but at least in float32."""
+        device, dtype = tensor.device, torch.promote_types(tensor.dtype, torch.float32)
+        diagonal = None if self.diagonal is None else self.diagonal.to(device, dtype)
+        return replace(self, filter=self.filter.to(device, dtype), diagonal=diagonal)
 
     def tensors(self) -> list[Tensor]:
-        """What is kept."""
+        """Return what is kept."""
         return [self.filter] if self.diagonal is None else [self.filter, self.diagonal]
 
     def __add__(self, other: GradMult) -> GradMult:
@@ -138,35 +136,35 @@ class Branch(ABC):
     decay_in_search: bool = True
 
     @property
-    def searched(self) -> str:
-        """Name of the (O,) numbers that the hyper-search finds."""
+    def searched_name(self) -> str:
+        """Return the name of the (O,) numbers that the hyper-search finds."""
         return self.scale or self.kernel
 
     @abstractmethod
     def kernel_shape(self, target: Target) -> Shape:
-        """The shape of w; raises UserError where it does not fit the target kernel."""
+        """Return the shape of w; raise UserError where it does not fit the target kernel."""
 
     @abstractmethod
-    def fresh(self, target: Target, searched: Tensor | None) -> Tensor:
-        """A kernel w to start training from; `searched` are its values in the scale file where it stands in there."""
+    def init_kernel(self, target: Target, searched: Tensor | None) -> Tensor:
+        """Return a kernel w to start training from; `searched` are its values in a scale file that has them."""
 
     @abstractmethod
-    def place(self, whole: Tensor, target: Target) -> Tensor:
-        """Where E puts the entries of w: a view into a kernel of the target's shape, its entries in the order of w's.
+    def scatter_view(self, whole: Tensor, target: Target) -> Tensor:
+        """View the entries of a kernel of the target's shape to which E copies those of w, in the order of w's.
 
         It is the adjoint of E, too: of a gradient it is the branch's share.
         """
 
     def embed(self, kernel: Tensor, target: Target) -> Tensor:
-        """E(w), of the target's shape: every entry of w copied to one place of its own, zeros elsewhere."""
+        """Return E(w), of the target's shape: every entry of w copied to one place of its own, zeros elsewhere."""
         whole = kernel.new_zeros(target.shape)
-        place = self.place(whole, target)
-        place.copy_(kernel.reshape(place.shape))
+        entries = self.scatter_view(whole, target)
+        entries.copy_(kernel.reshape(entries.shape))
         return whole
 
     @abstractmethod
     def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
-        """``constant * E(1)`` for one constant per output channel, (O,)."""
+        """Return ``constant * E(1)`` for one constant per output channel, (O,)."""
 
 
 @dataclass(frozen=True)
@@ -187,20 +185,20 @@ class ConvBranch(Branch):
         return (*target.shape[:2], *size)
 
     @override
-    def fresh(self, target: Target, searched: Tensor | None) -> Tensor:
+    def init_kernel(self, target: Target, searched: Tensor | None) -> Tensor:
         assert searched is None, "the kernel of a convolution is not searched"
         # nn.Conv2d's default, for any number of dimensions.
         return nn.init.kaiming_uniform_(torch.empty(self.kernel_shape(target)), a=math.sqrt(5))
 
     @override
-    def place(self, whole: Tensor, target: Target) -> Tensor:
+    def scatter_view(self, whole: Tensor, target: Target) -> Tensor:
         return _centre_of(whole, self.kernel_shape(target)[2:])
 
     @override
     def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
         per_filter = constant.new_zeros(target.shape[0], 1, *target.shape[2:])
         centre = _centre_of(per_filter, self.kernel_shape(target)[2:])
-        centre.copy_(_column(constant, centre).expand_as(centre))
+        centre.copy_(_per_filter(constant, centre).expand_as(centre))
         return GradMult(per_filter, None, target.shape)
 
 
@@ -221,16 +219,15 @@ class IdentityBranch(Branch):
         return (out_channels,)
 
     @override
-    def fresh(self, target: Target, searched: Tensor | None) -> Tensor:
+    def init_kernel(self, target: Target, searched: Tensor | None) -> Tensor:
         if searched is None:
             return torch.full(self.kernel_shape(target), self.initial)
         return searched.clone()
 
     @override
-    def place(self, whole: Tensor, target: Target) -> Tensor:
-        per_group, size = target.shape[1], target.shape[2:]
-        centre = whole[(..., *(k // 2 for k in size))]  # (O, I)
-        return centre.unflatten(0, (target.groups, per_group)).diagonal(dim1=1, dim2=2)  # (groups, I)
+    def scatter_view(self, whole: Tensor, target: Target) -> Tensor:
+        centre = _centre_entries(whole)
+        return centre.unflatten(0, (target.groups, target.shape[1])).diagonal(dim1=1, dim2=2)  # (groups, I)
 
     @override
     def grad_mult(self, constant: Tensor, target: Target) -> GradMult:
@@ -263,28 +260,29 @@ class Block:
         for branch in self.branches:
             _check_embedding(branch, self.target)
 
-    def fresh_kernels(self, searched: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One new kernel per branch, by name: the framework's default initialization, drawn in the order declared.
+    def init_kernels(self, searched: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return one new kernel per branch, by name, as the framework draws them by default, in the order declared.
 
         Args:
             searched: values (O,) of identity kernels, by name; those not given start at their declared value.
         """
-        return {b.kernel: b.fresh(self.target, None if b.scale else searched.get(b.kernel)) for b in self.branches}
+        return {
+            b.kernel: b.init_kernel(self.target, None if b.scale else searched.get(b.kernel)) for b in self.branches
+        }
 
     def merge(self, kernels: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Tensor:
-        """Rule of Initialization: ``sum_k s_k E_k(w_k)``, (O, I, *k); it can be differentiated once.
+        """Return ``sum_k s_k E_k(w_k)`` (Rule of Initialization), (O, I, *k); it can be differentiated once.
 
         Args:
             kernels: w_k by name.
             scales: s_k by name, (O,) each; other entries are ignored.
         """
-        tensors = [kernels[branch.kernel] for branch in self.branches]
+        tensors: list[Tensor | None] = [kernels[branch.kernel] for branch in self.branches]
         tensors += [None if branch.scale is None else scales[branch.scale] for branch in self.branches]
         if torch.compiler.is_compiling():  # a compiler makes one loop of the sum
-            scaled = ((branch, _scaled(kernel, scale)) for branch, kernel, scale in _of(self, tensors))
-            return functools.reduce(
-                torch.add, (k if _fills(b, k, self.target) else b.embed(k, self.target) for b, k in scaled)
-            )
+            scaled = ((b, _scaled(kernel, scale)) for b, kernel, scale in _branches_with_params(self, tensors))
+            wholes = (k if _is_full_view(b, k, self.target) else b.embed(k, self.target) for b, k in scaled)
+            return functools.reduce(torch.add, wholes)
         return _Merge.apply(self, *tensors)
 
     def branch_gradients(
@@ -302,7 +300,7 @@ class Block:
         found: dict[str, Tensor] = {}
         for branch in self.branches:
             kernel = kernels[branch.kernel]
-            share = branch.place(gradient, self.target).reshape(kernel.shape)
+            share = branch.scatter_view(gradient, self.target).reshape(kernel.shape)
             if branch.scale is None:
                 found[branch.kernel] = share.clone()
                 continue
@@ -312,7 +310,7 @@ class Block:
         return found
 
     def grad_mult(self, scales: Mapping[str, Tensor], degree: int) -> GradMult:
-        """Rule of Iteration: ``sum_k |s_k|^(1+d) E_k(1)``.
+        """Return the gradient's multiplier ``sum_k |s_k|^(1+d) E_k(1)`` (Rule of Iteration).
 
         The paper's SGD (degree 1) has the square of the scale, its AdamW (degree 0) the scale. The absolute value
         matters for the latter: a negative scale flips a branch's gradient, and the update flips back on its way into
@@ -329,23 +327,25 @@ class Block:
 
 
 class _Merge(torch.autograd.Function):
-    """`Block.merge`: the kernels of the branches and then their scales (None = 1) become the sum.
+    """`Block.merge` of the kernels of the branches and then their scales (None = 1).
 
-    Branches are written where they belong, and their gradients read from there; no embedding is made, neither here nor
-    in the backward pass, so that a hyper-search costs little more than the training of a plain network.
+    Branches are added where they belong, and their gradients read from there; no embedding is made, neither here nor in
+    the backward pass, so that a hyper-search costs little more than the training of a plain network.
     """
 
     @staticmethod
     def forward(block: Block, *tensors: Tensor | None) -> Tensor:
-        target, whole = block.target, None
-        for branch, kernel, scale in _of(block, tensors):
+        target = block.target
+        whole: Tensor | None = None
+        for branch, kernel, scale in _branches_with_params(block, tensors):
             scaled = _scaled(kernel, scale)
-            if whole is None and scale is not None and _fills(branch, scaled, target):
+            if whole is None and scale is not None and _is_full_view(branch, scaled, target):
                 whole = scaled
                 continue
             whole = kernel.new_zeros(target.shape) if whole is None else whole
-            place = branch.place(whole, target)
-            place.add_(scaled.reshape(place.shape))
+            entries = branch.scatter_view(whole, target)
+            entries.add_(scaled.reshape(entries.shape))
+        assert whole is not None, "a block has branches"
         return whole
 
     @staticmethod
@@ -360,8 +360,8 @@ class _Merge(torch.autograd.Function):
         of_kernels: list[Tensor | None] = []
         of_scales: list[Tensor | None] = []
         count = len(ctx.block.branches)
-        for index, (branch, kernel, scale) in enumerate(_of(ctx.block, ctx.saved_tensors)):
-            share = branch.place(gradient, ctx.block.target).reshape(kernel.shape)
+        for index, (branch, kernel, scale) in enumerate(_branches_with_params(ctx.block, ctx.saved_tensors)):
+            share = branch.scatter_view(gradient, ctx.block.target).reshape(kernel.shape)
             of_kernel = of_scale = None
             if ctx.needs_input_grad[1 + index]:
                 of_kernel = share.clone() if scale is None else _scaled(share, scale)
@@ -372,33 +372,40 @@ class _Merge(torch.autograd.Function):
         return None, *of_kernels, *of_scales
 
 
-def _of(block: Block, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Branch, Tensor, Tensor | None]]:
-    """Every branch with its kernel and its scale, of all kernels and then all scales."""
+def _branches_with_params(block: Block, tensors: Sequence[Any]) -> Iterator[tuple[Branch, Tensor, Tensor | None]]:
+    """Yield every branch with its kernel and its scale, of all kernels and then all scales."""
     count = len(block.branches)
     return zip(block.branches, tensors[:count], tensors[count:], strict=True)
 
 
-def _fills(branch: Branch, kernel: Tensor, target: Target) -> bool:
-    """Whether a branch's kernel is a whole kernel as it lies."""
+def _is_full_view(branch: Branch, kernel: Tensor, target: Target) -> bool:
+    """Return whether a branch's kernel is a whole kernel as it lies in memory."""
     if kernel.shape != target.shape:
         return False
-    place = branch.place(kernel, target)
-    return (place.shape, place.stride(), place.storage_offset()) == (kernel.shape, kernel.stride(), 0)
+    entries = branch.scatter_view(kernel, target)
+    return (entries.shape, entries.stride(), entries.storage_offset()) == (kernel.shape, kernel.stride(), 0)
 
 
 def _scaled(kernel: Tensor, scale: Tensor | None) -> Tensor:
-    return kernel if scale is None else kernel * _column(scale, kernel)
+    return kernel if scale is None else kernel * _per_filter(scale, kernel)
 
 
-def _column(values: Tensor, kernel: Tensor) -> Tensor:
-    """(O,) in a shape that multiplies a kernel (O, ...) by filter."""
+def _per_filter(values: Tensor, kernel: Tensor) -> Tensor:
+    """View (O,) in a shape that multiplies a kernel (O, ...) by filter."""
     return values.view(-1, *[1] * (kernel.dim() - 1))
 
 
 def _centre_of(whole: Tensor, size: Shape) -> Tensor:
-    """The view of a spatial size in the middle of a kernel (O, I, *k)."""
+    """View a spatial size in the middle of a kernel (O, I, *k)."""
     margins = [(k - s) // 2 for k, s in zip(whole.shape[2:], size, strict=True)]
-    return whole[(..., *(slice(m, m + s) for m, s in zip(margins, size, strict=True)))]
+    index: tuple[Any, ...] = (..., *(slice(m, m + s) for m, s in zip(margins, size, strict=True)))
+    return whole[index]
+
+
+def _centre_entries(whole: Tensor) -> Tensor:
+    """View the (O, I) entries in the middle of a kernel (O, I, *k) of odd sizes."""
+    index: tuple[Any, ...] = (..., *(k // 2 for k in whole.shape[2:]))
+    return whole[index]
 
 
 @functools.cache

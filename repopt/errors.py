@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest one that does.
+    """Return the error for a name that does not exist, with the nearest one that does.
 
     Args:
         kind: what the name stands for, "architecture" or "config key".
@@ -29,18 +29,18 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
 
 
 def shown(value: object) -> str:
-    """What a file or a command line says, as a message quotes it: its repr, on one line and cut."""
+    """Return the repr of what a file or a command line says, as a message quotes it: on one line and cut."""
     return _cut(_SHORT.repr(value))
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's error says, on one line and cut; its type where it says nothing."""
+    """Return what a library's error says, on one line and cut; its type where it says nothing."""
     return _cut(str(error)) or type(error).__name__
 
 
 def _cut(text: str, length: int = 160) -> str:
     text = " ".join(text[: 4 * length].split())
-    # What a terminal would obey or cannot show.
+    # Escape control characters, and what a terminal cannot show.
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 

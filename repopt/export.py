@@ -32,7 +32,7 @@ except ImportError as error:
 
 OPSET = 20
 INPUT, OUTPUT = "images", "logits"
-# Of torch's and onnxruntime's outputs. Where a number is about halfway between two integers, float and integer
+# Between torch's and onnxruntime's outputs. Where a number is about halfway between two integers, float and integer
 # arithmetic round it to different ones.
 MAX_DIFFERENCE, MAX_DIFFERENCE_INT8 = 1e-3, 0.1
 
@@ -44,7 +44,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
     Args:
         model: a deployed network, or `Int8`, whose integers are QuantizeLinear and DequantizeLinear pairs.
         images: (N, C, H, W), on which both are compared; height and width are fixed.
-        path: of the file; there is none yet.
+        path: path of the file; there is none yet.
 
     Returns:
         The difference of the outputs: root of the mean square, relative to that of torch's.
@@ -52,7 +52,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
     Raises:
         UserError: the file exists, an operation cannot be exported, or onnxruntime computes something else.
     """
-    with new_file(path) as beside:
+    with new_file(path) as temporary:
         exported = export_program(model, images)
         try:
             with warnings.catch_warnings():
@@ -73,8 +73,8 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
         for node in program.model.graph:
             node.metadata_props.clear()  # where in our code it was traced
         _separate_zero_points(program.model.graph)
-        program.save(beside)
-        difference = relative_difference(OnnxNetwork(beside)(images), model(images))
+        program.save(temporary)
+        difference = relative_difference(OnnxNetwork(temporary)(images), model(images))
         if not difference <= (MAX_DIFFERENCE_INT8 if isinstance(model, Int8) else MAX_DIFFERENCE):
             raise UserError(
                 f"onnxruntime's outputs differ from torch's by {difference:.2g}: {path.name} is not written"
@@ -101,8 +101,8 @@ class OnnxNetwork(nn.Module):
     """An ONNX file that onnxruntime runs on the CPU, (N, C, H, W) -> (N, num_classes), always in eval mode.
 
     Args:
-        path: of the file.
-        threads: of onnxruntime; None = as many as torch uses.
+        path: path of the file.
+        threads: threads of onnxruntime; None = as many as torch uses.
 
     Raises:
         UserError: no such file, or no network that onnxruntime can run.
@@ -134,8 +134,8 @@ def write_safetensors(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: the file exists.
     """
-    with new_file(path) as beside:
-        beside.write_bytes(as_safetensors({name: value.contiguous() for name, value in model.state_dict().items()}))
+    with new_file(path) as temporary:
+        temporary.write_bytes(as_safetensors({name: value.contiguous() for name, value in model.state_dict().items()}))
 
 
 def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
@@ -146,8 +146,8 @@ def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
     Raises:
         UserError: the file exists; an operation cannot be exported.
     """
-    with new_file(path) as beside:
-        torch.export.save(export_program(model, images), beside)
+    with new_file(path) as temporary:
+        torch.export.save(export_program(model, images), temporary)
 
 
 def write_compiled(model: nn.Module, images: Tensor, path: Path) -> None:
@@ -159,9 +159,9 @@ def write_compiled(model: nn.Module, images: Tensor, path: Path) -> None:
         UserError: the file exists; it cannot be exported or compiled.
     """
     program = export_program(model, images)
-    with new_file(path) as beside, torch._inductor.config.patch(freezing=True):
+    with new_file(path) as temporary, torch._inductor.config.patch(freezing=True):
         try:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(beside))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
         except Exception as error:  # whatever a missing or broken compiler makes of it
             raise UserError(f"{type(model).__name__} cannot be compiled: {_cause(error)}") from error
 
@@ -180,12 +180,12 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_stem(f"{path.stem}.writing")
+    temporary = path.with_stem(f"{path.stem}.writing")
     try:
-        yield beside
-        beside.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path) -> None:
@@ -222,7 +222,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: Any) -> Any:
-    """torch's operation. The exporter's own translation forgets the range, where it is not all that the type holds."""
+    """Translate torch's operation; the exporter's own function forgets a range that is not the type's whole one."""
 
     def constant(number: int) -> Any:
         return op.Cast(op.Constant(value_int=number), to=dtype)  # type: ignore[type-var]  # it takes any type's number

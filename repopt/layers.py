@@ -6,15 +6,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
-from repopt.csla import Block
+from repopt.csla import Block, Shape
 
 Mode = Literal["hs", "csla", "target"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -23,7 +24,7 @@ InitialScales = Literal["depth", "one"]
 
 
 def initial_scale(layer: int, initial_scales: InitialScales) -> float:
-    """At which a hyper-search starts the scales of the convolutions in a layer (table 9 of the paper).
+    """Return where a hyper-search starts the scales of the convolutions in a layer (table 9 of the paper).
 
     Args:
         layer: l, counted from 1 behind the last layer that changes width or resolution; that layer itself is 0.
@@ -32,7 +33,7 @@ def initial_scale(layer: int, initial_scales: InitialScales) -> float:
     return math.sqrt(2 / layer) if layer and initial_scales == "depth" else 1.0
 
 
-class Values(nn.Module):
+class ParamHolder(nn.Module):
     """A tensor with a place of its own in the state dict, ``<name>.weight``: a branch's kernel or its scale."""
 
     weight: Tensor
@@ -66,39 +67,31 @@ class RepConv2d(nn.Module):
     def __init__(self, block: Block, mode: Mode, stride: int = 1, dilation: int = 1) -> None:
         super().__init__()
         self.block, self.mode, self.stride, self.dilation = block, mode, stride, dilation
-        out_channels, per_group, *size = block.target.shape
-        self.padding = tuple(dilation * (k // 2) for k in size)
+        out_channels, _, height, width = block.target.shape
+        self.padding = dilation * (height // 2), dilation * (width // 2)
         if mode == "target":
-            conv = nn.Conv2d(
-                per_group * block.target.groups,
-                out_channels,
-                tuple(size),
-                stride=stride,
-                padding=self.padding,
-                dilation=dilation,
-                groups=block.target.groups,
-                bias=False,
-            )
-            _place(self, block.target.name, conv)
+            conv = _same_conv2d(block.target.shape, stride, block.target.groups, dilation, bias=False)
+            add_submodule_by_path(self, block.target.name, conv)
             return
-        kernels = block.fresh_kernels({})
+        kernels = block.init_kernels({})
         for branch in block.branches:
-            _place(self, branch.kernel, Values(kernels[branch.kernel]))
+            add_submodule_by_path(self, branch.kernel, ParamHolder(kernels[branch.kernel]))
             if branch.scale is not None:
                 scale = kernels[branch.kernel].new_full((out_channels,), branch.initial)
-                _place(self, branch.scale, Values(scale, trainable=mode == "hs"))
+                add_submodule_by_path(self, branch.scale, ParamHolder(scale, trainable=mode == "hs"))
 
     def conv2d(self, x: Tensor) -> Tensor:
-        """The sum of the branches' outputs, (N, C, H, W) -> (N, O, H', W')."""
+        """Return the sum of the branches' outputs, (N, C, H, W) -> (N, O, H', W')."""
         if self.mode == "target":
             return self.get_submodule(self.block.target.name)(x)
         return F.conv2d(x, self.kernel(), None, self.stride, self.padding, self.dilation, self.block.target.groups)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv2d(x)
 
     def kernel(self) -> Tensor:
-        """The kernel that the block amounts to, (O, I, kh, kw), differentiable."""
+        """Return the kernel that the block amounts to, (O, I, kh, kw), differentiable."""
         if self.mode == "target":
             return self.values(self.block.target.name)
         return self.block.merge(
@@ -107,11 +100,13 @@ class RepConv2d(nn.Module):
         )
 
     def values(self, name: str) -> Tensor:
-        """The kernel or scale of a declared name."""
-        return self.get_submodule(name).weight
+        """Return the kernel or scale of a declared name."""
+        weight = self.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def folded(self, bn: nn.BatchNorm2d) -> nn.Conv2d:
-        """The convolution with a bias that this one and a batch norm after it are in eval mode."""
+        """Return the convolution with a bias that this one and a batch norm after it are in eval mode."""
         scale, shift = batch_norm_as_affine(bn)
         kernel = self.kernel() * scale.view(-1, 1, 1, 1)
         return conv2d_of(kernel, shift, self.stride, self.block.target.groups, self.dilation)
@@ -122,11 +117,11 @@ class Deployable(nn.Module, ABC):
 
     @abstractmethod
     def fuse(self) -> nn.Module:
-        """The plain module of the same function in eval mode."""
+        """Return the plain module of the same function in eval mode."""
 
 
-class Terms(NamedTuple):
-    """What a trained multi-branch block is in eval mode, in the terms of its declaration.
+class FusedBranches(NamedTuple):
+    """What a trained multi-branch block is in eval mode: its batch norms have become scales and a bias.
 
     Attributes:
         kernels, scales: of the branches, by name, as `Block.merge` takes them.
@@ -149,10 +144,10 @@ class Baseline(Deployable):
 
     @abstractmethod
     def branches(self) -> Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
-        """By the names of the branches' kernels: the convolution, None of an identity, and the batch norm after it."""
+        """Return the convolution (None: an identity) and the batch norm after it, by the names of the kernels."""
 
-    def terms(self) -> Terms:
-        """The block in eval mode: a batch norm is a scale and a shift, and that of an identity is its kernel."""
+    def fused_branches(self) -> FusedBranches:
+        """Return the block in eval mode: a batch norm is a scale and a shift, that of an identity its kernel."""
         kernels, scales, shifts = {}, {}, []
         modules = self.branches()
         for branch in self.block.branches:
@@ -162,60 +157,66 @@ class Baseline(Deployable):
             if branch.scale is not None:
                 scales[branch.scale] = scale
             shifts.append(shift)
-        return Terms(kernels, scales, sum(shifts))
+        return FusedBranches(kernels, scales, sum(shifts, torch.zeros(())))
 
     def merged(self, stride: int = 1) -> nn.Conv2d:
-        """The convolution with a bias that the block is in eval mode, up to its non-linearity."""
-        kernels, scales, bias = self.terms()
+        """Return the convolution with a bias that the block is in eval mode, up to its non-linearity."""
+        kernels, scales, bias = self.fused_branches()
         return conv2d_of(self.block.merge(kernels, scales), bias, stride, self.block.target.groups)
 
 
-class Around(nn.Module):
+class ModuleWrapper(nn.Module):
     """A module that runs another one in a form of its own, with the very parameters of that one.
 
     The rules and optimizers look through it: names are those within.
 
     Args:
-        around: the other; no submodule of this one.
+        wrapped_module: the other; no submodule of this one.
     """
 
-    def __init__(self, around: nn.Module) -> None:
+    def __init__(self, wrapped_module: nn.Module) -> None:
         super().__init__()
-        self._around = (around,)
+        self._wrapped_module = (wrapped_module,)
 
     @property
-    def around(self) -> nn.Module:
-        """The other one."""
-        return self._around[0]
+    def wrapped_module(self) -> nn.Module:
+        """Return the other one."""
+        return self._wrapped_module[0]
 
 
 def batch_norm_as_affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (C,) each, that a batch norm in eval mode applies."""
+    """Return the scale and shift, (C,) each, that a batch norm in eval mode applies."""
+    assert bn.running_mean is not None and bn.running_var is not None, "a batch norm without statistics"
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     return scale, bn.bias - bn.running_mean * scale
 
 
 def fold_batch_norm(module: nn.Module, conv: str, bn: str) -> None:
     """Fold a batch norm of `module` into the convolution before it, both by name; an identity takes its place."""
-    if isinstance(module.get_submodule(bn), nn.Identity):
+    convolution, norm = module.get_submodule(conv), module.get_submodule(bn)
+    if isinstance(norm, nn.Identity):
         return  # it is folded
-    setattr(module, conv, fuse_conv_bn_eval(module.get_submodule(conv), module.get_submodule(bn)))
+    assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    setattr(module, conv, fuse_conv_bn_eval(convolution, norm))
     setattr(module, bn, nn.Identity())
 
 
 def conv2d_of(kernel: Tensor, bias: Tensor, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """A convolution with a given kernel (O, I, kh, kw) and bias (O,), padded to keep the size at stride 1."""
-    out_channels, per_group, *size = kernel.shape
-    padding = tuple(dilation * (k // 2) for k in size)
-    conv = nn.Conv2d(
-        per_group * groups, out_channels, tuple(size), stride, padding, dilation, groups=groups, device="meta"
-    )
+    """Return a convolution with a given kernel (O, I, kh, kw) and bias (O,), padded to keep the size at stride 1."""
+    conv = _same_conv2d(kernel.shape, stride, groups, dilation, device="meta")
     conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
     return conv
 
 
-def run(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
-    """``module(x)``; if checkpointed, its activations are computed again in the backward pass instead of kept.
+def _same_conv2d(shape: Shape, stride: int, groups: int, dilation: int, **settings: Any) -> nn.Conv2d:
+    """Return a convolution whose kernel is (O, I, kh, kw), padded to keep the size at stride 1."""
+    out_channels, per_group, height, width = shape
+    padding = dilation * (height // 2), dilation * (width // 2)
+    return nn.Conv2d(per_group * groups, out_channels, (height, width), stride, padding, dilation, groups, **settings)
+
+
+def checkpoint_forward(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
+    """Return ``module(x)``; if checkpointed, the backward pass computes its activations again instead of keeping them.
 
     The second run leaves the statistics of batch norms alone, so that training is the same as without.
     """
@@ -224,7 +225,7 @@ def run(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # SyncBatchNorm too
 
     @contextmanager
-    def statistics_at_rest() -> Iterator[None]:
+    def frozen_bn_stats() -> Iterator[None]:
         kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
             norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -234,10 +235,10 @@ def run(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
             for norm, (momentum, count) in zip(norms, kept, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, count
 
-    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_at_rest()))
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_bn_stats()))
 
 
-def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+def add_submodule_by_path(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` under `root` at a dotted name, with empty modules on the way where there are none."""
     *path, leaf = name.split(".")
     for part in path:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from repopt.csla import GradMult
 from repopt.errors import UserError, shown, unknown
-from repopt.layers import Around, Mode, RepConv2d
+from repopt.layers import Mode, ModuleWrapper, RepConv2d
 from repopt.optim import (
     PLAIN_ONLY,
     RULES,
@@ -50,8 +50,8 @@ class BoundScales:
         """Apply the Rule of Initialization to the model, in place; see `repopt.initialize`."""
         for path, module in declared_blocks(self.model, "csla", "target"):
             like = module.kernel()
-            values = {name: scale.to(like) for name, scale in self.of_block(path, module).items()}
-            kernels = module.block.fresh_kernels(values if identity == "searched" else {})
+            values = {name: scale.to(like) for name, scale in self.block_scales(path, module).items()}
+            kernels = module.block.init_kernels(values if identity == "searched" else {})
             kernels = {name: kernel.to(like) for name, kernel in kernels.items()}
             if module.mode == "target":
                 module.values(module.block.target.name).copy_(module.block.merge(kernels, values))
@@ -67,8 +67,8 @@ class BoundScales:
             kernel = module.kernel()
             if not kernel.requires_grad:
                 continue
-            scales = {name: scale.double() for name, scale in self.of_block(path, module).items()}
-            mult = module.block.grad_mult(scales, degree).beside(kernel)  # rounded once, here
+            scales = {name: scale.double() for name, scale in self.block_scales(path, module).items()}
+            mult = module.block.grad_mult(scales, degree).to_like(kernel)  # rounded once, here
             shared = mults.setdefault(names[kernel], mult)
             if any(not torch.equal(a, b) for a, b in zip(shared.tensors(), mult.tensors(), strict=True)):
                 raise UserError(
@@ -92,19 +92,21 @@ class BoundScales:
     def _squares(self) -> dict[str, GradMult]:
         return self.grad_mults(degree=1)
 
-    def of_block(self, path: str, module: RepConv2d) -> dict[str, Tensor]:
+    def block_scales(self, path: str, module: RepConv2d) -> dict[str, Tensor]:
         """Return a block's scales by the names of its declaration."""
-        return {branch.searched: self.scales[key_of(path, branch.searched)] for branch in module.block.branches}
+        return {
+            branch.searched_name: self.scales[key_of(path, branch.searched_name)] for branch in module.block.branches
+        }
 
 
 Scales = Mapping[str, Tensor] | BoundScales
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where `torch.compile`, DistributedDataParallel or `Around` is: names are those within."""
-    while isinstance(model, (OptimizedModule, DistributedDataParallel, Around)):
-        if isinstance(model, Around):
-            model = model.around
+    """Return the model inside `torch.compile`, DistributedDataParallel and `ModuleWrapper`, whose names are its own."""
+    while isinstance(model, (OptimizedModule, DistributedDataParallel, ModuleWrapper)):
+        if isinstance(model, ModuleWrapper):
+            model = model.wrapped_module
         else:
             model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
     return model
@@ -134,7 +136,7 @@ def extract_scales(model: nn.Module) -> dict[str, Tensor]:
         UserError: the model is not in hs or csla mode.
     """
     return {
-        key_of(path, branch.searched): module.values(branch.searched).detach().cpu().clone()
+        key_of(path, branch.searched_name): module.values(branch.searched_name).detach().cpu().clone()
         for path, module in declared_blocks(model, "hs", "csla")
         for branch in module.block.branches
     }
@@ -167,19 +169,19 @@ def bind(model: nn.Module, scales: Scales | None = None, *, source: ScaleSource 
         return BoundScales(model, _initial_scales(model, one=source == "one"))
     if scales is None:
         raise UserError(f"constants that are {source!r} come from a hyper-search: its scales are needed")
-    if isinstance(scales, BoundScales):
-        bound = scales if scales.model is model else BoundScales(model, _matched(model, scales.scales))
-    else:
-        bound = BoundScales(model, _matched(model, scales))
+    if not isinstance(scales, BoundScales):
+        scales = BoundScales(model, _matched(model, scales))
+    elif scales.model is not model:
+        scales = BoundScales(model, _matched(model, scales.scales))
     if source == "searched":
-        return bound
-    means = {name: scale.double().mean().to(scale.dtype).expand_as(scale) for name, scale in bound.scales.items()}
-    return BoundScales(model, {name: mean.clone() for name, mean in means.items()})
+        return scales
+    means = {name: s.double().mean().to(s.dtype).expand_as(s).clone() for name, s in scales.scales.items()}
+    return BoundScales(model, means)
 
 
 def _initial_scales(model: nn.Module, *, one: bool) -> dict[str, Tensor]:
     return {
-        key_of(path, branch.searched): torch.full(module.block.target.shape[:1], 1.0 if one else branch.initial)
+        key_of(path, branch.searched_name): torch.full(module.block.target.shape[:1], 1.0 if one else branch.initial)
         for path, module in declared_blocks(model)
         for branch in module.block.branches
     }
@@ -192,7 +194,7 @@ def _matched(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[str, Tensor
     for path, module in blocks:
         expected = (module.block.target.shape[0],)
         for branch in module.block.branches:
-            key = key_of(path, branch.searched)
+            key = key_of(path, branch.searched_name)
             if key not in scales:
                 raise UserError(f"the scales do not fit the model: block {path!r} needs {key!r}, which is not there")
             shape = tuple(scales[key].shape) if isinstance(scales[key], Tensor) else expected
@@ -204,7 +206,7 @@ def _matched(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[str, Tensor
             if problem := invalid_reason(scales[key]):
                 raise UserError(f"the scales do not fit the model: {key!r} of block {path!r} {problem}")
             found[key] = scales[key]
-    endings = {key_of("", branch.searched) for _, module in blocks for branch in module.block.branches}
+    endings = {key_of("", branch.searched_name) for _, module in blocks for branch in module.block.branches}
     for key in scales:
         if not isinstance(key, str):
             raise UserError(f"the scales do not fit the model: {shown(key)} is no name of a block's scales")
@@ -220,7 +222,7 @@ def _block_paths(key: str, endings: set[str]) -> list[str]:
 
 
 def _emptied(model: nn.Module, path: str) -> bool:
-    """Whether a path leads into an empty `nn.Sequential`."""
+    """Return whether a path leads into an empty `nn.Sequential`."""
     module = model
     for part in path.split("."):
         children = dict(module.named_children())
@@ -250,13 +252,13 @@ def fit_scales(model: nn.Module, scales: Scales) -> dict[str, Tensor]:
     return bind(model, scales).scales
 
 
-def constant_scales(model: nn.Module, constants: ScaleSource, searched: Scales | None = None) -> dict[str, Tensor]:
-    """Return the scales of one of the sources that table 4 of the paper compares; see `bind`, whose `source` it is."""
-    return bind(model, searched, source=constants).scales
+def constant_scales(model: nn.Module, source: ScaleSource, searched: Scales | None = None) -> dict[str, Tensor]:
+    """Return the scales of one of the sources that table 4 of the paper compares; see `bind`."""
+    return bind(model, searched, source=source).scales
 
 
 def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "searched") -> None:
-    """Rule of Initialization, in place: fresh kernels, weighted by the searched scales. For fresh training only.
+    """Draw new kernels, weighted by the searched scales, in place (Rule of Initialization). For new trainings only.
 
     Under the same seed a csla and a target model come out as the same function.
 
@@ -273,7 +275,7 @@ def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "se
 
 
 def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, GradMult]:
-    """Rule of Iteration: the multiplier of every declared block's gradient, by parameter name.
+    """Return the multiplier of every declared block's gradient, by parameter name (Rule of Iteration).
 
     Args:
         model: in target mode.
@@ -293,7 +295,7 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Gr
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of named parameters: decayed, and not decayed (biases and everything else of one dimension).
+    """Return two groups of named parameters: decayed, and not decayed (biases and all else of one dimension).
 
     One-dimensional kernels of identity branches stand for weights: they are decayed where their declaration says so,
     and always in csla mode, where the equivalence needs it.

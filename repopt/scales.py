@@ -14,7 +14,7 @@ from repopt.reparam import invalid_reason
 
 
 def load_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Searched scales by name, from a scale file, a hyper-search's checkpoint, or any checkpoint that keeps its scales.
+    """Return searched scales by name, of a scale file, a hyper-search's checkpoint, or any that keeps its scales.
 
     From a hyper-search all 1-D floating tensors of its state dict are returned; a model picks its own among them.
 

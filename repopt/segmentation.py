@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from repopt.errors import UserError, one_line
 from repopt.models import zoo
-from repopt.models.timm_registry import timm_name
+from repopt.models.registry import timm_name
 
 BODY = "encoder.model"  # where the backbone stands in the network
 IGNORED = 255  # label of pixels that count neither in training nor in evaluation
@@ -25,13 +25,13 @@ NEEDS = "segmentation needs {} (pip install -r requirements-downstream.txt)"
 
 
 def create_segmenter(name: str, *, mode: str, num_classes: int, channels: int = 256, **backbone: Any) -> nn.Module:
-    """UPerNet on a backbone, (N, 3, H, W) -> logits (N, num_classes, H, W), H and W multiples of 32.
+    """Create UPerNet on a backbone, (N, 3, H, W) -> logits (N, num_classes, H, W), H and W multiples of 32.
 
     Args:
-        name: of the backbone, one of ours or "timm/NAME".
-        mode: of `repopt.create_model`.
-        num_classes: of a pixel.
-        channels: of the decoder.
+        name: name of the backbone, one of ours or "timm/NAME".
+        mode: see `repopt.create_model`.
+        num_classes: classes of a pixel.
+        channels: channels of the decoder.
         backbone: arguments of the backbone (strides, initial_scales, use_checkpoint ...).
 
     Raises:
@@ -55,7 +55,7 @@ def create_segmenter(name: str, *, mode: str, num_classes: int, channels: int = 
     except UserError:
         raise
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, AssertionError) as error:
-        # of timm's that give no features, or take no such arguments
+        # networks of timm's that give no features, or take no such arguments
         raise UserError(f"{name} cannot be a backbone: {one_line(error)}") from None
     found = model.get_submodule(BODY).feature_info.reduction()[-4:]
     if found != REDUCTIONS:
@@ -74,14 +74,14 @@ def predict(
     window: tuple[int, int] | None = None,
     stride: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Logits (N, num_classes, H, W) of images (N, 3, H, W) of any size.
+    """Return logits (N, num_classes, H, W) of images (N, 3, H, W) of any size.
 
     Args:
         model: a segmenter; it sees `padded` images.
-        images: normalised.
+        images: normalised images.
         window: height and width of what it sees at once; where windows overlap, the logits are their mean. None = all.
-        stride: from a window to the next, in both directions; the last ones end with the image. None = two thirds of a
-            window.
+        stride: steps from a window to the next, in both directions; the last windows end with the image. None = two
+            thirds of a window.
     """
     height, width = images.shape[2:]
     if window is None:
@@ -100,12 +100,12 @@ def predict(
 
 
 def padded(images: Tensor) -> Tensor:
-    """Images with zeros below and right, up to multiples of 32 in height and width."""
+    """Return images with zeros below and right, up to multiples of 32 in height and width."""
     height, width = images.shape[2:]
     return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
 
 
 def _starts(length: int, window: int, step: int) -> list[int]:
-    """Where windows start that cover a length; the last one ends with it."""
+    """Return where windows start that cover a length; the last one ends with it."""
     last = max(0, length - window)
     return [*range(0, last, step), last]

@@ -70,7 +70,7 @@ def load(path: Path) -> Any:
     except UserError:
         raise
     # Raised by noise in place of a pickle or an archive.
-    except (*archive.ERRORS, pickle.UnpicklingError, AttributeError, IndexError, KeyError, TypeError) as error:
+    except (*archive.ERRORS, pickle.UnpicklingError, AttributeError, LookupError, TypeError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a torch file: {one_line(error)}") from None
     return content
 
@@ -109,7 +109,7 @@ def _records(file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             _refuse(f"its entry {shown(info.filename)} does not lie below {shown(folder)}")
         if info.compress_type != zipfile.ZIP_STORED:
             _refuse(f"its entry {shown(info.filename)} is compressed")
-        if reason := archive.flaw(info):
+        if reason := archive.invalid_reason(info):
             _refuse(f"its entry {shown(info.filename)} {reason}")
         records[info.filename.removeprefix(folder)] = info
     if "data.pkl" not in records:
@@ -164,23 +164,19 @@ def _fill(data: Tensor, file: io.BufferedIOBase) -> None:
         view = view[count:]
 
 
-def _no_storage(*_: object) -> NoReturn:
-    _refuse("it has a tensor where none belongs")
-
-
 class _Unpickler(pickle._Unpickler):  # the one in C has no table of instructions to restrict
     """A reader of one pickle.
 
     Args:
         file: the stream; it stands behind the pickle afterwards.
         storage: returns the elements of a storage, 1-D, for what the pickle says of it: the element type, the key, the
-            number of elements, and in legacy files whether it is a view.
+            number of elements, and in legacy files whether it is a view; None = the pickle has no tensors.
     """
 
     stack: list[Any]
     pop_mark: Callable[..., list[Any]]
 
-    def __init__(self, file: IO[bytes], storage: Callable[..., Tensor] = _no_storage) -> None:
+    def __init__(self, file: IO[bytes], storage: Callable[..., Tensor] | None = None) -> None:
         super().__init__(file, encoding="latin-1")
         self._storage = storage
 
@@ -192,6 +188,8 @@ class _Unpickler(pickle._Unpickler):  # the one in C has no table of instruction
 
     @override
     def persistent_load(self, pid: Any) -> Tensor:
+        if self._storage is None:
+            _refuse("it has a tensor where none belongs")
         kind, dtype, key, _location, count, *view = pid
         if kind != "storage" or type(dtype) is not torch.dtype or type(key) is not str or type(count) is not int:
             _refuse("it has a storage of no known type or size")
@@ -229,7 +227,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C has no table of instruction
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         **dict.fromkeys(range(256), _refuse_instruction),
-        **{code: pickle._Unpickler.dispatch[code] for code in b"".join(_INSTRUCTIONS)},
+        **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _INSTRUCTIONS},
         pickle.NEWOBJ[0]: pickle._Unpickler.dispatch[pickle.REDUCE[0]],  # `_GLOBALS` has functions, no classes
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: _set_items,
@@ -243,10 +241,6 @@ class _Namespace(dict[str, Any]):
 
 def _new_dict() -> dict[Any, Any]:
     return {}  # takes no arguments, unlike dict: items come one by one, and their keys are looked at
-
-
-def _new_namespace() -> _Namespace:
-    return _Namespace()
 
 
 def _tensor(
@@ -331,7 +325,7 @@ _GLOBALS: dict[str, Any] = {
     "collections OrderedDict": _new_dict,
     "collections Counter": lambda counts: counts,  # of schedules with milestones
     "__builtin__ set": lambda items: items,
-    "argparse Namespace": _new_namespace,
+    "argparse Namespace": lambda: _Namespace(),  # without arguments, too
     "yacs.config CfgNode": _new_dict,
     "numpy dtype": lambda code, *_: getattr(torch, _NUMPY_DTYPES[code]),
     "numpy.core.multiarray scalar": _numpy_scalar,

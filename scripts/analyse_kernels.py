@@ -39,7 +39,6 @@ from plots import plot_by_depth, plot_weights
 from torch import Tensor, nn
 
 import repopt
-from repopt.csla import Shape
 from repopt.errors import UserError, unknown
 from repopt.layers import Baseline, RepConv2d
 from repopt.models import zoo
@@ -48,7 +47,7 @@ from train import trained
 from train.command import run_command
 
 Kernels = Mapping[str, Mapping[str, Tensor]]
-"""Of a network, (O, I, kh, kw) each, by the path of their block and their form."""
+"""The kernels of a network, (O, I, kh, kw) each, by the path of their block and their form."""
 
 BY_DEPTH = {
     "SNR (dB)": "SNR (dB)",
@@ -67,11 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", help="of each FILE, such as RepOpt-VGG-B1-target; if they do not say")
     parser.add_argument("--layer", metavar="NAME", help="shown by itself (default: the paper's, or the middle one)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: output/kernels/<arch>")
-    arguments = parser.parse_args(argv)
-    return run_command(
-        "analyse_kernels.py",
-        lambda: analyse(arguments.files, arguments.arch, arguments.layer, arguments.out),
-    )
+    given = parser.parse_args(argv)
+    return run_command("analyse_kernels.py", lambda: analyse(given.files, given.arch, given.layer, given.out))
 
 
 def analyse(files: Sequence[str], archs: Sequence[str] | None, layer: str | None, out: Path | None) -> None:
@@ -84,7 +80,12 @@ def analyse(files: Sequence[str], archs: Sequence[str] | None, layer: str | None
     if archs is not None and len(archs) != len(files):
         raise UserError(f"--arch names the network of each FILE: {len(files)} of them, not {len(archs)}")
     sources = [trained.read(file, arch) for file, arch in itertools.zip_longest(files, archs or [])]
-    names = network_names(sources)
+    names = [source.name for source in sources]
+    out = out or Path("output", "kernels", "+".join(dict.fromkeys(names)))
+    if len(set(names)) < len(names):
+        names = [source.path for source in sources]
+    if len(set(names)) < len(names):
+        raise UserError("a FILE is given twice")
     models = {name: network_of(source) for name, source in zip(names, sources, strict=True)}
     networks = {name: forms_of(model) for name, model in models.items()}
     check(networks)
@@ -93,7 +94,7 @@ def analyse(files: Sequence[str], archs: Sequence[str] | None, layer: str | None
         layer = papers_layer(models[names[0]], layers)
     elif layer not in layers:
         raise unknown("layer", layer, layers)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"network": name, "layer": path, "form": form, **statistics(kernel)}
         for path in layers
         for name, blocks in networks.items()
@@ -103,23 +104,17 @@ def analyse(files: Sequence[str], archs: Sequence[str] | None, layer: str | None
     tables = {f"Layer {layer}": chosen, "All layers": rows}
     text = "\n\n".join(f"## {title}\n\n{as_table([*map(written, rows)])}" for title, rows in tables.items())
     content = {"files": dict(zip(names, files, strict=True)), "layer": layer, "rows": [*map(as_json, rows)]}
-    out = out or Path("output", "kernels", "+".join(dict.fromkeys(source.name for source in sources)))
     out.mkdir(parents=True, exist_ok=True)
     (out / "kernels.md").write_text(f"{text}\n")
     (out / "kernels.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     weights = {name: {form: split(k) for form, k in blocks[layer].items()} for name, blocks in networks.items()}
     plot_weights(weights, out / "histograms.png", title=f"Weights of {layer}; a panel is as wide as the range of INT8")
-    plot_by_depth(by_depth(rows), layers, out / "depth.png", log={BY_DEPTH["central"], BY_DEPTH["surrounding"]})
+    panels: dict[str, dict[str, dict[str, list[float | None]]]] = {}
+    for row, (column, title) in itertools.product(rows, BY_DEPTH.items()):
+        forms = panels.setdefault(title, {}).setdefault(row["network"], {})
+        forms.setdefault(row["form"], []).append(row[column])
+    plot_by_depth(panels, layers, out / "depth.png", log={BY_DEPTH["central"], BY_DEPTH["surrounding"]})
     print(text, "", *(out / name for name in ("kernels.md", "kernels.json", "histograms.png", "depth.png")), sep="\n")
-
-
-def network_names(sources: Sequence[trained.LoadedCheckpoint]) -> list[str]:
-    """Return the networks' names: their architectures, or their files where two have one."""
-    archs, paths = [source.name for source in sources], [source.path for source in sources]
-    names = archs if len(set(archs)) == len(archs) else paths
-    if len(set(names)) < len(names):
-        raise UserError("a FILE is given twice")
-    return names
 
 
 def network_of(source: trained.LoadedCheckpoint) -> nn.Module:
@@ -140,29 +135,21 @@ def forms_of(model: nn.Module) -> Kernels:
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, Baseline):
-            forms, last = baseline_forms(module), "after branch addition"
+            kernels, scales, _ = module.fused_branches()
+            shape = module.block.target.shape
+            branch = next(branch for branch in module.block.branches if kernels[branch.kernel].shape == shape)
+            assert branch.scale is not None  # a baseline's branches have batch norms
+            kernel, scale = kernels[branch.kernel], scales[branch.scale]
+            forms = {"before BN fusion": kernel, "after BN fusion": kernel * scale.view(-1, 1, 1, 1)}
+            last = "after branch addition"
         elif isinstance(module, RepConv2d):
             forms, last = {"raw": module.kernel()}, "batch norm folded"
         else:
             continue
-        forms[last] = kernel_of_shape(module.block.target.shape, deployed.get_submodule(path))
+        convs = [m for m in deployed.get_submodule(path).modules() if isinstance(m, nn.Conv2d)]
+        (forms[last],) = (conv.weight for conv in convs if conv.weight.shape == module.block.target.shape)
         found[path] = {form: kernel.detach() for form, kernel in forms.items()}
     return found
-
-
-def baseline_forms(module: Baseline) -> dict[str, Tensor]:
-    """Return the kernel of the branch that has the merged kernel's shape, alone and times its batch norm's scale."""
-    kernels, scales, _ = module.terms()
-    branch = next(b for b in module.block.branches if kernels[b.kernel].shape == module.block.target.shape)
-    assert branch.scale is not None  # a baseline's branches have batch norms
-    kernel, scale = kernels[branch.kernel], scales[branch.scale]
-    return {"before BN fusion": kernel, "after BN fusion": kernel * scale.view(-1, 1, 1, 1)}
-
-
-def kernel_of_shape(shape: Shape, module: nn.Module) -> Tensor:
-    """Return the kernel of the one convolution of this shape that a module has."""
-    (kernel,) = (m.weight for m in module.modules() if isinstance(m, nn.Conv2d) and m.weight.shape == shape)
-    return kernel
 
 
 def check(networks: Mapping[str, Kernels]) -> None:
@@ -244,16 +231,6 @@ def written(row: Mapping[str, Any]) -> dict[str, str | None]:
 def as_json(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row without infinities, which JSON does not have: they are the string "inf"."""
     return {name: str(value) if value == math.inf else value for name, value in row.items()}
-
-
-def by_depth(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, list[float | None]]]]:
-    """Return what is drawn of all layers: by quantity, network and form, a number per layer."""
-    panels: dict[str, dict[str, dict[str, list[float | None]]]] = {}
-    for column, title in BY_DEPTH.items():
-        for row in rows:
-            forms = panels.setdefault(title, {}).setdefault(row["network"], {})
-            forms.setdefault(row["form"], []).append(row[column])
-    return panels
 
 
 if __name__ == "__main__":

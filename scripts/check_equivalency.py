@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -74,21 +75,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 SIGNS = {"positive": 0.0, "mixed": 0.5}
 
 
-@functools.singledispatch
 def branch_output(branch: Branch, kernel: Tensor, x: Tensor, module: RepConv2d) -> Tensor:
     """Return a branch's output of x, (N, C, H, W) -> (N, O, H', W'), before its scale, by an operation of its own."""
-    raise NotImplementedError(type(branch))
-
-
-@branch_output.register
-def _(branch: ConvBranch, kernel: Tensor, x: Tensor, module: RepConv2d) -> Tensor:
+    if isinstance(branch, IdentityBranch):
+        return kernel.view(1, -1, 1, 1) * x
+    assert isinstance(branch, ConvBranch)
     padding = [module.dilation * (size // 2) for size in kernel.shape[2:]]
     return F.conv2d(x, kernel, None, module.stride, padding, module.dilation, module.block.target.groups)
-
-
-@branch_output.register
-def _(branch: IdentityBranch, kernel: Tensor, x: Tensor, module: RepConv2d) -> Tensor:
-    return kernel.view(1, -1, 1, 1) * x
 
 
 def branch_by_branch(module: RepConv2d, x: Tensor) -> Tensor:
@@ -167,20 +160,18 @@ def cases(model: str, steps: int = 50, network_steps: int = 3) -> Iterator[tuple
         model: the name of a network, as `create` takes it.
         steps, network_steps: of training a single block, and `model`.
     """
-    generator = torch.Generator().manual_seed(0)
-    small, large = (8, 7), (4, 64)  # images, and pixels of a side
-    networks: list[tuple[str, int, tuple[int, int], Callable[[Mode], nn.Module], int]] = []
+    networks: list[tuple[str, Callable[[Mode], nn.Module], tuple[int, ...], int]] = []
     for name, setup in BLOCKS.items():
         channels = setup.block.target.shape[1] * setup.block.target.groups
-        networks.append((name, channels, small, functools.partial(OneBlock, setup), steps))
-    networks.append((model, 3, large, functools.partial(create, model), network_steps))
-    for rule in SETTINGS:
-        for signs, probability in SIGNS.items():
-            for name, channels, (count, size), build, trained in networks:
-                images = torch.randn(count, channels, size, size, generator=generator, dtype=torch.float64)
-                csla, target = build("csla").double(), build("target").double()
-                measure = functools.partial(largest_difference, csla, target, rule, probability, images, trained)
-                yield name, rule, signs, measure
+        networks.append((name, functools.partial(OneBlock, setup), (8, channels, 7, 7), steps))
+    networks.append((model, functools.partial(create, model), (4, 3, 64, 64), network_steps))
+    generator = torch.Generator().manual_seed(0)
+    for rule, signs in itertools.product(SETTINGS, SIGNS):
+        for name, build, shape, trained in networks:
+            images = torch.randn(shape, generator=generator, dtype=torch.float64)
+            csla, target = build("csla").double(), build("target").double()
+            arguments = csla, target, rule, SIGNS[signs], images, trained
+            yield name, rule, signs, functools.partial(largest_difference, *arguments)
 
 
 def _blocks(model: nn.Module) -> list[RepConv2d]:

@@ -15,13 +15,12 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import _root
 from runs import epochs_of
-from workers import run_side_by_side
+from workers import Run, run_side_by_side
 
 SEEDS = (0, 1, 2)
 EPOCHS = 80  # of configs/digits/train.yaml
@@ -42,72 +41,41 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class DemoRun:
-    """One training: the family's model in a mode, as an architecture's name ends, and a seed."""
-
-    family: Family
-    mode: str
-    seed: int = 0
-    script: ClassVar = "main_repopt.py"
-
-    @property
-    def arch(self) -> str:
-        """The architecture, as main_repopt.py takes it."""
-        return f"{self.family.model}-{self.mode}"
-
-    @property
-    def folder(self) -> Path:
-        """The folder that it writes to."""
-        return self.family.folder / self.arch / f"seed{self.seed}"
-
-    @property
-    def needs(self) -> list[DemoRun]:
-        """The search whose scales it takes."""
-        return [DemoRun(self.family, "hs")] if self.mode == "target" else []
-
-    @property
-    def command(self) -> list[str]:
-        """The arguments of main_repopt.py."""
-        arguments = ["--arch", self.arch, "--tag", f"seed{self.seed}"]
-        arguments += ["--output", str(self.family.folder)]
-        arguments += ["--cfg", f"configs/digits/{'search' if self.mode == 'hs' else 'train'}.yaml"]
-        for search in self.needs:
-            arguments += ["--scales-path", str(search.folder / "scales.pth")]
-        return [*arguments, "--opts", "SEED", str(self.seed)]
+def demo_run(family: Family, mode: str, seed: int = 0) -> Run:
+    """Return the training of the family's model in a mode, as an architecture's name ends, from a seed."""
+    recipe = f"configs/digits/{'search' if mode == 'hs' else 'train'}.yaml"
+    searches = (demo_run(family, "hs"),) if mode == "target" else ()
+    scales = [word for search in searches for word in ("--scales-path", str(search.folder / "scales.pth"))]
+    arguments = (*scales, "--opts", "SEED", str(seed))
+    return Run("main_repopt.py", recipe, f"{family.model}-{mode}", f"seed{seed}", family.folder, arguments, searches)
 
 
-def runs_of(family: Family) -> dict[str, list[DemoRun]]:
+def runs_of(family: Family) -> dict[str, list[Run]]:
     """Return what is compared, by name: a run per seed, and one search whose scales all targets use."""
     modes = {
         "plain network, RepOptimizer": "target",
         f"{family.baseline_name}, folded afterwards": family.baseline,
         "plain network, SGD": "target-norepopt",
     }
-    compared = {name: [DemoRun(family, mode, seed) for seed in SEEDS] for name, mode in modes.items()}
-    return compared | {"searched network (hyper-search)": [DemoRun(family, "hs")]}
+    compared = {name: [demo_run(family, mode, seed) for seed in SEEDS] for name, mode in modes.items()}
+    return compared | {"searched network (hyper-search)": [demo_run(family, "hs")]}
 
 
 def main() -> None:
-    """Run what is not done yet, then show it."""
+    """Run what is not done yet, several at a time, then show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="?", default="vgg", choices=FAMILIES)
     family = FAMILIES[parser.parse_args().family]
-    os.chdir(_root.ROOT)
-    started = time.perf_counter()
-    train_all(family)
-    report(family)
-    print(f"{time.perf_counter() - started:.0f} seconds; pictures and runs are in {family.folder}/")
-
-
-def train_all(family: Family) -> None:
-    """Train every run, several at a time; those that need the searched scales wait for them."""
     from tqdm import tqdm
 
+    os.chdir(_root.ROOT)
+    started = time.perf_counter()
     runs = [run for group in runs_of(family).values() for run in group]
-    runs.sort(key=lambda run: run.mode != "hs")  # the search first: others wait for it
+    runs.sort(key=lambda run: not run.arch.endswith("-hs"))  # the search first: others wait for it
     with tqdm(total=EPOCHS * len(runs), unit="epoch", desc=f"{len(runs)} runs") as bar:
         run_side_by_side(runs, lambda: bar.update(sum(len(epochs_of(run.folder)) for run in runs) - bar.n))
+    report(family)
+    print(f"{time.perf_counter() - started:.0f} seconds; pictures and runs are in {family.folder}/")
 
 
 def report(family: Family) -> None:
@@ -134,9 +102,8 @@ def report(family: Family) -> None:
     print(table)
     (family.folder / "results.md").write_text(table + "\n")
     plot_scores(curves, family.folder / "accuracy.png", measure="top-1")
-    search = DemoRun(family, "hs")
-    model = repopt.create_model(family.model, mode=search.mode)
-    plot_scales(model, repopt.load_scales(search.folder / "scales.pth"), family.folder / "scales.png")
+    scales = repopt.load_scales(demo_run(family, "hs").folder / "scales.pth")
+    plot_scales(repopt.create_model(family.model, mode="hs"), scales, family.folder / "scales.png")
 
 
 def spread(values: Sequence[float]) -> str:

@@ -10,19 +10,17 @@ everything goes to output/demo/int8/. A second start goes on where the first sto
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
 
 import _root
-from demo import FAMILIES, SEEDS, DemoRun, Family, spread
-from workers import run_side_by_side
+from demo import FAMILIES, SEEDS, Family, demo_run, spread
+from workers import Run, run_side_by_side
 
 from repopt.errors import UserError
 from train.command import run_command
@@ -31,40 +29,24 @@ from train.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
 METHODS = ("ptq", "qat")
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """One quantization of a trained network."""
+def quantization(family: Family, mode: str, seed: int, method: str, preset: str) -> Run:
+    """Return the quantization of a network that the demo has trained."""
+    trained, tag = demo_run(family, mode, seed), f"{method}-{preset}-seed{seed}"
+    arguments = ("--resume", str(trained.folder / "latest.pth"), "--method", method, "--preset", preset)
+    options = ("--opts", "SEED", str(seed))
+    folder = family.folder / "int8"
+    return Run("quantize.py", "configs/digits/quantize.yaml", trained.arch, tag, folder, (*arguments, *options))
 
-    run: DemoRun
-    method: str
-    preset: str
-    script: ClassVar = "quantize.py"
-    needs: ClassVar = ()  # the demo has been run
 
-    @property
-    def folder(self) -> Path:
-        """The folder of its results."""
-        return self.run.family.folder / "int8" / self.run.arch / self._tag / ARTIFACTS
+def top1(runs: Sequence[Run], network: str) -> str:
+    """Return the accuracy in percent of "fp32", "INT8" or "INT8, onnxruntime" over runs, as it is shown."""
+    return spread([json.loads((run.folder / ARTIFACTS / RESULTS).read_text())[network]["top1"] for run in runs])
 
-    @property
-    def command(self) -> list[str]:
-        """The arguments of scripts/quantize.py."""
-        arguments = ["--cfg", "configs/digits/quantize.yaml", "--arch", self.run.arch, "--tag", self._tag]
-        arguments += ["--resume", str(self.run.folder / "latest.pth"), "--output", str(self.run.family.folder / "int8")]
-        return [*arguments, "--method", self.method, "--preset", self.preset, "--opts", "SEED", str(self.run.seed)]
 
-    @property
-    def _tag(self) -> str:
-        return f"{self.method}-{self.preset}-seed{self.run.seed}"
-
-    def top1(self, network: str) -> float:
-        """Return the accuracy in percent of "fp32", "INT8" or "INT8, onnxruntime"."""
-        return json.loads((self.folder / RESULTS).read_text())[network]["top1"]
-
-    def signal_to_noise(self) -> dict[str, float]:
-        """Return the ratio of every layer's output, in dB; infinite where there is no noise."""
-        ratios = json.loads((self.folder / SIGNAL_TO_NOISE).read_text())
-        return {layer: float("inf") if ratio is None else ratio for layer, ratio in ratios.items()}
+def signal_to_noise(run: Run) -> dict[str, float]:
+    """Return the ratio of every layer's output, in dB; infinite where there is no noise."""
+    ratios = json.loads((run.folder / ARTIFACTS / SIGNAL_TO_NOISE).read_text())
+    return {layer: float("inf") if ratio is None else ratio for layer, ratio in ratios.items()}
 
 
 def networks_of(family: Family) -> dict[str, str]:
@@ -92,54 +74,50 @@ def run(family: Family) -> None:
     from repopt.quantization import PRESETS
 
     started = time.perf_counter()
-    every = [
-        Quantization(DemoRun(family, mode, seed), method, preset)
-        for mode in networks_of(family).values()
-        for seed in SEEDS
-        for method in METHODS
-        for preset in PRESETS
-    ]
-    for missing in {str(q.run.folder / "latest.pth") for q in every if not (q.run.folder / "latest.pth").is_file()}:
-        raise UserError(f"{missing} is not there yet: run the demo before (bash scripts/demo.sh)")
-    todo = [quantization for quantization in every if not quantization.folder.exists()]
+    networks = [*itertools.product(networks_of(family).values(), SEEDS)]
+    for checkpoint in (demo_run(family, *network).folder / "latest.pth" for network in networks):
+        if not checkpoint.is_file():
+            raise UserError(f"{checkpoint} is not there yet: run the demo before (bash scripts/demo.sh)")
+    cases = itertools.product(networks, METHODS, PRESETS)
+    every = [quantization(family, *network, method, preset) for network, method, preset in cases]
+    todo = [run for run in every if not (run.folder / ARTIFACTS).exists()]
     with tqdm(total=len(todo), unit="network", desc="quantizing") as bar:
-        run_side_by_side(todo, lambda: bar.update(sum(q.folder.exists() for q in todo) - bar.n))
-    report(family, every)
+        run_side_by_side(todo, lambda: bar.update(sum((run.folder / ARTIFACTS).exists() for run in todo) - bar.n))
+    report(family, PRESETS)
     print(f"{time.perf_counter() - started:.0f} seconds; pictures and files are in {family.folder}/int8/")
 
 
-def report(family: Family, every: Sequence[Quantization]) -> None:
+def report(family: Family, presets: Iterable[str]) -> None:
     """Print the table; write it and the picture."""
     from benchmarks.report import as_table
     from plots import plot_by_depth
 
-    rows, layers = [], {}
-    panels: dict[str, Any] = {}
-    for preset in dict.fromkeys(quantization.preset for quantization in every):
+    rows, layers = [], list[str]()
+    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for preset in presets:
         for network, mode in networks_of(family).items():
-            ptq, qat = (
-                [q for q in every if (q.run.mode, q.preset, q.method) == (mode, preset, method)] for method in METHODS
-            )
-            ratios = [q.signal_to_noise() for q in ptq]
-            layers = {layer: statistics.mean(r[layer] for r in ratios) for layer in ratios[0]}
-            panels.setdefault(f"{preset} (dB)", {})[network] = {"PTQ": list(layers.values())}
+            ptq, qat = ([quantization(family, mode, seed, method, preset) for seed in SEEDS] for method in METHODS)
+            layers = [*signal_to_noise(ptq[0])]
+            ratios = [[*signal_to_noise(run).values()] for run in ptq]
+            means = [statistics.mean(of_layer) for of_layer in zip(*ratios, strict=True)]
+            panels.setdefault(f"{preset} (dB)", {})[network] = {"PTQ": means}
             rows.append(
                 {
                     "preset": preset,
                     f"{family.model}, digits": network,
-                    "fp32 top-1 (%)": spread([q.top1("fp32") for q in ptq]),
-                    "PTQ": spread([q.top1("INT8") for q in ptq]),
-                    "PTQ, onnxruntime": spread([q.top1("INT8, onnxruntime") for q in ptq]),
-                    "QAT": spread([q.top1("INT8") for q in qat]),
-                    "signal to noise of the logits, PTQ (dB)": spread([list(r.values())[-1] for r in ratios]),
-                    "of the worst layer": spread([min(r.values()) for r in ratios]),
+                    "fp32 top-1 (%)": top1(ptq, "fp32"),
+                    "PTQ": top1(ptq, "INT8"),
+                    "PTQ, onnxruntime": top1(ptq, "INT8, onnxruntime"),
+                    "QAT": top1(qat, "INT8"),
+                    "signal to noise of the logits, PTQ (dB)": spread([r[-1] for r in ratios]),
+                    "of the worst layer": spread([min(r) for r in ratios]),
                 }
             )
     folder = family.folder / "int8"
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (folder / "results.md").write_text(as_table(rows) + "\n")
     print(as_table(rows))
-    plot_by_depth(panels, list(layers), folder / "signal_to_noise.png")
+    plot_by_depth(panels, layers, folder / "signal_to_noise.png")
 
 
 if __name__ == "__main__":

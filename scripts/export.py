@@ -25,7 +25,8 @@ from benchmarks.arguments import positive
 
 from train.command import run_command
 
-FORMATS = ("onnx", "safetensors", "pt2", "compiled")
+# What follows "fp32" or "int8" in the names of files.
+ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "pt2": ".pt2", "compiled": "-compiled.pt2"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="FILE", required=True, help="the checkpoint")
     parser.add_argument("--arch", help="whose weights they are, such as RepOpt-VGG-B1-target; if FILE does not say")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: a folder 'export' beside FILE")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "safetensors"])
+    parser.add_argument("--formats", nargs="+", choices=ENDINGS, default=["onnx", "safetensors"])
     parser.add_argument("--image-size", type=positive, help="height and width (default: as FILE says, else 224)")
     arguments = parser.parse_args(argv)
     return run_command("export.py", lambda: export_all(arguments))
@@ -58,19 +59,13 @@ def export_all(arguments: argparse.Namespace) -> None:
     if source.quantized and "compiled" in arguments.formats:
         raise UserError("a compiled package computes an INT8 network in float: export it as onnx")
     out = arguments.out or Path(arguments.resume).parent / "export"
-    writers = {
-        "onnx": (out / f"{kind}.onnx", export.write_onnx),
-        "safetensors": (out / f"{kind}.safetensors", lambda model, images, path: export.write_safetensors(model, path)),
-        "pt2": (out / f"{kind}.pt2", export.write_program),
-        "compiled": (out / f"{kind}-compiled.pt2", export.write_compiled),
-    }
-    chosen = [writers[name] for name in arguments.formats]
-    for path, _ in chosen:
+    paths = {name: out / f"{kind}{ENDINGS[name]}" for name in arguments.formats}
+    for path in paths.values():
         export.refuse_existing(path)
     size = source.image_size
-    if arguments.image_size is not None and arguments.image_size % source.multiple:
-        raise UserError(f"--image-size {arguments.image_size}: the network takes multiples of {source.multiple}")
     if arguments.image_size is not None:
+        if arguments.image_size % source.multiple:
+            raise UserError(f"--image-size {arguments.image_size}: the network takes multiples of {source.multiple}")
         size = (arguments.image_size,) * 2
     if source.quantized and size != source.image_size:
         raise UserError(
@@ -78,8 +73,12 @@ def export_all(arguments: argparse.Namespace) -> None:
         )
     network = source.int8_network() if source.quantized else repopt.deploy(source.network())
     images = torch.randn(8, 3, *size)
-    for path, write in chosen:
-        write(network, images, path)
+    writers = {"onnx": export.write_onnx, "pt2": export.write_program, "compiled": export.write_compiled}
+    for name, path in paths.items():
+        if name == "safetensors":
+            export.write_safetensors(network, path)
+        else:
+            writers[name](network, images, path)
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -7,9 +7,8 @@
 #   python scripts/gpu_rows.py output/gpu                                 # keeps what was found, in benchmarks/ and docs/
 #   DEVICE=cpu TINY=1 ARCH=RepOpt-VGG-nano bash scripts/gpu_check.sh      # tries the script without a GPU
 source "$(dirname "${BASH_SOURCE[0]}")/gpu_common.sh"
-prepare torch=torch yacs=yacs timm=timm torchvision=torchvision simplejpeg=simplejpeg sklearn=scikit-learn lazy_loader=lazy-loader \
-  tqdm=tqdm tensorboard=tensorboard matplotlib=matplotlib torchmetrics=torchmetrics pytest=pytest xdist=pytest-xdist \
-  hypothesis=hypothesis torchao=torchao segmentation_models_pytorch=segmentation-models-pytorch pycocotools=pycocotools
+prepare sklearn=scikit-learn torchmetrics pytest xdist=pytest-xdist hypothesis torchao pycocotools \
+  segmentation_models_pytorch=segmentation-models-pytorch
 
 if [ -n "$TINY" ]; then
   modes=(off) rounds=(--rounds 1) steps=1 small_images=256 epochs=1 large=(--batch-size 4 --image-size 32 --compile off) small=("${large[@]}")

@@ -36,13 +36,14 @@ say() { # TEXT: with the time, on the screen and in the log
   echo "[$SECONDS s] $*" | tee -a "$log"
 }
 
-prepare() { # MODULE=PACKAGE...: install the wheels; end, with one line, where what is imported here is still missing
+prepare() { # MODULE[=PACKAGE]...: install the wheels; end, with one line, where these or what all need is still missing
   if compgen -G '.whl/*.whl' > /dev/null; then
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
       --target "$WORK/site" .whl/*.whl || exit
     export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
   fi
-  machine=$("$PYTHON" scripts/gpu_machine.py "$DEVICE" "$@") || exit 2
+  machine=$("$PYTHON" scripts/gpu_machine.py "$DEVICE" torch yacs timm torchvision simplejpeg lazy_loader=lazy-loader tqdm \
+    tensorboard matplotlib "$@") || exit 2
   say "$setting; $machine"
 }
 

@@ -1,6 +1,6 @@
 """What a run on a GPU machine begins with: is all there that it needs, and what machine is it?
 
-    python scripts/gpu_machine.py DEVICE MODULE=PACKAGE...
+    python scripts/gpu_machine.py DEVICE MODULE[=PACKAGE]...
 
 Prints members of a JSON object: the machine, torch's version, and the time. What is missing is one line, exit code 2;
 so nothing is imported here before it is known to be there.
@@ -19,10 +19,10 @@ def main(device: str, *needed: str) -> str | None:
 
     Args:
         device: "cuda" or "cpu".
-        needed: modules and the packages that have them, as MODULE=PACKAGE.
+        needed: modules, as MODULE=PACKAGE where the package has another name.
     """
-    packages = dict(pair.split("=") for pair in needed)
-    if missing := [package for module, package in packages.items() if importlib.util.find_spec(module) is None]:
+    packages = (pair.partition("=")[::2] for pair in needed)
+    if missing := [package or module for module, package in packages if importlib.util.find_spec(module) is None]:
         return f"{' '.join(missing)} missing here: put the wheels into .whl (scripts/gpu_common.sh says how)"
     import torch
 

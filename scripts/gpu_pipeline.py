@@ -84,7 +84,7 @@ class Training(NamedTuple):
         return self.folder(self.part) / "done"
 
     def train(self, deadline: float) -> Row:
-        """Train for as many epochs as end before `deadline` (of time.monotonic); what was found.
+        """Train for as many epochs as end before `deadline` (of time.monotonic), and return what was found.
 
         Raises:
             UserError: not one epoch does.
@@ -103,7 +103,7 @@ class Training(NamedTuple):
         }
 
     def _that_fit(self, deadline: float) -> int:
-        """Epochs; a tenth of the time is kept for evaluations and checkpoints on the way."""
+        """Return how many epochs fit; a tenth of the time is kept for evaluations and checkpoints on the way."""
         started = time.monotonic()
         self._run("speed", self.tried)
         ended = time.monotonic()
@@ -199,23 +199,26 @@ def main() -> None:
 
     if arguments.part == "int8":
         int8([training(part) for part in QUANTIZED], arguments.presets, deadline, keep_found)
-    else:
-        chosen = training(arguments.part)
-        # Whoever cuts the part sends SIGTERM: what the run has written until then is kept.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        try:
-            keep_found({"Trainings on glyphs": [chosen.train(deadline)]})
-        finally:
-            keep_beside(arguments.json, chosen)
+        return
+    chosen = training(arguments.part)
+    # Whoever cuts the part sends SIGTERM: what the run has written until then is kept.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        keep_found({"Trainings on glyphs": [chosen.train(deadline)]})
+    finally:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        for name, kept in {"metrics.jsonl": f"{arguments.part}-metrics.jsonl", SCALES: SCALES}.items():
+            if (file := chosen.folder(arguments.part) / name).is_file():
+                shutil.copy(file, arguments.json.with_name(kept))
 
 
 def start(script: str, arguments: Sequence[str]) -> int:
-    """The exit code of a script in a process of its own."""
+    """Run a script in a process of its own and return its exit code."""
     return subprocess.run([sys.executable, script, *arguments], cwd=_root.ROOT).returncode
 
 
 def find_scales(arguments: argparse.Namespace) -> Path:
-    """The file of the searched scales.
+    """Return the file of the searched scales.
 
     Raises:
         UserError: there is none.
@@ -231,36 +234,25 @@ def find_scales(arguments: argparse.Namespace) -> Path:
 def int8(
     trainings: Sequence[Training], presets: Sequence[str], deadline: float, keep_found: Callable[[Tables], None]
 ) -> None:
-    """Quantize networks, which are trained before where they are not there; `keep_found` gets what is found so far."""
+    """Quantize networks, which are trained before where they are not there; `keep_found` gets what is found so far.
+
+    Raises:
+        UserError: a network was refused, or the time is too short to train one.
+    """
     missing = [training for training in trainings if not training.mark.is_file()]
     trained: list[Row] = []
     for index, training in enumerate(missing):
         now = time.monotonic()
-        share = (deadline - QUANTIZATION - now) / (len(missing) - index)
-        trained.append(training.train(now + share))
+        trained.append(training.train(now + (deadline - QUANTIZATION - now) / (len(missing) - index)))
     jobs = [Quantization(training, preset) for preset in presets for training in trainings]
-
-    def found() -> Tables:
-        quantized = [job.row() for job in jobs if job.artifacts.exists()]
-        tables = {"Trained on glyphs, to be quantized": trained, "Post-training quantization on glyphs": quantized}
-        return {title: rows for title, rows in tables.items() if rows}
-
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(jobs)))
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         for _ in as_completed([pool.submit(job.run) for job in jobs]):
-            keep_found(found())
+            quantized = [job.row() for job in jobs if job.artifacts.exists()]
+            tables = {"Trained on glyphs, to be quantized": trained, "Post-training quantization on glyphs": quantized}
+            keep_found({title: rows for title, rows in tables.items() if rows})
     if refused := [f"{job.training.arch} {job.preset}" for job in jobs if not job.artifacts.exists()]:
         raise UserError(f"not quantized: {', '.join(refused)}")
-
-
-def keep_beside(file: Path, training: Training) -> None:
-    """Copy what is small of a run to the folder of the result, as far as it is there."""
-    folder = training.folder(training.part)
-    kept = {"metrics.jsonl": f"{training.part}-metrics.jsonl"} | ({SCALES: SCALES} if training.part == "search" else {})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for name, other in kept.items():
-        if (folder / name).is_file():
-            shutil.copy(folder / name, file.with_name(other))
 
 
 if __name__ == "__main__":

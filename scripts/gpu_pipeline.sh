@@ -21,9 +21,8 @@ elif [[ " ${parts[*]} " != *" $which "* ]]; then
   echo "gpu_pipeline.sh: there is no part '$which' (allowed: ${parts[*]}, next)" >&2
   exit 2
 fi
-needed=(torch=torch yacs=yacs timm=timm torchvision=torchvision tqdm=tqdm tensorboard=tensorboard lazy_loader=lazy-loader
-  simplejpeg=simplejpeg matplotlib=matplotlib)
-[ "$which" = int8 ] && needed+=(torchao=torchao onnx=onnx onnxscript=onnxscript onnxruntime=onnxruntime safetensors=safetensors)
+needed=()
+[ "$which" = int8 ] && needed=(torchao onnx onnxscript onnxruntime safetensors)
 prepare "${needed[@]}"
 PARTS="glyphs-$which" # also if it is done already
 tiny=(--dataset digits --presets fbgemm --epochs 20 --tried 0) # a preset for all CPUs

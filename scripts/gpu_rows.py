@@ -26,7 +26,15 @@ from train.command import run_command
 FOLDER, DOCUMENT = _root.ROOT / "benchmarks", _root.ROOT / "docs" / "performance.md"
 ROWS, SUFFIX = "gpu.jsonl", "-gpu.json"
 MARKS = "<!-- from here: scripts/gpu_rows.py -->\n", "<!-- to here: scripts/gpu_rows.py -->\n"
-HEADER = ("part", "exit", "setting", "seconds", "machine", "torch", "run")  # of every row; gpu_common.sh
+HEADER = {
+    "part",
+    "exit",
+    "setting",
+    "seconds",
+    "machine",
+    "torch",
+    "run",
+}  # keys of every row that gpu_common.sh writes
 NOT_MEASURED = "not yet measured"
 SETTING = "cuda, RepOpt-VGG-B1"  # whose results are kept
 
@@ -45,12 +53,12 @@ class Found(NamedTuple):
     @classmethod
     def kept(cls) -> Found:
         """Return what stands in benchmarks/."""
-        rows = read_rows(FOLDER / ROWS) if (FOLDER / ROWS).exists() else []
-        files = sorted(FOLDER.glob(f"*{SUFFIX}"))
+        rows = [*read_rows(FOLDER / ROWS)] if (FOLDER / ROWS).exists() else []
+        files = FOLDER.glob(f"*{SUFFIX}")
         return cls(rows, {file.name.removesuffix(SUFFIX): json.loads(file.read_text()) for file in files})
 
     def add(self, row: dict[str, Any]) -> None:
-        """A part's row, with its result."""
+        """Add a part's row; its result is shown where it is better than the part's other ones (`quality`)."""
         best = max((quality(other) for other in self.rows if other["part"] == row["part"]), default=(False, ""))
         if "result" in row and quality(row) >= best:
             self.results[row["part"]] = row["result"]
@@ -68,16 +76,14 @@ class Found(NamedTuple):
         DOCUMENT.write_text(f"{before}{MARKS[0]}{self.text()}{MARKS[1]}{after}")
 
     def text(self) -> str:
-        """Aims and tables, as the document has them."""
-        return "\n\n".join(["", as_table(list(aims(self.results))), *self._tables(), ""])
-
-    def _tables(self) -> Iterator[str]:
+        """Return aims and tables, as the document has them."""
+        parts = ["", as_table([*aims(self.results)])]
         for part, result in sorted(self.results.items()):
             file = f"benchmarks/{part}{SUFFIX}"
-            yield f"`{result['command']}`, {result['machine']}, torch {result['torch']} (`{file}`):"
+            parts.append(f"`{result['command']}`, {result['machine']}, torch {result['torch']} (`{file}`):")
             for title, rows in result["tables"].items():
-                yield f"{title}:"
-                yield as_table(rows)
+                parts += [f"{title}:", as_table(rows)]
+        return "\n\n".join([*parts, ""])
 
 
 def quality(row: Mapping[str, Any]) -> tuple[bool, str]:
@@ -89,94 +95,80 @@ def aims(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
     """Yield what is aimed at on an H100 or H200, and what was measured."""
 
     def rows(part: str, title: str = "", **cells: str) -> list[Row]:
-        """The rows with these cells of a part's first table whose title begins so."""
+        """Return the rows with these cells of a part's first table whose title begins so."""
         tables = results.get(part, {"tables": {}})["tables"]
         found: list[Row] = next((tables[name] for name in tables if name.startswith(title)), [])
         return [row for row in found if all(row[key] == cell for key, cell in cells.items())]
 
-    def one(column: str, found: Sequence[Row]) -> float | None:
+    def first(column: str, found: Sequence[Row]) -> float | None:
         return next((row[column] for row in found if row[column] is not None), None)
+
+    def aim(text: str, measured: float | None, *parts: str) -> Row:
+        if measured is None:
+            return {"aim on an H100 or H200": text, "measured": NOT_MEASURED, "machine": None}
+        machines = " and ".join(dict.fromkeys(results[part]["machine"] for part in parts))
+        return {"aim on an H100 or H200": text, "measured": measured, "machine": machines}
 
     searches = [row for row in rows("hyper-search", "The hyper-search") if row["search"] != "textbook"]
     steps = [value for row in searches for column, value in row.items() if column.startswith("extrapolated minutes")]
-    evaluations = one("minutes of a search", rows("between-epochs"))
+    evaluations = first("minutes of a search", rows("between-epochs"))
+    minutes = min(steps) + evaluations if steps and evaluations is not None else None
+    speedup = max((row["speed / textbook"] for row in searches), default=None)
     large, textbook = (rows("train-256", training=name) for name in ("RepOpt", "textbook"))
-    speed, textbook_speed = one("images/s", large), one("images/s", textbook)
-    small, optimizer = rows("train-32", training="RepOpt"), rows("optimizer", optimizer="RepSGD, compiled")
-    largest = rows("largest", "Table 2 of the paper")
-    measured = {
-        "the hyper-search of B1, steps and evaluations of 240 epochs: at most 6 minutes": (
-            min(steps) + evaluations if steps and evaluations is not None else None,
-            ("hyper-search", "between-epochs"),
-        ),
-        "its steps: at least 5 times as fast as the textbook's": (
-            max((row["speed / textbook"] for row in searches), default=None),
-            ("hyper-search",),
-        ),
-        "B1, 224 px, batches of 256: at least 60 % of the measured rate of matrix products": (
-            one("MFU %", large),
-            ("train-256",),
-        ),
-        "the same: at least 4 times as fast as the textbook's fp32": (
-            speed / textbook_speed if speed and textbook_speed else None,
-            ("train-256",),
-        ),
-        "RepSGD's step: at most 1.05 times as long as torch's fused SGD": (
-            one("time / fused", optimizer),
-            ("optimizer",),
-        ),
-        "RepOpt over RepVGG in speed, batches of 32: at least 1.5": (one("speed / RepVGG", small), ("train-32",)),
-        "the same, batches of 256: at least 1.5": (one("speed / RepVGG", large), ("train-256",)),
-        "RepOpt over RepVGG in largest batch: at least 1.3": (
-            one("largest batch / RepVGG: here", largest),
-            ("largest",),
-        ),
-    }
-    for aim, (value, parts) in measured.items():
-        machines = " and ".join(dict.fromkeys(results[part]["machine"] for part in parts if part in results))
-        found = (
-            {"measured": NOT_MEASURED, "machine": None} if value is None else {"measured": value, "machine": machines}
-        )
-        yield {"aim on an H100 or H200": aim, **found}
+    mfu, speed, textbook_speed = first("MFU %", large), first("images/s", large), first("images/s", textbook)
+    times_textbook = speed / textbook_speed if speed and textbook_speed else None
+    step_time = first("time / fused", rows("optimizer", optimizer="RepSGD, compiled"))
+    small_speedup = first("speed / RepVGG", rows("train-32", training="RepOpt"))
+    largest = first("largest batch / RepVGG: here", rows("largest", "Table 2 of the paper"))
+    yield aim(
+        "the hyper-search of B1, steps and evaluations of 240 epochs: at most 6 minutes",
+        minutes,
+        "hyper-search",
+        "between-epochs",
+    )
+    yield aim("its steps: at least 5 times as fast as the textbook's", speedup, "hyper-search")
+    yield aim("B1, 224 px, batches of 256: at least 60 % of the measured rate of matrix products", mfu, "train-256")
+    yield aim("the same: at least 4 times as fast as the textbook's fp32", times_textbook, "train-256")
+    yield aim("RepSGD's step: at most 1.05 times as long as torch's fused SGD", step_time, "optimizer")
+    yield aim("RepOpt over RepVGG in speed, batches of 32: at least 1.5", small_speedup, "train-32")
+    yield aim("the same, batches of 256: at least 1.5", first("speed / RepVGG", large), "train-256")
+    yield aim("RepOpt over RepVGG in largest batch: at least 1.3", largest, "largest")
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder.
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file.
 
     Raises:
-        UserError: it is none of results.
+        UserError: a line is no row.
     """
-    file = folder / "results.jsonl"
-    if not file.is_file():
-        raise UserError(f"{str(folder)!r} is no folder of results: it has no results.jsonl")
-    return read_rows(file)
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """UserError where a line is no row."""
-    rows = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not row.keys() >= set(HEADER):
+        if not isinstance(row, dict) or not row.keys() >= HEADER:
             raise UserError(f"{str(file)!r}, line {number} is no row of gpu_check.sh or gpu_pipeline.sh: {shown(line)}")
-        rows.append(row)
-    return rows
+        yield row
 
 
 def main() -> None:
-    """Keep or show."""
+    """Keep or show what folders of results hold.
+
+    Raises:
+        UserError: one is none, holds a line that is no row, or is of a trial and to be kept.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="folders")
     parser.add_argument("--show", action="store_true", help="print, and keep nothing")
     arguments = parser.parse_args()
-    found, rows = Found.kept(), [row for folder in arguments.results for row in read(folder)]
-    for row in rows:
-        if not arguments.show and row["setting"] != SETTING:
-            raise UserError(f"results of a trial ({row['setting']}) are not kept, but those of '{SETTING}'")
-        found.add(row)
+    found = Found.kept()
+    for folder in arguments.results:
+        if not (folder / "results.jsonl").is_file():
+            raise UserError(f"{str(folder)!r} is no folder of results: it has no results.jsonl")
+        for row in read_rows(folder / "results.jsonl"):
+            if not arguments.show and row["setting"] != SETTING:
+                raise UserError(f"results of a trial ({row['setting']}) are not kept, but those of '{SETTING}'")
+            found.add(row)
     if arguments.show:
         print(found.text())
     else:

@@ -27,8 +27,6 @@ from repopt.models import list_archs
 from repopt.reparam import key_of
 from train.command import run_command
 
-DEGREES = {"SGD": repopt.RepSGD.degree, "AdamW": repopt.RepAdamW.degree}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; 0, or 2 after a mistake of the user, which is one line on stderr."""
@@ -36,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--arch", metavar="MODEL", help="whose scales they are, such as RepOpt-VGG-B1")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("output/inspect"), help="default: %(default)s")
-    arguments = parser.parse_args(argv)
-    return run_command("inspect_scales.py", lambda: inspect(arguments.file, arguments.arch, arguments.out))
+    given = parser.parse_args(argv)
+    return run_command("inspect_scales.py", lambda: inspect(given.file, given.arch, given.out))
 
 
 def inspect(file: Path, arch: str | None, out: Path) -> None:
@@ -53,22 +51,22 @@ def inspect(file: Path, arch: str | None, out: Path) -> None:
     with torch.device("meta"):
         model = repopt.create_model(models[0], mode="target")
     model.to_empty(device="cpu")  # the kernels' places are asked for, not their values
-    scales = repopt.fit_scales(model, scales)
+    scales = repopt.bind(model, scales).scales
     title = f"{file.name}: {' or '.join(models)}"
     print(title)
     header = ("block", "branch", "channels", "mean", "std", "min", "max", "negative")
     print_table(header, scale_rows(model, scales), names=2)
-    mults = {}
-    for rule, degree in DEGREES.items():
-        dense = {name: mult.dense() for name, mult in repopt.grad_mults(model, scales, degree=degree).items()}
+    ranges = {}
+    for rule, degree in {"SGD": repopt.RepSGD.degree, "AdamW": repopt.RepAdamW.degree}.items():
+        mults = {name: mult.dense() for name, mult in repopt.grad_mults(model, scales, degree=degree).items()}
         print(
             f"\nGrad Mults under {rule}: sums of |scale|^{1 + degree}, an identity counts 1 (at: out, in, row, column)"
         )
-        print_table(("kernel", "min", "at", "median", "max", "at"), map(mult_row, dense, dense.values()), names=1)
-        mults[rule] = [Range(*(float(f(m)) for f in (torch.min, torch.median, torch.max))) for m in dense.values()]
+        print_table(("kernel", "min", "at", "median", "max", "at"), map(mult_row, mults, mults.values()), names=1)
+        ranges[rule] = [Range(*(float(f(m)) for f in (torch.min, torch.median, torch.max))) for m in mults.values()]
     out.mkdir(parents=True, exist_ok=True)
     picture = out / f"{file.stem}.png"
-    plot_scales(model, scales, picture, mults=mults, title=title)
+    plot_scales(model, scales, picture, mults=ranges, title=title)
     print(f"\n{picture}")
 
 
@@ -89,7 +87,7 @@ def fitting_models(scales: Mapping[str, Tensor]) -> list[str]:
     for name in sorted({arch.model for arch in list_archs().values()}):
         model = search_model(name)
         try:
-            repopt.fit_scales(model, scales)
+            repopt.bind(model, scales)
         except UserError:
             continue
         unexplained[name] = len(scales.keys() - model.state_dict().keys())
@@ -107,10 +105,10 @@ def scale_rows(model: nn.Module, scales: Mapping[str, Tensor]) -> Iterator[tuple
     """Yield the scales of every branch of every block in numbers, then those of all."""
     for block, module in repopt.declared_blocks(model):
         for branch in module.block.branches:
-            values = scales[key_of(block, branch.searched)]
+            values = scales[key_of(block, branch.searched_name)]
             numbers = values.mean(), values.std(correction=0), values.min(), values.max()
             negative = int((values < 0).sum())
-            yield block, branch.searched, str(len(values)), *(f"{number:.4f}" for number in numbers), str(negative)
+            yield block, branch.searched_name, str(len(values)), *(f"{number:.4f}" for number in numbers), str(negative)
     every = torch.cat(list(scales.values()))
     yield "all", "", str(len(every)), "", "", f"{every.min():.4f}", f"{every.max():.4f}", str(int((every < 0).sum()))
 
@@ -129,10 +127,9 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, names: 
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = [
-            cell.ljust(w) if i < names else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+        left = map(str.ljust, line[:names], widths[:names])
+        right = map(str.rjust, line[names:], widths[names:])
+        print("  ".join([*left, *right]).rstrip())
 
 
 if __name__ == "__main__":

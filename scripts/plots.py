@@ -130,12 +130,12 @@ def plot_scales(
             per rule below the scales.
         title: above the panels.
     """
-    scales, mults = repopt.fit_scales(model, scales), mults or {}
+    scales, mults = repopt.bind(model, scales).scales, mults or {}
     modules = dict(repopt.declared_blocks(model))
     size = (max(6.0, 0.3 * len(modules)), 4.2 + 2.6 * len(mults))
     figure, panels = _subplots(1 + len(mults), 1, size, sharex=True)
     top, *below = panels[:, 0]
-    for branch in dict.fromkeys(branch.searched for m in modules.values() for branch in m.block.branches):
+    for branch in dict.fromkeys(branch.searched_name for m in modules.values() for branch in m.block.branches):
         values = [scales.get(key_of(block, branch), torch.tensor([torch.nan])) for block in modules]  # nan: a gap
         means, deviations = np.array([(float(v.mean()), float(v.std(correction=0))) for v in values]).T
         (line,) = top.plot(means, label=branch, marker="o", markersize=4, linewidth=1)

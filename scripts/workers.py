@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import multiprocessing
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -31,63 +32,84 @@ class Job(Protocol):
         """The jobs that come before."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """A job that writes to the folder <output>/<arch>/<tag>.
+
+    Attributes:
+        script: whose `main` takes the command line.
+        cfg, arch, tag, output: of the command line.
+        arguments: the rest of it; --opts comes last.
+        needs: the runs that come before.
+    """
+
+    script: str
+    cfg: str
+    arch: str
+    tag: str
+    output: Path
+    arguments: tuple[str, ...]
+    needs: tuple[Run, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it writes to."""
+        return self.output / self.arch / self.tag
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments."""
+        own = {"--arch": self.arch, "--tag": self.tag, "--output": str(self.output), "--cfg": self.cfg}
+        return [*itertools.chain(*own.items()), *self.arguments]
+
+
 def run_side_by_side(jobs: Sequence[Job], watch: Callable[[], object]) -> None:
     """Run jobs, each as soon as those that it needs are done, and call `watch` every second.
+
+    As many run at a time as there are cores, each with one thread; where one fails, what has not begun is left.
 
     Raises:
         RuntimeError: one failed; with what it said.
     """
-    todo, running, done = list(jobs), dict[Future[None], Job](), set[Job]()
-    with workers(len(jobs)) as pool:
-        while todo or running:
-            for job in [job for job in todo if all(other in done or other not in jobs for other in job.needs)]:
-                todo.remove(job)
-                running[pool.submit(run_captured, module_of(job.script), job.command)] = job
-            finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            for future in finished:
-                future.result()  # raises what went wrong in it
-                done.add(running.pop(future))
-            watch()
-
-
-@contextlib.contextmanager
-def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Around jobs: as many processes as there are cores, or jobs; where one fails, what has not begun is left."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # one thread per job, as many jobs at a time as there are cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+    todo, running = list(jobs), dict[Future[None], Job]()
+    count = max(1, min(len(jobs), os.cpu_count() or 1))
     context = multiprocessing.get_context("spawn")
-    count = max(1, min(jobs, os.cpu_count() or 1))
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as pool:
         try:
-            yield pool
+            while todo or running:
+                unfinished = {*todo, *running.values()}
+                for job in [job for job in todo if unfinished.isdisjoint(job.needs)]:
+                    todo.remove(job)
+                    running[pool.submit(_run, job.script, job.command)] = job
+                finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()  # raises what went wrong in it
+                    del running[future]
+                watch()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 
-def module_of(script: str) -> str:
-    """Return the name by which a script is imported: scripts/downstream/detect.py is downstream.detect."""
-    return ".".join(part for part in Path(script).with_suffix("").parts if part != "scripts")
-
-
-def run_captured(program: str, argv: Sequence[str]) -> None:
-    """Run the `main` of a module and print nothing; its log is in its folder.
-
-    Raises:
-        RuntimeError: its exit code is not 0; with what it said.
-    """
-    main = importlib.import_module(program).main
+def _run(script: str, argv: Sequence[str]) -> None:
+    """Run the `main` of a script and print nothing; its log is in its folder."""
+    # scripts/downstream/detect.py is imported as downstream.detect
+    module = ".".join(part for part in Path(script).with_suffix("").parts if part != "scripts")
+    main = importlib.import_module(module).main
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
         code = main(argv)
     if code:
-        raise RuntimeError(errors.getvalue().strip() or f"{program} ended with exit code {code}")
+        raise RuntimeError(errors.getvalue().strip() or f"{module} ended with exit code {code}")
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
     """Let this process end when its parent does, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a process of the pool
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

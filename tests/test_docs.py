@@ -28,7 +28,7 @@ from test_convert import fenced_code
 import repopt
 from repopt import quantization
 from repopt.layers import MODES
-from repopt.models import list_archs, registry, timm_registry
+from repopt.models import list_archs, registry
 from repopt.optim import RULES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -167,7 +167,7 @@ class TestAddingAModel:
     def documented(self):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(registry, "_families", dict(registry._families))
-            patch.setattr(timm_registry, "register_model", lambda entrypoint: entrypoint)
+            patch.setattr(registry, "register_model", lambda entrypoint: entrypoint)
             yield run("adding_a_model")
 
     def test_it_trains_and_deploys(self, documented):
@@ -176,7 +176,7 @@ class TestAddingAModel:
         model, x = documented["model"].eval(), documented["images"]
         torch.testing.assert_close(documented["deployed"].eval()(x), model(x), rtol=1e-4, atol=1e-4)
         assert {"Wide-tiny-hs", "Wide-tiny-target"} <= list_archs().keys()
-        assert "wide_tiny" in timm_registry.default_cfgs
+        assert "wide_tiny" in registry.default_cfgs
 
     @pytest.mark.parametrize("signs", SIGNS)
     @pytest.mark.parametrize("rule", check_equivalency.SETTINGS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,9 +104,18 @@ class RunFolder:
             UserError: the one before could not be written; what was saved before that is whole.
         """
         self.wait()
-        also = [self.path / name for name in names]
+
+        def keep_others(written: Path) -> None:
+            for name in names:
+                link_or_copy(written, self.path / name)
+            stem = self.latest.stem
+            rotated = [self.latest, *(self.latest.with_stem(f"{stem}_{number}") for number in range(1, self._keep))]
+            for newer, older in reversed(list(itertools.pairwise(rotated))):
+                if newer.is_file():
+                    link_or_copy(newer, older)
+
         self._writing = self._thread.submit(
-            checkpoint.write, snapshot(content), self.latest, also=also, keep=self._keep
+            checkpoint.write, snapshot(content), self.latest, before_replacing=keep_others
         )
 
     def wait(self) -> None:
@@ -116,6 +127,25 @@ class RunFolder:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+
+def link_or_copy(file: Path, name: Path) -> None:
+    """Make a file known by another name as well, at once: a hard link, or a copy where there are none."""
+    if name.is_file() and name.samefile(file):
+        return  # renaming one link over another would leave both
+    temporary = name.with_name(f"{name.name}.writing")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            temporary.hardlink_to(file)
+        except OSError:
+            shutil.copyfile(file, temporary)
+            with temporary.open("r+b") as copy:
+                os.fsync(copy.fileno())
+        temporary.replace(name)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def snapshot(value: Any) -> Any:

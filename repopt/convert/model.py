@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
-from repopt.convert.registry import Declaration, declare_of, registered_types
 from repopt.csla import Block
 from repopt.errors import UserError, unknown
 from repopt.layers import MODES, Deployable, Mode, RepConv2d, initial_scale
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a module computes, ``after(bn(conv2d(before(x))))``, once the sum of its branches is declared.
+
+    Attributes:
+        block: kernels and scales that the branches add up from. The batch norm of a branch becomes its scale.
+        stride, dilation: those of the convolution, (N, C, H, W) -> (N, O, H', W'); see `repopt.RepConv2d`.
+        before: what runs before the convolution.
+        bn: the batch norm of the sum, a new one; None = `nn.BatchNorm2d` with its defaults.
+        after: what follows the batch norm: attention, a non-linearity.
+    """
+
+    block: Block
+    stride: int = 1
+    dilation: int = 1
+    before: nn.Module = field(default_factory=nn.Identity)
+    bn: nn.BatchNorm2d | None = None
+    after: nn.Module = field(default_factory=nn.Identity)
+
+
+Declare = Callable[[Any], Declaration]
+_declare: dict[type[nn.Module], Declare] = {}
+
+
+def register_block(block_type: type[nn.Module]) -> Callable[[Declare], Declare]:
+    """Decorate the function that declares a module of this type; the last one registered for a type counts.
+
+    The function gets a module of the copy that is converted, so that the declaration may take its parts over, and
+    raises `UserError` where the module computes something else than it can declare.
+    """
+
+    def decorate(declare: Declare) -> Declare:
+        _declare[block_type] = declare
+        return declare
+
+    return decorate
 
 
 class ConvertedBlock(RepConv2d, Deployable):
@@ -19,6 +59,10 @@ class ConvertedBlock(RepConv2d, Deployable):
     Raises:
         UserError: a kernel or scale has the name of one of the other parts.
     """
+
+    before: nn.Module
+    bn: nn.BatchNorm2d
+    after: nn.Module
 
     def __init__(self, declaration: Declaration, mode: Mode) -> None:
         super().__init__(declaration.block, mode, declaration.stride, declaration.dilation)
@@ -29,47 +73,43 @@ class ConvertedBlock(RepConv2d, Deployable):
                 raise UserError(f"{name!r} is no name for a kernel or scale: it is the module's {name!r} part")
             self.add_module(name, part)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         return self.after(self.bn(self.conv2d(self.before(x))))
 
-    def fuse(self) -> nn.Sequential:  # noqa: D102
+    @override
+    def fuse(self) -> nn.Sequential:
         return nn.Sequential(self.before, self.folded(self.bn), self.after)
 
 
-class Depth:
-    """Counts the blocks of a stage, for the scales at which a hyper-search starts (`repopt.layers.initial_scale`).
-
-    A block that changes width or resolution is a first block.
-    """
+class _Depth:
+    """Counts the blocks of a stage; one that changes width or resolution is a first block."""
 
     def __init__(self) -> None:
         self.number = 0
 
-    def initial_scale(self, declaration: Declaration) -> float:
-        """Of the next block."""
-        out_channels, per_group, *_ = declaration.block.target.shape
-        if declaration.stride != 1 or out_channels != per_group * declaration.block.target.groups:
+    def scaled(self, declaration: Declaration) -> Declaration:
+        """Return the declaration of the next block with the scales at which a hyper-search starts at its depth."""
+        block = declaration.block
+        out_channels, per_group, *_ = block.target.shape
+        if declaration.stride != 1 or out_channels != per_group * block.target.groups:
             self.number = 0
+        factor = initial_scale(self.number, "depth")
         self.number += 1
-        return initial_scale(self.number - 1, "depth")
-
-
-def _scaled(block: Block, factor: float) -> Block:
-    """The block whose scales start at `factor` times what it declares."""
-    branches = (b if b.scale is None else replace(b, initial=b.initial * factor) for b in block.branches)
-    return replace(block, branches=tuple(branches))
+        branches = tuple(b if b.scale is None else replace(b, initial=b.initial * factor) for b in block.branches)
+        return replace(declaration, block=replace(block, branches=branches))
 
 
 def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
-    """A copy whose registered blocks are declared ones, with fresh kernels; all else is kept, with its weights.
+    """Return a copy whose registered blocks are declared ones, with fresh kernels; all else is kept with its weights.
 
     The hs, csla and target forms of a model have the same blocks at the same paths, so that the scales searched with
-    one fit the others. A hyper-search starts its scales by depth (see `Depth`), and the count begins anew in every
-    `nn.Sequential` and `nn.ModuleList`.
+    one fit the others. A hyper-search starts its scales by depth (`repopt.layers.initial_scale`), counted anew in every
+    `nn.Sequential` and `nn.ModuleList`, and from every block that changes width or resolution.
 
     Args:
-        model: with modules of registered types (`register_block`; timm's repvgg, mobileone and repghost are). It stays
-            as it is.
+        model: a network with modules of registered types (`register_block`; those of timm's repvgg, mobileone and
+            repghost are). It stays as it is.
         mode: "hs", "csla" or "target".
 
     Raises:
@@ -80,38 +120,39 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
         raise unknown("mode", mode, MODES)
     done: dict[nn.Module, nn.Module] = {}  # a module may stand at several places
 
-    def convert(module: nn.Module, path: str, depth: Depth) -> nn.Module:
+    def convert(module: nn.Module, path: str, depth: _Depth) -> nn.Module:
         if module not in done:
             done[module] = new = _converted(module, path, mode, depth)
             if isinstance(new, nn.Sequential | nn.ModuleList):
-                depth = Depth()
+                depth = _Depth()
             for name, child in list(new._modules.items()):
                 if child is not None:
                     setattr(new, name, convert(child, f"{path}.{name}" if path else name, depth))
         return done[module]
 
-    converted = convert(copy.deepcopy(model), "", Depth())
+    converted = convert(copy.deepcopy(model), "", _Depth())
     if all(new is module for module, new in done.items()):
+        registered = sorted(f"{block_type.__module__}.{block_type.__qualname__}" for block_type in _declare)
         raise UserError(
-            f"{type(model).__name__} has no block of a registered type ({', '.join(registered_types())}): "
+            f"{type(model).__name__} has no block of a registered type ({', '.join(registered)}): "
             "repopt.register_block registers one"
         )
     return converted
 
 
-def _converted(module: nn.Module, path: str, mode: Mode, depth: Depth) -> nn.Module:
-    """The declared block in the place of a module of a registered type; any other module as it is."""
+def _converted(module: nn.Module, path: str, mode: Mode, depth: _Depth) -> nn.Module:
+    """Return the declared block in the place of a module of a registered type; any other module as it is."""
+    cls = next((cls for cls in type(module).__mro__ if cls in _declare), None)
+    if cls is None:
+        return module
     try:
-        declare = declare_of(module)
-        if declare is None:
-            return module
+        if cls is not type(module):  # it may compute something else
+            raise UserError(f"its type derives from {cls.__name__}, and needs a declaration of its own")
         if module._forward_hooks or module._forward_pre_hooks:
             raise UserError("its forward hooks would be lost")
-        declaration = declare(module)
-        block = _scaled(declaration.block, depth.initial_scale(declaration))
-        new = ConvertedBlock(replace(declaration, block=block), mode)
+        new = ConvertedBlock(depth.scaled(_declare[cls](module)), mode)
     except UserError as error:
-        place = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
-        raise UserError(f"cannot convert {place}: {error}") from None
+        which = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
+        raise UserError(f"cannot convert {which}: {error}") from None
     like = next(module.parameters())
     return new.to(like.device, like.dtype).train(module.training)

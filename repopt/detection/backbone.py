@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from typing_extensions import override
 
 from repopt.errors import UserError, one_line, unknown
 from repopt.layers import InitialScales, initial_scale
 from repopt.models import create_model, zoo
+from repopt.models.network import Network
 from repopt.models.vgg import block_of
 
 PLAIN, DECLARED = NECKS = ("plain", "declared")
@@ -19,21 +21,21 @@ STRIDES = (2, 2, 2, 2, 2)
 
 
 class PyramidBackbone(nn.Module):
-    """Images (N, 3, H, W) -> five maps of `out_channels` by name: `LEVELS`, and "pool" of half the last one's size.
+    """A feature pyramid, (N, 3, H, W) -> five maps by name: `LEVELS`, and "pool" of half the last one's size.
 
     Args:
-        name: of the body, one of ours or "timm/NAME".
-        mode: of `repopt.create_model`.
+        name: name of the body, one of ours or "timm/NAME".
+        mode: see `repopt.create_model`.
         neck: whether the 3x3 convolutions of the pyramid are "plain", or "declared": blocks of RepOpt-VGG in the mode
             of the body (batch norm and ReLU included).
-        channels: of the pyramid.
-        strides, initial_scales: of our bodies; others have none to choose.
+        channels: channels of every map.
+        strides, initial_scales: arguments of our bodies; others have none to choose.
         use_checkpoint: recompute the body's activations in the backward pass instead of keeping them.
         freeze_batch_norm: batch norms of the body stay in eval mode: they normalise by the statistics that they have.
 
     Attributes:
-        reductions: of `LEVELS`, how much smaller than the image they are: r, 2r, 4r, 8r.
-        out_channels: of every map.
+        reductions: how much smaller than the image `LEVELS` are: r, 2r, 4r, 8r.
+        out_channels: channels of every map.
 
     Raises:
         UserError: a body whose features are none for a pyramid, an unknown neck, or one that the body's mode lacks.
@@ -44,7 +46,7 @@ class PyramidBackbone(nn.Module):
         name: str,
         *,
         mode: str,
-        neck: str,
+        neck: str = PLAIN,
         channels: int,
         strides: Sequence[int] = STRIDES,
         initial_scales: InitialScales = "depth",
@@ -61,33 +63,34 @@ class PyramidBackbone(nn.Module):
                 raise UserError(f"strides and initial scales are those of our backbones; {name} has its own")
             self.body = _body_of_library(name, use_checkpoint)
         else:
-            self.body = create_model(
-                name,
-                mode=mode,
-                num_classes=0,
-                strides=strides,
-                initial_scales=initial_scales,
-                use_checkpoint=use_checkpoint,
-            ).to_features((1, 2, 3, 4))
-        self.reductions = self.body.feature_info.reduction()
+            arguments = {"strides": strides, "initial_scales": initial_scales, "use_checkpoint": use_checkpoint}
+            body = create_model(name, mode=mode, num_classes=0, **arguments)
+            assert isinstance(body, Network)
+            self.body = body.to_features((1, 2, 3, 4))
+        features = zoo.feature_info(self.body)
+        self.reductions = features.reduction()
         if self.reductions != [self.reductions[0] << level for level in range(len(LEVELS))]:
             raise UserError(
                 "a feature pyramid needs features that are 4, 8, 16 and 32 times smaller than the image (or another "
                 f"four, each half of the one before), and those of {name} are {', '.join(map(str, self.reductions))}"
             )
-        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), channels, extra_blocks=LastLevelMaxPool())
+        self.fpn = FeaturePyramidNetwork(features.channels(), channels, extra_blocks=LastLevelMaxPool())
         if neck == DECLARED:
-            arguments = {"stride": 1, "identity": True, "initial_scale": initial_scale(1, initial_scales)}
+            scale = initial_scale(1, initial_scales)
             for level in range(len(LEVELS)):
-                self.fpn.layer_blocks[level] = block_of(mode)(channels, channels, **arguments)
+                self.fpn.layer_blocks[level] = block_of(mode)(
+                    channels, channels, stride=1, identity=True, initial_scale=scale
+                )
         self.out_channels = channels
         self.freeze_batch_norm = freeze_batch_norm
-        self.train()  # as of a fresh module, but batch norms that are frozen
+        self.train()  # freezes batch norms
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         return self.fpn(dict(zip(LEVELS, self.body(x), strict=True)))
 
-    def train(self, mode: bool = True) -> PyramidBackbone:  # noqa: D102
+    @override
+    def train(self, mode: bool = True) -> PyramidBackbone:
         super().train(mode)
         if self.freeze_batch_norm:
             for module in self.body.modules():
@@ -97,7 +100,7 @@ class PyramidBackbone(nn.Module):
 
 
 def _body_of_library(name: str, use_checkpoint: bool) -> nn.Module:
-    """The last four features of a network of timm's."""
+    """Return a network of timm's that gives its last four features."""
     zoo.name_in_timm(name)
     last = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
     try:

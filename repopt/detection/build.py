@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
@@ -15,11 +16,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from repopt.detection.backbone import LEVELS, PLAIN, STRIDES, PyramidBackbone
+from repopt.detection.backbone import LEVELS, PyramidBackbone
 from repopt.detection.cascade import STAGES, CascadeHeads, Stage
 from repopt.detection.parts import Anchors, BoxPredictor, ClassAgnosticPredictor, MaskPredictor, RPNHead
 from repopt.errors import unknown
-from repopt.layers import InitialScales
 
 FASTER, MASK, CASCADE = HEADS = ("faster", "mask", "cascade")
 WITH_MASKS = (MASK, CASCADE)
@@ -28,7 +28,7 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
 class Detector(GeneralizedRCNN):
-    """A detector, as torchvision's are called.
+    """A detector that is called as torchvision's are.
 
     In training ``model(images, targets)`` is a dict of losses, in eval mode ``model(images)`` a list of a dict per
     image: "boxes" (D, 4), "labels" (D,), "scores" (D,), and "masks" (D, 1, H, W). Images are (3, H, W) floats in
@@ -38,17 +38,7 @@ class Detector(GeneralizedRCNN):
         masks: whether it finds masks.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        rpn: RegionProposalNetwork,
-        roi_heads: nn.Module,
-        transform: GeneralizedRCNNTransform,
-        *,
-        masks: bool,
-    ) -> None:
-        super().__init__(backbone, rpn, roi_heads, transform)
-        self.masks = masks
+    masks: bool
 
 
 def create_detector(
@@ -57,7 +47,6 @@ def create_detector(
     mode: str,
     num_classes: int,
     head: str = MASK,
-    neck: str = PLAIN,
     channels: int = 256,
     hidden: int = 1024,
     rois: int = 512,
@@ -66,61 +55,54 @@ def create_detector(
     anchor_scale: int = 8,
     mean: Sequence[float],
     std: Sequence[float],
-    strides: Sequence[int] = STRIDES,
-    initial_scales: InitialScales = "depth",
-    freeze_batch_norm: bool = False,
-    use_checkpoint: bool = False,
+    **backbone: Any,
 ) -> Detector:
-    """A detector with default initialization.
+    """Create a detector with default initialization.
 
     Args:
-        name, mode, neck, strides, initial_scales, freeze_batch_norm, use_checkpoint: see `PyramidBackbone`.
-        num_classes: of objects; the background is none.
+        name, mode: see `PyramidBackbone`.
+        num_classes: classes of objects; the background is none.
         head: Faster R-CNN ("faster"), Mask R-CNN ("mask") or Cascade Mask R-CNN ("cascade").
-        channels: of the feature pyramid and of the mask heads.
+        channels: channels of the feature pyramid and of the mask heads.
         hidden: channels of the box heads' layers.
         rois: boxes of an image that a head is trained on, a quarter of them of objects.
-        sizes: of the shorter side of an image, one drawn for every training image; the last in evaluation.
-        max_size: of the longer side.
+        sizes: lengths of an image's shorter side, one drawn for every training image; the last in evaluation.
+        max_size: largest length of the longer side.
         anchor_scale: side of a level's anchors, in its pixels.
-        mean, std: by which the channels of images are normalised.
+        mean, std: mean and standard deviation by which the channels of images are normalised.
+        backbone: the other arguments of `PyramidBackbone`: ``neck``, ``strides``, ``initial_scales``,
+            ``use_checkpoint``, ``freeze_batch_norm``.
 
     Raises:
         UserError: an unknown head, or see `PyramidBackbone`.
     """
     if head not in HEADS:
         raise unknown("detection head", head, HEADS)
-    backbone = PyramidBackbone(
-        name,
-        mode=mode,
-        neck=neck,
-        channels=channels,
-        strides=strides,
-        initial_scales=initial_scales,
-        use_checkpoint=use_checkpoint,
-        freeze_batch_norm=freeze_batch_norm,
-    )
-    reductions, classes = backbone.reductions, num_classes + 1
+    pyramid = PyramidBackbone(name, mode=mode, channels=channels, **backbone)
+    reductions, classes = pyramid.reductions, num_classes + 1
     box_pool, mask_pool = _pool(7, reductions), _pool(14, reductions)
 
     def heads(stage: Stage, predictor: type[BoxPredictor]) -> RoIHeads:
-        masks: tuple[nn.Module, ...] = ()
+        masks: dict[str, nn.Module] = {}
         if head in WITH_MASKS:
-            layers = MaskRCNNHeads(channels, (channels,) * 4, dilation=1)
-            masks = mask_pool, layers, MaskPredictor(channels, channels, classes)
+            masks = {
+                "mask_roi_pool": mask_pool,
+                "mask_head": MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
+                "mask_predictor": MaskPredictor(channels, channels, classes),
+            }
         return RoIHeads(
             box_pool,
             TwoMLPHead(channels * math.prod(box_pool.output_size), hidden),
             predictor(hidden, classes),
-            stage.iou,
-            stage.iou,
-            rois,
-            0.25,
-            stage.coder_weights,
-            0.05,
-            0.5,
-            100,
-            *masks,
+            fg_iou_thresh=stage.iou,
+            bg_iou_thresh=stage.iou,
+            batch_size_per_image=rois,
+            positive_fraction=0.25,
+            bbox_reg_weights=stage.coder_weights,
+            score_thresh=0.05,
+            nms_thresh=0.5,
+            detections_per_img=100,
+            **masks,
         )
 
     if head == CASCADE:
@@ -129,11 +111,13 @@ def create_detector(
     else:
         roi_heads = heads(STAGES[0], BoxPredictor)
     transform = GeneralizedRCNNTransform(tuple(sizes), max_size, mean, std, size_divisible=reductions[-1])
-    return Detector(backbone, _rpn(channels, reductions, anchor_scale), roi_heads, transform, masks=head in WITH_MASKS)
+    detector = Detector(pyramid, _rpn(channels, reductions, anchor_scale), roi_heads, transform)
+    detector.masks = head in WITH_MASKS
+    return detector
 
 
 def _rpn(channels: int, reductions: Sequence[int], anchor_scale: int) -> RegionProposalNetwork:
-    """As torchvision's Faster R-CNN has it."""
+    """Return the region proposal network of torchvision's Faster R-CNN."""
     sides = [anchor_scale * reduction for reduction in (*reductions, 2 * reductions[-1])]
     anchors = Anchors([(side,) for side in sides], [ASPECT_RATIOS] * len(sides))
     return RegionProposalNetwork(
@@ -150,7 +134,7 @@ def _rpn(channels: int, reductions: Sequence[int], anchor_scale: int) -> RegionP
 
 
 def _pool(size: int, reductions: Sequence[int]) -> MultiScaleRoIAlign:
-    """Features of boxes, (R, C, size, size), from the level of the pyramid that suits a box's size."""
+    """Return what pools features of boxes, (R, C, size, size), from the pyramid's level that suits a box's size."""
     pool = MultiScaleRoIAlign(LEVELS, output_size=size, sampling_ratio=2)
     # By itself it would take them from the first batch it meets, and wrongly where images are small.
     pool.scales = [1 / reduction for reduction in reductions]

@@ -19,9 +19,9 @@ class Stage(NamedTuple):
     """What distinguishes a head of the cascade.
 
     Attributes:
-        iou: with an object, from which on a box is one of it.
-        coder_weights: by which the four deltas of a box are multiplied.
-        loss_weight: of its losses.
+        iou: overlap with an object from which on a box counts as one of it.
+        coder_weights: factors of the four deltas of a box.
+        loss_weight: weight of the head's losses.
     """
 
     iou: float
@@ -37,14 +37,14 @@ STAGES = (
 
 
 class CascadeHeads(nn.Module):
-    """In the place of torchvision's `RoIHeads`.
+    """The heads of Cascade R-CNN, in the place of torchvision's `RoIHeads`.
 
     In training every stage refines the boxes that it has sampled, for the next one to sample from. At inference class
     logits and probabilities of masks are means over the stages.
 
     Args:
         stages: each a `RoIHeads` with a `ClassAgnosticPredictor`; all of them with masks, or none.
-        loss_weights: of the stages.
+        loss_weights: weights of the stages' losses.
     """
 
     def __init__(self, stages: Sequence[RoIHeads], loss_weights: Sequence[float]) -> None:
@@ -54,18 +54,21 @@ class CascadeHeads(nn.Module):
     def forward(
         self, features: Features, proposals: list[Tensor], image_shapes: Sizes, targets: Targets | None = None
     ) -> tuple[Targets, dict[str, Tensor]]:
-        """As of `RoIHeads`: boxes of every image become losses in training, else detections."""
+        """Return no detections and losses in training, else detections and no losses, as `RoIHeads` does."""
         if self.training:
             return [], self._losses(features, proposals, image_shapes, targets)
         return self._detections(features, proposals, image_shapes), {}
 
+    def _heads(self) -> list[RoIHeads]:
+        return [stage for stage in self.stages if isinstance(stage, RoIHeads)]
+
     def _losses(
         self, features: Features, proposals: list[Tensor], image_shapes: Sizes, targets: Targets | None
     ) -> dict[str, Tensor]:
-        losses = {}
-        for number, (stage, weight) in enumerate(zip(self.stages, self.loss_weights, strict=True), start=1):
-            # raises where there are no targets
+        losses: dict[str, Tensor] = {}
+        for number, (stage, weight) in enumerate(zip(self._heads(), self.loss_weights, strict=True), start=1):
             proposals, matches, labels, deltas_wanted = stage.select_training_samples(proposals, targets)
+            assert targets is not None  # else this has raised
             logits, deltas = _predicted(stage, features, proposals, image_shapes)
             found = _box_losses(logits, deltas, labels, deltas_wanted)
             if stage.has_mask():
@@ -77,8 +80,8 @@ class CascadeHeads(nn.Module):
         return losses
 
     def _detections(self, features: Features, proposals: list[Tensor], image_shapes: Sizes) -> Targets:
-        every_logits, refined = [], proposals
-        for stage in self.stages:
+        every_logits, refined, stages = [], proposals, self._heads()
+        for stage in stages:
             proposals = refined
             logits, deltas = _predicted(stage, features, proposals, image_shapes)
             every_logits.append(logits)
@@ -91,19 +94,19 @@ class CascadeHeads(nn.Module):
         if stage.has_mask():
             boxes, labels = ([d[key] for d in detections] for key in ("boxes", "labels"))
             pooled = stage.mask_roi_pool(features, boxes, image_shapes)
-            masks = [maskrcnn_inference(s.mask_predictor(s.mask_head(pooled)), labels) for s in self.stages]
+            masks = [maskrcnn_inference(s.mask_predictor(s.mask_head(pooled)), labels) for s in stages]
             for detection, *of_stages in zip(detections, *masks, strict=True):
                 detection["masks"] = torch.stack(of_stages).mean(0)
         return detections
 
 
 def _predicted(stage: RoIHeads, features: Features, boxes: list[Tensor], image_shapes: Sizes) -> tuple[Tensor, Tensor]:
-    """Logits (R, classes) and deltas (R, 4 classes) of the boxes of all images."""
+    """Return logits (R, classes) and deltas (R, 4 classes) of the boxes of all images."""
     return stage.box_predictor(stage.box_head(stage.box_roi_pool(features, boxes, image_shapes)))
 
 
 def _refined(stage: RoIHeads, deltas: Tensor, boxes: list[Tensor], image_shapes: Sizes) -> list[Tensor]:
-    """Boxes moved by a stage's deltas, which are those of any class, and clipped to their images; without gradients."""
+    """Return boxes moved by a stage's deltas, which all classes share, and clipped to their images; no gradients."""
     moved = stage.box_coder.decode(deltas[:, :4].detach(), boxes).reshape(-1, 4)
     of_images = moved.split([len(b) for b in boxes])
     return [clip_boxes_to_image(b, shape) for b, shape in zip(of_images, image_shapes, strict=True)]
@@ -125,7 +128,7 @@ def _mask_loss(
     matches: list[Tensor],
     labels: list[Tensor],
 ) -> Tensor:
-    """Of the boxes that are of an object."""
+    """Return the loss of the masks of boxes that are of an object."""
     objects = [torch.where(of_image > 0)[0] for of_image in labels]
     boxes, matches = ([x[chosen] for x, chosen in zip(xs, objects, strict=True)] for xs in (boxes, matches))
     logits = stage.mask_predictor(stage.mask_head(stage.mask_roi_pool(features, boxes, image_shapes)))

@@ -13,6 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from typing_extensions import override
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -20,43 +21,48 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class Anchors(AnchorGenerator):
-    """`AnchorGenerator`, in the type of the images."""
+    """torchvision's `AnchorGenerator`, whose anchors have the type of the images."""
 
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:  # noqa: D102
+    @override
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         # Besides the type, the sizes of the features are all that is asked for.
         return super().forward(image_list, [image_list.tensors.new_empty(0, *f.shape[-2:]) for f in feature_maps])
 
 
 class RPNHead(rpn.RPNHead):
-    """`rpn.RPNHead`."""
+    """torchvision's `RPNHead`, whose logits and deltas are at least float32."""
 
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # noqa: D102
+    @override
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
         return list(map(_wide, logits)), list(map(_wide, deltas))
 
 
 class BoxPredictor(FastRCNNPredictor):
-    """`FastRCNNPredictor`: features (R, in_channels) -> logits (R, classes) and box deltas (R, 4 classes)."""
+    """torchvision's `FastRCNNPredictor`, (R, in_channels) -> logits (R, classes) and box deltas (R, 4 classes)."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits, deltas = super().forward(x)
         return _wide(logits), _wide(deltas)
 
 
 class ClassAgnosticPredictor(BoxPredictor):
-    """The same, where the box deltas of all classes are equal."""
+    """A `BoxPredictor` whose box deltas of all classes are equal."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__(in_channels, num_classes)
         self.bbox_pred = nn.Linear(in_channels, 4)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits, deltas = super().forward(x)
         return logits, deltas.repeat(1, logits.shape[1])
 
 
 class MaskPredictor(MaskRCNNPredictor):
-    """`MaskRCNNPredictor`: features (R, in_channels, h, w) -> logits (R, classes, 2 h, 2 w)."""
+    """torchvision's `MaskRCNNPredictor`, (R, in_channels, h, w) -> logits (R, classes, 2 h, 2 w)."""
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         return _wide(super().forward(x))

@@ -6,12 +6,13 @@ All modules are (N, C, H, W) -> (N, O, H', W') unless they say otherwise.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
+from timm.layers import make_divisible
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid, relu
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from typing_extensions import override
 
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
 from repopt.layers import MODES, Baseline, Deployable, InitialScales, Mode, RepConv2d, fold_batch_norm, initial_scale
@@ -20,7 +21,7 @@ from repopt.models.registry import register
 
 
 def ghost_block(channels: int, initial_scale: float = 1.0) -> Block:
-    """The declaration: a depthwise 3x3 and an identity.
+    """Return the declaration of a ghost module: a depthwise 3x3 and an identity.
 
     The published hyper-search does not decay the identity, although it stands for a weight.
     """
@@ -31,9 +32,11 @@ def ghost_block(channels: int, initial_scale: float = 1.0) -> Block:
     return Block(Target("cheap_operation.0", (channels, 1, 3, 3), groups=channels), branches)
 
 
-def _conv_bn(in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def _conv_bn(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     conv = nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(out_channels)]
+    return conv, nn.BatchNorm2d(out_channels)
 
 
 def _activation(active: bool) -> nn.Module:
@@ -41,18 +44,19 @@ def _activation(active: bool) -> nn.Module:
 
 
 def _plain(primary_conv: nn.Sequential, cheap: nn.Conv2d, active: bool) -> nn.Sequential:
-    """A trained ghost module at inference: two convolutions with biases."""
-    primary, norm, activation = primary_conv
-    return nn.Sequential(fuse_conv_bn_eval(primary, norm), activation, cheap, _activation(active))
+    """Return a trained ghost module at inference: two convolutions with biases."""
+    fold_batch_norm(primary_conv, "0", "1")
+    conv, _, activation = primary_conv
+    return nn.Sequential(conv, activation, cheap, _activation(active))
 
 
 class GhostModule(RepConv2d, Deployable):
     """A 1x1 convolution, then the declared depthwise one on its output.
 
     Args:
-        in_channels, out_channels: of the 1x1 convolution.
-        active: whether ReLUs follow both.
-        initial_scale: at which the hyper-search starts the scale of the depthwise convolution.
+        in_channels, out_channels: channels of the 1x1 convolution.
+        active: whether a ReLU follows each convolution.
+        initial_scale: where the hyper-search starts the scale of the depthwise convolution.
         mode: "hs", "csla" or "target".
     """
 
@@ -63,15 +67,20 @@ class GhostModule(RepConv2d, Deployable):
         self.final_bn = nn.BatchNorm2d(out_channels)
         self.activation = _activation(active)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.final_bn(self.conv2d(self.primary_conv(x))))
 
-    def fuse(self) -> nn.Sequential:  # noqa: D102
+    @override
+    def fuse(self) -> nn.Sequential:
         return _plain(self.primary_conv, self.folded(self.final_bn), self.active)
 
 
 class RepGhostModule(Baseline):
-    """The baseline's: batch norms instead of scales. Args: as of `GhostModule`; `initial_scale` has no effect."""
+    """The baseline's ghost module, with batch norms instead of scales.
+
+    The arguments are those of `GhostModule`; `initial_scale` has no effect.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, active: bool, initial_scale: float) -> None:
         super().__init__()
@@ -81,27 +90,31 @@ class RepGhostModule(Baseline):
         self.cheap_operation = nn.Sequential(*_conv_bn(out_channels, out_channels, 3, groups=out_channels))
         self.activation = _activation(active)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         x = self.primary_conv(x)
         return self.activation(self.cheap_operation(x) + self.fusion_bn(x))
 
-    def branches(self) -> dict[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:  # noqa: D102
-        conv, bn = self.cheap_operation
+    @override
+    def branches(self) -> Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
+        conv, bn = cast("tuple[nn.Conv2d, nn.BatchNorm2d]", tuple(self.cheap_operation))
         return {"cheap_operation.0": (conv, bn), "fusion_scale": (None, self.fusion_bn)}
 
-    def fuse(self) -> nn.Sequential:  # noqa: D102
+    @override
+    def fuse(self) -> nn.Sequential:
         return _plain(self.primary_conv, self.merged(), self.active)
 
 
 class SqueezeExcite(nn.Module):
-    """Channels weighted by a hard sigmoid of their pooled means."""
+    """Channels are weighted by a hard sigmoid of their pooled means."""
 
     def __init__(self, channels: int, reduced: int) -> None:
         super().__init__()
         self.conv_reduce = nn.Conv2d(channels, reduced, 1)
         self.conv_expand = nn.Conv2d(reduced, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         return x * hardsigmoid(self.conv_expand(relu(self.conv_reduce(x.mean((2, 3), keepdim=True)))))
 
 
@@ -109,12 +122,12 @@ class Bottleneck(Deployable):
     """Two ghost modules around a strided depthwise convolution and squeeze-and-excitation, and a shortcut.
 
     Args:
-        in_channels, mid_channels, out_channels: before, between and after the ghost modules.
-        size: of the depthwise convolutions.
-        stride: of the one between the ghost modules; None = there is none.
-        se_channels: to which squeeze-and-excitation reduces; 0 = none.
+        in_channels, mid_channels, out_channels: channels before, between and after the ghost modules.
+        size: kernel size of the depthwise convolutions.
+        stride: stride of the convolution between the ghost modules; None = there is none.
+        se_channels: channels to which squeeze-and-excitation reduces; 0 = none.
         ghost: ``ghost(in_channels, out_channels, active=..., initial_scale=...)`` makes a ghost module.
-        initial_scales: of the two.
+        initial_scales: where the hyper-search starts the scales of the two ghost modules.
     """
 
     def __init__(
@@ -141,13 +154,15 @@ class Bottleneck(Deployable):
             self.shortcut.extend(_conv_bn(in_channels, in_channels, size, stride or 1, groups=in_channels))
             self.shortcut.extend(_conv_bn(in_channels, out_channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         y = self.ghost1(x)
         if self.strided:
             y = self.bn_dw(self.conv_dw(y))
         return self.ghost2(self.se(y)) + self.shortcut(x)
 
-    def fuse(self) -> Bottleneck:  # noqa: D102
+    @override
+    def fuse(self) -> Bottleneck:
         if self.strided:
             fold_batch_norm(self, "conv_dw", "bn_dw")
         for index in range(0, len(self.shortcut), 2):
@@ -162,108 +177,91 @@ class ConvBNReLU(Deployable):
         super().__init__()
         self.conv, self.bn1 = _conv_bn(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def forward(self, x: Tensor) -> Tensor:
         return relu(self.bn1(self.conv(x)))
 
-    def fuse(self) -> ConvBNReLU:  # noqa: D102
+    @override
+    def fuse(self) -> ConvBNReLU:
         fold_batch_norm(self, "conv", "bn1")
         return self
 
 
 class Shape(NamedTuple):
-    """A bottleneck of width 1: kernel size, channels between and after its ghost modules, SE ratio, its resolution."""
+    """A bottleneck at width 1: kernel size, channels between and after its ghost modules, and whether it has SE."""
 
     size: int
     expansion: int
     out: int
-    se: float
-    halves: bool = False
+    se: bool = False
+    halves: bool = False  # the resolution
 
 
-_BOTTLENECKS = [
-    [Shape(3, 8, 16, 0)],
-    [Shape(3, 24, 24, 0, halves=True)],
-    [Shape(3, 36, 24, 0)],
-    [Shape(5, 36, 40, 0.25, halves=True)],
-    [Shape(5, 60, 40, 0.25)],
-    [Shape(3, 120, 80, 0, halves=True)],
-    [
-        Shape(3, 100, 80, 0),
-        Shape(3, 120, 80, 0),
-        Shape(3, 120, 80, 0),
-        Shape(3, 240, 112, 0.25),
-        Shape(3, 336, 112, 0.25),
-    ],
-    [Shape(5, 336, 160, 0.25, halves=True)],
-    [
-        Shape(5, 480, 160, 0),
-        Shape(5, 480, 160, 0.25),
-        Shape(5, 480, 160, 0),
-        Shape(5, 480, 160, 0.25),
-    ],
+_STAGES = [
+    [Shape(3, 8, 16)],
+    [Shape(3, 24, 24, halves=True)],
+    [Shape(3, 36, 24)],
+    [Shape(5, 36, 40, se=True, halves=True)],
+    [Shape(5, 60, 40, se=True)],
+    [Shape(3, 120, 80, halves=True)],
+    [Shape(3, 100, 80), Shape(3, 120, 80), Shape(3, 120, 80), Shape(3, 240, 112, se=True), Shape(3, 336, 112, se=True)],
+    [Shape(5, 336, 160, se=True, halves=True)],
+    [Shape(5, 480, 160), Shape(5, 480, 160, se=True), Shape(5, 480, 160), Shape(5, 480, 160, se=True)],
 ]
+_SE_RATIO = 0.25
 
-
-def _rounded(channels: float) -> int:
-    """The nearest multiple of 4, at least 4, and never more than 10 % down."""
-    nearest = max(4, int(channels + 2) // 4 * 4)
-    return nearest if nearest >= 0.9 * channels else nearest + 4
+_rounded = functools.partial(make_divisible, divisor=4)
 
 
 class RepOptGhostNet(Network, Deployable):
-    """The network, (N, in_chans, H, W) -> (N, num_classes).
+    """RepOpt-GhostNet, or its baseline RepGhostNet, (N, in_chans, H, W) -> (N, num_classes).
 
     Its features are the last stages of their resolutions, before the 1x1 convolution that widens them for the head.
 
     Args:
         width: multiplier of all channels.
-        ghost: makes a ghost module (see `Bottleneck`).
-        strides: of the stem and of the bottlenecks that halve the resolution, as of `RepOptVGG`.
+        mode: "hs", "csla" or "target"; "rep" for the baseline.
+        strides: strides of the stem and of the bottlenecks that halve the resolution, as in `RepOptVGG`.
         initial_scales: see `initial_scale`.
-        num_classes: outputs of the classifier; 0 = none, and the network gives the head's hidden features.
-        in_chans: channels of an image.
-        global_pool: see `Network.reset_classifier`.
-        drop_rate: dropout before the classifier.
-        use_checkpoint: recompute every bottleneck's activations in the backward pass instead of keeping them.
+        drop_rate: see `Network`.
+        network: the other arguments of `Network`.
     """
 
     first_conv, classifier_name, hidden_names = "conv_stem", "classifier", ("conv_head",)
 
     def __init__(
         self,
-        width: float,
-        ghost: Callable[..., nn.Module],
         *,
+        width: float,
+        mode: str,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
         initial_scales: InitialScales = "depth",
-        num_classes: int,
-        in_chans: int = 3,
-        global_pool: str = "avg",
         drop_rate: float = 0.2,
-        use_checkpoint: bool = False,
+        **network: Any,
     ) -> None:
-        super().__init__(in_chans=in_chans, use_checkpoint=use_checkpoint)
+        super().__init__(drop_rate=drop_rate, **network)
         check_strides(strides)
+        ghost = functools.partial(GhostModule, mode=mode) if mode in MODES else RepGhostModule
         channels = _rounded(16 * width)
-        self.conv_stem, self.bn1 = _conv_bn(in_chans, channels, 3, stride=strides[0])
+        self.conv_stem, self.bn1 = _conv_bn(self.in_chans, channels, 3, stride=strides[0])
         self.blocks = nn.Sequential()
         reduction, features, later_strides = strides[0], {}, iter(strides[1:])
-        number = -1  # of the first ghost module of a bottleneck, in a run that keeps width and resolution
-        for index, shapes in enumerate(_BOTTLENECKS):
+        layer = 0  # number of a bottleneck's first ghost module, counted anew where width or resolution changes
+        for index, shapes in enumerate(_STAGES):
             stage = nn.Sequential()
             for shape in shapes:
                 mid, out = _rounded(shape.expansion * width), _rounded(shape.out * width)
                 stride = next(later_strides) if shape.halves else None
-                number = number + 2 if not shape.halves and out == channels else 1
+                layer = layer + 2 if not shape.halves and out == channels else 2
                 bottleneck = Bottleneck(
                     channels,
                     mid,
                     out,
                     size=shape.size,
                     stride=stride,
-                    se_channels=_rounded(mid * shape.se) if shape.se else 0,
+                    se_channels=_rounded(mid * _SE_RATIO) if shape.se else 0,
                     ghost=ghost,
-                    initial_scales=tuple(initial_scale(number + i, initial_scales) for i in (1, 2)),
+                    initial_scales=(initial_scale(layer, initial_scales), initial_scale(layer + 1, initial_scales)),
                 )
                 stage.append(bottleneck)
                 channels, reduction = out, reduction * (stride or 1)
@@ -274,32 +272,25 @@ class RepOptGhostNet(Network, Deployable):
         self.blocks.append(nn.Sequential(ConvBNReLU(channels, self.num_features)))
         self.stage_names = [f"blocks.{index}" for index in range(len(self.blocks))]
         self.conv_head = nn.Conv2d(self.num_features, 1280, 1)
-        self._add_head(1280, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._add_head(1280)
 
-    def stem(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def stem(self, x: Tensor) -> Tensor:
         return relu(self.bn1(self.conv_stem(x)))
 
-    def hidden(self, x: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def hidden(self, x: Tensor) -> Tensor:
         return relu(self.conv_head(x))
 
-    def fuse(self) -> RepOptGhostNet:  # noqa: D102
+    @override
+    def fuse(self) -> RepOptGhostNet:
         fold_batch_norm(self, "conv_stem", "bn1")
         return self
 
 
-def build_ghost(*, mode: str, width: float, **arguments: Any) -> RepOptGhostNet:
-    """A RepOpt-GhostNet in the mode hs, csla or target, or its baseline RepGhostNet (mode rep).
-
-    Args: of `RepOptGhostNet`.
-    """
-    ghost = RepGhostModule if mode == "rep" else functools.partial(GhostModule, mode=mode)
-    return RepOptGhostNet(width, ghost, **arguments)
-
-
 register(
     {f"RepOpt-GhostNet-{width}x": {"width": width} for width in (0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5, 2.0)},
-    build_ghost,
-    network=RepOptGhostNet,
+    RepOptGhostNet,
     modes=(*MODES, "rep"),
     aliases={"ghost": "RepOpt-GhostNet-0.5x"},
 )

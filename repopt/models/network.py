@@ -1,4 +1,4 @@
-"""What all networks share: stages, whose outputs are features, and a head; under the names that timm's models have."""
+"""The base of all networks: stages, whose outputs are features, and a head; under the names that timm's models have."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any, ClassVar
 from timm.layers import SelectAdaptivePool2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
+from typing_extensions import override
 
 from repopt.errors import UserError, shown
-from repopt.layers import run
+from repopt.layers import checkpoint_forward
 
 POOLS = ("", "avg", "max", "avgmax")
 
 
 def check_strides(strides: Sequence[int]) -> None:
-    """UserError unless these are strides of the five layers that halve the resolution."""
+    """Raise UserError unless these are strides of the five layers that halve the resolution."""
     if len(strides) != 5 or any(type(stride) is not int or stride not in (1, 2) for stride in strides):
         raise UserError(f"the strides of the five downsampling layers are 1 or 2 each, not {shown(strides)}")
 
@@ -27,15 +28,22 @@ class Network(nn.Module):
     A subclass adds its stages, then what its head has besides pooling, dropout and the classifier, then calls
     `_add_head`. Stages stand in the order of the forward pass, by which others build feature extractors.
 
+    Args:
+        num_classes: outputs of the classifier; 0 = none, and the network gives what the classifier would take.
+        in_chans: channels of an image.
+        global_pool: see `reset_classifier`.
+        drop_rate: dropout before the classifier.
+        use_checkpoint: recompute every block's activations in the backward pass instead of keeping them.
+
     Attributes:
         first_conv, classifier_name: state-dict names of the first convolution and of the classifier.
-        hidden_names: modules of the head between the pooling and the classifier.
-        stage_names: modules, in the order in which an image meets them.
+        hidden_names: names of the head's modules between the pooling and the classifier.
+        stage_names: names of the stages, in the order of the forward pass.
         feature_info: of every feature its channels ("num_chs"), how much smaller it is than the image ("reduction"),
             and the stage whose output it is ("module").
         num_features: channels of the last stage.
         head_hidden_size: channels that the classifier takes.
-        out_indices: of the features that the network gives instead of classifying.
+        out_indices: indices of the features that the network gives instead of classifying.
     """
 
     first_conv: ClassVar[str]
@@ -46,32 +54,46 @@ class Network(nn.Module):
     feature_info: list[dict[str, Any]] | FeatureInfo
     num_features: int
     head_hidden_size: int
-    num_classes: int
+    global_pool: SelectAdaptivePool2d
 
-    def __init__(self, *, in_chans: int, use_checkpoint: bool) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        use_checkpoint: bool = False,
+    ) -> None:
         super().__init__()
-        self.in_chans, self.use_checkpoint = in_chans, use_checkpoint
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.use_checkpoint = use_checkpoint
         self.out_indices: list[int] | None = None
+        self._first_pool = global_pool
 
     def stem(self, x: Tensor) -> Tensor:
-        """What stands before the stages."""
+        """Run what stands before the stages, (N, in_chans, H, W) -> (N, C, h, w)."""
         return x
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What stands between the pooling and the classifier, (N, C, h, w) -> (N, C', h, w)."""
+        """Run what stands between the pooling and the classifier, (N, C, h, w) -> (N, C', h, w)."""
         return x
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:  # noqa: D102
-        if self.out_indices is not None:
-            return self.forward_intermediates(x, self.out_indices, intermediates_only=True)
-        return self.forward_head(self.forward_features(x))
+    @override
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if self.out_indices is None:
+            return self.forward_head(self.forward_features(x))
+        return self._through(x, self._modules_of(self.out_indices))[1]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) -> (N, num_features, H/32, W/32)."""
-        return self._through(x, (), last=None)[0]
+        """Run the stages, (N, in_chans, H, W) -> (N, num_features, H/32, W/32)."""
+        return self._through(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(N, num_features, h, w) -> (N, num_classes), or what the classifier takes; maps where nothing pools."""
+        """Run the head, (N, num_features, h, w) -> (N, num_classes).
+
+        With `pre_logits` it gives what the classifier takes; maps where nothing pools.
+        """
         x = self.hidden(self.global_pool(x))
         x = self.dropout(x.flatten(1) if self.global_pool.pool_type else x)
         return x if pre_logits else self.get_classifier()(x)
@@ -85,12 +107,12 @@ class Network(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The last stage's output and the features, or the features alone.
+        """Return the last stage's output and the features, or the features alone.
 
         Args:
-            x: (N, in_chans, H, W).
-            indices: of the features; a number means the last so many, None all. They come in the order of the stages.
-            norm: no effect, features are not normalised.
+            x: images, (N, in_chans, H, W).
+            indices: which features; a number means the last so many, None all. They come in the order of the stages.
+            norm: has no effect, features are not normalised.
             stop_early: leave out the stages after the last feature.
             output_fmt: "NCHW".
             intermediates_only: leave the last stage's output out.
@@ -100,18 +122,18 @@ class Network(nn.Module):
         """
         if output_fmt != "NCHW":
             raise UserError(f"features come as NCHW, not {output_fmt}")
-        names = [self.feature_info[index]["module"] for index in self._positions(indices)]
+        names = self._modules_of(self._positions(indices))
         x, features = self._through(x, names, last=names[-1] if stop_early else None)
         return features if intermediates_only else (x, features)
 
-    def _through(self, x: Tensor, names: Iterable[str], *, last: str | None) -> tuple[Tensor, list[Tensor]]:
-        """Through the stages up to `last`, and the outputs of those named."""
+    def _through(self, x: Tensor, names: Sequence[str] = (), *, last: str | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run the stages up to `last`; return the output, and those of the stages named."""
         features = []
         x = self.stem(x)
         for name in self.stage_names:
             stage = self.get_submodule(name)
             for block in stage if self.use_checkpoint and isinstance(stage, nn.Sequential) else (stage,):
-                x = run(block, x, checkpointed=self.use_checkpoint)
+                x = checkpoint_forward(block, x, checkpointed=self.use_checkpoint)
             if name in names:
                 features.append(x)
             if name == last:
@@ -119,7 +141,7 @@ class Network(nn.Module):
         return x, features
 
     def to_features(self, out_indices: int | Sequence[int]) -> Network:
-        """This network, in place, as one that gives a list of features; what it keeps, keeps its names.
+        """Turn this network, in place, into one that gives a list of features; what it keeps, keeps its names.
 
         Args:
             out_indices: as `indices` of `forward_intermediates`.
@@ -128,16 +150,17 @@ class Network(nn.Module):
             UserError: indices of features that there are not.
         """
         self.out_indices = self.prune_intermediate_layers(out_indices)
-        self.feature_info = FeatureInfo(list(self.feature_info), self.out_indices)
+        every = [self.feature_info[index] for index in range(len(self.feature_info))]
+        self.feature_info = FeatureInfo(every, tuple(self.out_indices))
         return self
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last of these features, and the head; the features' indices from the front."""
+        """Remove the stages after the last of these features, and the head; return the indices, none negative."""
         taken = self._positions(indices)
-        last = self.stage_names.index(self.feature_info[taken[-1]]["module"])
-        for name in self.stage_names[last + 1 :]:
+        (last,) = self._modules_of(taken[-1:])
+        for name in self.stage_names[self.stage_names.index(last) + 1 :]:
             self.set_submodule(name, nn.Sequential())
         if prune_head:
             for name in self.hidden_names:
@@ -146,28 +169,32 @@ class Network(nn.Module):
         return taken
 
     def _positions(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Of features, counted from the front and ascending."""
+        """Return the indices of features, counted from the front and ascending."""
         every = range(len(self.feature_info))
         wanted = every if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
         if not wanted or any(index not in range(-len(every), len(every)) for index in wanted):
             raise UserError(f"there are {len(every)} features, numbered from 0: {indices} are not among them")
         return sorted({every[index] for index in wanted})
 
-    def _add_head(self, channels: int, *, num_classes: int, global_pool: str, drop_rate: float) -> None:
-        """Pooling, dropout, and the classifier, which takes so many channels."""
-        self.head_hidden_size, self.drop_rate = channels, drop_rate
-        self.dropout = nn.Dropout(drop_rate)
-        self.reset_classifier(num_classes, global_pool)
+    def _modules_of(self, indices: Iterable[int]) -> list[str]:
+        """Return the names of the stages whose outputs these features are."""
+        return [self.feature_info[index]["module"] for index in indices]
+
+    def _add_head(self, channels: int) -> None:
+        """Add pooling, dropout, and the classifier, which takes so many channels."""
+        self.head_hidden_size = channels
+        self.dropout = nn.Dropout(self.drop_rate)
+        self.reset_classifier(self.num_classes, self._first_pool)
 
     def get_classifier(self) -> nn.Module:
-        """The last linear layer; an identity where there are no classes."""
+        """Return the last linear layer; an identity where there are no classes."""
         return self.get_submodule(self.classifier_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier.
+        """Put a fresh classifier in the place of this one.
 
         Args:
-            num_classes: its outputs; 0 = no classifier.
+            num_classes: outputs of the classifier; 0 = none.
             global_pool: "avg", "max", "avgmax" (the mean of both), "" = feature maps stay; None = as before.
 
         Raises:
@@ -181,11 +208,11 @@ class Network(nn.Module):
         self.global_pool = SelectAdaptivePool2d(pool_type=pool)
         self.num_classes = num_classes
         like = next(self.parameters())
-        classifier = nn.Identity()
+        classifier: nn.Module = nn.Identity()
         if num_classes:
             classifier = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
         setattr(self, self.classifier_name, classifier.train(self.training))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether every block's activations are computed again in the backward pass instead of kept."""
+        """Set whether every block's activations are computed again in the backward pass instead of kept."""
         self.use_checkpoint = enable

@@ -1,35 +1,33 @@
-"""Architectures by name. A new family is one file beside this one and one line in `models/__init__.py`.
+"""Architectures by name, here and in timm's registry, for everything that is built on timm's backbones.
 
-Those of other libraries are found by `zoo`.
+    timm.create_model("repopt_vgg_b1", features_only=True, out_indices=(1, 2, 3, 4))
+    timm.create_model("repopt_ghostnet_050", mode="hs", num_classes=100)
+
+The keywords there are those of timm's models and of `create_model`; the mode is "target" unless another is named.
+A new family is one file beside this one and one line in `models/__init__.py`. Networks of other libraries are in `zoo`.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
 from repopt.errors import UserError, unknown
-from repopt.models import timm_registry, zoo
+from repopt.models import zoo
 from repopt.models.network import Network
 
 
-@dataclass(frozen=True)
-class Family:
-    """Models that share a builder.
-
-    Attributes:
-        configs: by model name ("RepOpt-VGG-B1"), the arguments that the builder takes for it.
-        build: ``build(mode=..., num_classes=..., **config)``.
-        modes: every mode that the builder knows: those of `repopt.layers` and the family's own baseline.
-        aliases: other names of models.
-    """
+class Family(NamedTuple):
+    """Models that share a network; see `register`."""
 
     configs: Mapping[str, Mapping[str, Any]]
-    build: Callable[..., Network]
+    network: Callable[..., Network]
     modes: tuple[str, ...]
     aliases: Mapping[str, str]
 
@@ -43,57 +41,112 @@ class Arch(NamedTuple):
 
 
 _families: dict[str, Family] = {}
+default_cfgs: dict[str, Any] = {}  # timm looks for this name in the module of an entrypoint
 
 
 def register(
     configs: Mapping[str, Mapping[str, Any]],
-    build: Callable[..., Network],
-    *,
     network: type[Network],
+    *,
     modes: tuple[str, ...],
     aliases: Mapping[str, str] | None = None,
 ) -> None:
     """Make the models of a family known by name, here and in timm's registry.
 
     Args:
-        configs, build, modes, aliases: see `Family`.
-        network: the class of what `build` returns.
+        configs: the arguments that the network takes for a model, by the model's name ("RepOpt-VGG-B1").
+        network: ``network(mode=..., num_classes=..., **config)`` creates one.
+        modes: every mode that the network has: those of `repopt.layers` and the family's own baseline.
+        aliases: other names of models.
     """
-    family = Family(configs, build, modes, aliases or {})
+    family = Family(configs, network, modes, aliases or {})
     for name in (*family.configs, *family.aliases):
         assert name not in _families, f"{name} is registered twice"
         _families[name] = family
     for name in family.configs:
-        timm_registry.register(name, network, functools.partial(create_model, name))
+        _register_in_timm(name, network)
+
+
+def timm_name(name: str) -> str:
+    """Return a model's name as timm writes it: "RepOpt-VGG-B1" -> repopt_vgg_b1, "RepOpt-GhostNet-0.5x" -> ..._050."""
+    name = re.sub(r"(\d+\.\d+)x$", lambda width: f"{round(100 * float(width[1])):03d}", name)
+    return name.lower().replace("-", "_")
+
+
+def _register_in_timm(name: str, network: type[Network]) -> None:
+    """Make a model of ours known to timm, under `timm_name`."""
+
+    def entrypoint(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        *,
+        mode: str = "target",
+        output_stride: int = 32,
+        **arguments: Any,
+    ) -> nn.Module:
+        if output_stride != 32:
+            raise UserError(f"{variant} has the output stride 32 only, not {output_stride}")
+        source = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+        if pretrained and not source.has_weights and source.state_dict is None:
+            raise UserError(
+                f"no weights of {variant} are published through timm: leave `pretrained` out and load a checkpoint "
+                "by repopt.load_weights(model, state_dict), or name its file in pretrained_cfg_overlay={'file': ...}"
+            )
+        return build_model_with_cfg(
+            functools.partial(create_model, name, mode=mode),
+            variant,
+            pretrained,
+            pretrained_cfg,
+            pretrained_cfg_overlay,
+            feature_cfg={"feature_cls": Network.to_features},
+            **arguments,
+        )
+
+    variant = entrypoint.__name__ = timm_name(name)
+    entrypoint.__doc__ = f"{name}; see the module."
+    default_cfg = {
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "interpolation": "bilinear",
+        "crop_pct": 224 / 256,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "num_classes": 1000,
+        "first_conv": network.first_conv,
+        "classifier": network.classifier_name,
+    }
+    default_cfgs.update(generate_default_cfgs({variant: default_cfg}))
+    register_model(entrypoint)
 
 
 def list_models() -> list[str]:
-    """Names of our models; `create_model` takes others', too."""
+    """Return the names of our models; `create_model` takes others', too."""
     return sorted(_families)
 
 
 def list_archs() -> dict[str, Arch]:
-    """Every ``--arch`` of ours: a model's name, a dash, and a mode or ``target-norepopt``."""
-    archs = {}
-    for name, family in _families.items():
-        model = family.aliases.get(name, name)
-        archs |= {f"{name}-{ending}": Arch(model, mode, repopt) for ending, (mode, repopt) in _endings(family).items()}
-    return archs
+    """Return every ``--arch`` of ours by name: a model's name, a dash, and a mode or ``target-norepopt``."""
+    return {
+        f"{name}-{ending}": Arch(family.aliases.get(name, name), mode, repopt)
+        for name, family in _families.items()
+        for ending, (mode, repopt) in _endings(family).items()
+    }
 
 
 def _endings(family: Family) -> dict[str, tuple[str, bool]]:
-    """How an ``--arch`` of the family ends: the mode, and whether a RepOptimizer trains it."""
+    """Return, by how an ``--arch`` of the family ends, the mode and whether a RepOptimizer trains it."""
     return {mode: (mode, mode == "target") for mode in family.modes} | {"target-norepopt": ("target", False)}
 
 
 def parse_arch(arch: str) -> Arch:
-    """What an ``--arch`` stands for, one of `list_archs` or a name that `zoo.find` takes.
+    """Return what an ``--arch`` stands for, one of `list_archs` or a name of `zoo`.
 
     Raises:
         UserError: there is no such one; it names the nearest.
     """
-    if _find_in_zoo(arch) is not None:
-        return _of_zoo(arch)
+    if _is_of_library(arch):
+        return Arch(arch, zoo.MODE, repopt=False)
     archs = list_archs()
     if arch in _families:
         raise _needs_mode(arch, arch)
@@ -103,48 +156,44 @@ def parse_arch(arch: str) -> Arch:
 
 
 def same_arch(name: str, arch: Arch) -> bool:
-    """Whether an ``--arch``, which may be any text, stands for this one: of ours there are aliases."""
-    return list_archs().get(name, _of_zoo(name)) == arch
+    """Return whether an ``--arch``, which may be any text, stands for this one: of ours there are aliases."""
+    return list_archs().get(name, Arch(name, zoo.MODE, repopt=False)) == arch
 
 
-def _of_zoo(name: str) -> Arch:
-    return Arch(name, zoo.MODE, repopt=False)
-
-
-def _find_in_zoo(name: str) -> Callable[..., nn.Module] | None:
-    """As `zoo.find`; but under the names that they have in timm's registry, ours are refused."""
+def _is_of_library(name: str) -> bool:
+    """Return what `zoo.knows` says; but refuse ours under the names that they have in timm's registry."""
     for own in _families:
-        if name == f"timm/{timm_registry.timm_name(own)}":
+        if name == f"timm/{timm_name(own)}":
             raise _needs_mode(name, own)
-    return zoo.find(name)
+    return zoo.knows(name)
 
 
 def _needs_mode(name: str, model: str) -> UserError:
-    """The error for an architecture that names a model of ours alone."""
+    """Return the error for an architecture that names a model of ours alone."""
     archs = ", ".join(f"{model}-{ending}" for ending in _endings(_families[model]))
     return UserError(f"architecture {name!r} needs a mode: {archs}")
 
 
 def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: Any) -> nn.Module:
-    """A model with the default initialization of its framework: a `Network`, or what a library makes.
+    """Create a model with the default initialization of its framework: a `Network`, or what a library makes.
 
     Args:
         name: one of `list_models`, or of a library ("timm/efficientnet_b2", "torchvision/vgg16_bn").
         mode: "hs", "csla", "target", or the family's baseline ("repvgg"); "plain" of a library's.
         num_classes: outputs of the classifier.
-        overrides: of the builder's arguments, such as ``use_checkpoint=True``.
+        overrides: arguments of the network, such as ``use_checkpoint=True``.
 
     Raises:
         UserError: an unknown name or mode, or arguments that a library's network does not take.
     """
-    if (build := _find_in_zoo(name)) is not None:
+    if _is_of_library(name):
         if mode != zoo.MODE:
             raise unknown(f"mode of {name}", mode, (zoo.MODE,))
-        return build(num_classes=num_classes, **overrides)
+        return zoo.create(name, num_classes=num_classes, **overrides)
     if name not in _families:
         raise unknown("model", name, _families)
     family = _families[name]
     if mode not in family.modes:
         raise unknown(f"mode of {name}", mode, family.modes)
     config = family.configs[family.aliases.get(name, name)]
-    return family.build(mode=mode, num_classes=num_classes, **{**config, **overrides})
+    return family.network(mode=mode, num_classes=num_classes, **{**config, **overrides})

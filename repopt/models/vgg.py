@@ -1,36 +1,164 @@
-"""RepOpt-VGG (table 1 of the paper): stages of 3x3 convolutions, each standing for a 3x3, a 1x1 and an identity."""
+"""RepOpt-VGG (table 1 of the paper) and its baseline RepVGG (arXiv 2101.03697).
+
+Their stages are blocks of a 3x3 convolution that stands for a 3x3, a 1x1 and an identity. A block is
+(N, C, H, W) -> (N, O, H', W').
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
 
-from repopt.layers import MODES, InitialScales, initial_scale
+from repopt.csla import Block, ConvBranch, IdentityBranch, Target
+from repopt.layers import MODES, Baseline, Deployable, InitialScales, Mode, RepConv2d, initial_scale
 from repopt.models.network import Network, check_strides
 from repopt.models.registry import register
-from repopt.models.vgg_blocks import RepVGGBlock, VGGBlock
+
+
+def vgg_block(in_channels: int, out_channels: int, identity: bool, initial_scale: float = 1.0) -> Block:
+    """Return the declaration of a block: a 3x3, a 1x1, and an identity where one is wanted."""
+    branches: list[ConvBranch | IdentityBranch] = [
+        ConvBranch("conv", "scale_conv", initial_scale, size=3),
+        ConvBranch("conv_1x1", "scale_1x1", initial_scale, size=1),
+    ]
+    if identity:
+        branches.append(IdentityBranch("scale_identity"))
+    return Block(Target("conv", (out_channels, in_channels, 3, 3)), tuple(branches))
+
+
+class PostSE(nn.Module):
+    """Squeeze-and-excitation after a block: channels are weighted by a sigmoid of their pooled means."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels, channels // 4, 1)
+        self.up = nn.Conv2d(channels // 4, channels, 1)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True))))
+        return x * torch.sigmoid(weights)
+
+
+def _post_se(channels: int, se: bool) -> nn.Module:
+    return PostSE(channels) if se else nn.Identity()
+
+
+class PlainBlock(nn.Module):
+    """3x3 convolution with a bias, ReLU, and what follows it: what a trained block is at inference."""
+
+    def __init__(self, conv: nn.Conv2d, post_se: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.relu = nn.ReLU(inplace=True)
+        self.post_se = post_se
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.post_se(self.relu(self.conv(x)))
+
+
+class VGGBlock(RepConv2d, Deployable):
+    """RepOpt-VGG's block: the declared convolution, batch norm, ReLU, and optionally `PostSE`.
+
+    Args:
+        in_channels, out_channels, stride: channels and stride of the convolution.
+        identity: whether an identity branch stands beside it.
+        initial_scale: where the hyper-search starts the scales of the two convolutions.
+        mode: "hs", "csla" or "target".
+        se: whether squeeze-and-excitation follows.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        identity: bool,
+        initial_scale: float,
+        mode: Mode,
+        se: bool,
+    ) -> None:
+        super().__init__(vgg_block(in_channels, out_channels, identity, initial_scale), mode, stride)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.post_se = _post_se(out_channels, se)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.post_se(self.relu(self.bn(self.conv2d(x))))
+
+    @override
+    def fuse(self) -> PlainBlock:
+        return PlainBlock(self.folded(self.bn), self.post_se)
+
+
+class RepVGGBlock(Baseline):
+    """RepVGG's block: every branch has a batch norm of its own, folded into one kernel after training.
+
+    The arguments are those of `VGGBlock`; there are no scales, so `initial_scale` has no effect.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int, identity: bool, initial_scale: float, se: bool
+    ) -> None:
+        super().__init__()
+        self.block, self.stride = vgg_block(in_channels, out_channels, identity), stride
+        self.conv_3x3 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn_3x3 = nn.BatchNorm2d(out_channels)
+        self.conv_1x1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.bn_1x1 = nn.BatchNorm2d(out_channels)
+        self.bn_identity = nn.BatchNorm2d(out_channels) if identity else None
+        self.relu = nn.ReLU(inplace=True)
+        self.post_se = _post_se(out_channels, se)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn_3x3(self.conv_3x3(x)) + self.bn_1x1(self.conv_1x1(x))
+        if self.bn_identity is not None:
+            y = y + self.bn_identity(x)
+        return self.post_se(self.relu(y))
+
+    @override
+    def branches(self) -> Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
+        convs = {"conv": (self.conv_3x3, self.bn_3x3), "conv_1x1": (self.conv_1x1, self.bn_1x1)}
+        return convs if self.bn_identity is None else {**convs, "scale_identity": (None, self.bn_identity)}
+
+    @override
+    def fuse(self) -> PlainBlock:
+        return PlainBlock(self.merged(self.stride), self.post_se)
+
+
+def block_of(mode: str, *, se: bool = False) -> Callable[..., nn.Module]:
+    """Return what makes blocks, of the mode hs, csla or target, else the baseline's.
+
+    It is called with ``(in_channels, out_channels, stride=..., identity=..., initial_scale=...)``.
+    """
+    return functools.partial(VGGBlock, mode=mode, se=se) if mode in MODES else functools.partial(RepVGGBlock, se=se)
 
 
 class RepOptVGG(Network):
-    """The network, (N, in_chans, H, W) -> (N, num_classes): one stem block, four stages, pooling, linear.
+    """RepOpt-VGG, or its baseline RepVGG, (N, in_chans, H, W) -> (N, num_classes).
+
+    It is one stem block, four stages, pooling and a linear layer.
 
     Args:
         layers: blocks per stage.
         widths: multipliers of the stages' 64, 128, 256 and 512 channels.
-        block: ``block(in_channels, out_channels, stride=..., identity=..., initial_scale=...)`` makes one.
-        strides: of the stem and of the stages' first blocks. A search at another resolution than the training's may
-            have others (table 6 of the paper); its blocks, and so its scales, are the same.
+        mode: "hs", "csla" or "target"; "repvgg" for the baseline.
+        se: whether squeeze-and-excitation follows every block.
+        strides: strides of the stem and of the stages' first blocks. A search at another resolution than the
+            training's may have others (table 6 of the paper); its blocks, and so its scales, are the same.
         initial_scales: see `initial_scale`.
-        num_classes: outputs of the classifier; 0 = none, and the network gives pooled features.
-        in_chans: channels of an image.
-        global_pool: see `Network.reset_classifier`.
-        drop_rate: dropout before the classifier.
-        use_checkpoint: recompute every block's activations in the backward pass instead of keeping them.
+        network: arguments of `Network`.
     """
 
     first_conv, classifier_name = "stage0.conv", "linear"
@@ -38,25 +166,23 @@ class RepOptVGG(Network):
 
     def __init__(
         self,
+        *,
         layers: Sequence[int],
         widths: Sequence[float],
-        block: Callable[..., nn.Module],
-        *,
+        mode: str,
+        se: bool = False,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
         initial_scales: InitialScales = "depth",
-        num_classes: int,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        use_checkpoint: bool = False,
+        **network: Any,
     ) -> None:
-        super().__init__(in_chans=in_chans, use_checkpoint=use_checkpoint)
+        super().__init__(**network)
         channels = [int(base * width) for base, width in zip((64, 128, 256, 512), widths, strict=True)]
         stem_channels = min(64, channels[0])
         scales = [initial_scale(layer, initial_scales) for layer in range(max(layers))]
         check_strides(strides)
+        block = block_of(mode, se=se)
         first, following = {"identity": False, "initial_scale": scales[0]}, {"identity": True, "stride": 1}
-        self.stage0 = block(in_chans, stem_channels, stride=strides[0], **first)
+        self.stage0 = block(self.in_chans, stem_channels, stride=strides[0], **first)
         stages, in_channels = [], stem_channels
         for depth, out_channels, stride in zip(layers, channels, strides[1:], strict=True):
             stages.append(nn.Sequential(block(in_channels, out_channels, stride=stride, **first)))
@@ -71,23 +197,11 @@ class RepOptVGG(Network):
             for name, width, reduction in zip(self.stage_names, (stem_channels, *channels), reductions, strict=True)
         ]
         self.num_features = in_channels
-        self._add_head(in_channels, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
-
-
-def block_of(mode: str, *, se: bool = False) -> Callable[..., nn.Module]:
-    """What makes the blocks of a network, as `RepOptVGG` takes it: in hs, csla or target mode, else the baseline's."""
-    return functools.partial(VGGBlock, mode=mode, se=se) if mode in MODES else functools.partial(RepVGGBlock, se=se)
-
-
-def build_vgg(
-    *, mode: str, layers: Sequence[int], widths: Sequence[float], se: bool = False, **arguments: Any
-) -> RepOptVGG:
-    """A RepOpt-VGG in the mode hs, csla or target, or its baseline RepVGG (mode repvgg); arguments of `RepOptVGG`."""
-    return RepOptVGG(layers, widths, block_of(mode, se=se), **arguments)
+        self._add_head(in_channels)
 
 
 _B, _L = (4, 6, 16, 1), (8, 14, 24, 1)
-_CONFIGS = {
+_CONFIGS: dict[str, dict[str, Any]] = {
     "RepOpt-VGG-nano": {"layers": _B, "widths": (0.25, 0.25, 0.25, 0.5)},
     "RepOpt-VGG-A0": {"layers": (2, 4, 14, 1), "widths": (0.75, 0.75, 0.75, 2.5)},
     "RepOpt-VGG-A1": {"layers": (2, 4, 14, 1), "widths": (1, 1, 1, 2.5)},
@@ -100,4 +214,4 @@ _CONFIGS = {
     "RepOpt-VGG-L2-se": {"layers": _L, "widths": (2.5, 2.5, 2.5, 5), "se": True},
 }
 
-register(_CONFIGS, build_vgg, network=RepOptVGG, modes=(*MODES, "repvgg"))
+register(_CONFIGS, RepOptVGG, modes=(*MODES, "repvgg"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.models import FeatureInfo
 from torch import nn
 from torchvision import models
 
@@ -20,10 +21,10 @@ MODE = "plain"
 
 
 class Library(NamedTuple):
-    """Networks of others.
+    """A library of networks.
 
     Attributes:
-        names: of its classifiers.
+        names: lists the names of its classifiers.
         create: ``create(name, num_classes=..., **arguments)``.
     """
 
@@ -44,34 +45,35 @@ LIBRARIES = {
 }
 
 
-def find(name: str) -> Callable[..., nn.Module] | None:
-    """What makes a network by name, ``build(num_classes=..., use_checkpoint=...)`` and more arguments of its library.
-
-    Its network is (N, 3, H, W) -> (N, num_classes), in training too. With `use_checkpoint`, batch norms of timm's meet
-    every batch twice: gradients are the same, running statistics move faster.
-
-    Args:
-        name: a library, a slash, and the library's name of a classifier; None comes back for one without a slash.
+def knows(name: str) -> bool:
+    """Return whether a name is a library, a slash, and the library's name of a classifier; False without a slash.
 
     Raises:
-        UserError: an unknown library or network; by what comes back: arguments that the network does not take.
+        UserError: an unknown library or network.
     """
     library, slash, model = name.partition("/")
     if not slash:
-        return None
+        return False
     if library not in LIBRARIES:
         raise unknown("library of networks", library, LIBRARIES)
-    names, create = LIBRARIES[library]
-    if model not in names():
-        raise unknown("architecture", name, (f"{library}/{known}" for known in names()))
-    return functools.partial(_build, name, functools.partial(create, model))
+    names = LIBRARIES[library].names()
+    if model not in names:
+        raise unknown("architecture", name, (f"{library}/{known}" for known in names))
+    return True
 
 
-def _build(
-    name: str, create: Callable[..., nn.Module], *, num_classes: int, use_checkpoint: bool = False, **arguments: Any
-) -> nn.Module:
+def create(name: str, *, num_classes: int, use_checkpoint: bool = False, **arguments: Any) -> nn.Module:
+    """Create a network that `knows` knows, (N, 3, H, W) -> (N, num_classes), in training too.
+
+    With `use_checkpoint`, batch norms of timm's meet every batch twice: gradients are the same, running statistics move
+    faster.
+
+    Raises:
+        UserError: arguments that the network does not take.
+    """
+    library, _, model_name = name.partition("/")
     try:
-        model = create(num_classes=num_classes, **arguments)
+        model: Any = LIBRARIES[library].create(model_name, num_classes=num_classes, **arguments)
     except TypeError as error:
         if not arguments:
             raise
@@ -85,38 +87,49 @@ def _build(
 
 
 def name_in_timm(name: str) -> str:
-    """The name in timm's registry of a library's network that is to be a backbone; UserError for torchvision's."""
+    """Return the name in timm's registry of a library's network that is to be a backbone.
+
+    Raises:
+        UserError: it is one of torchvision's.
+    """
     library, _, model = name.rpartition("/")
     if library == "torchvision":
         raise UserError(f"a backbone is one of ours or timm/NAME, not {name}, which gives no features")
     return model
 
 
-@torch.no_grad()
-def check_features(name: str, body: nn.Module, size: int = 64) -> None:
+def check_features(name: str, body: nn.Module) -> None:
     """Try a fresh backbone on an image: some are made for one size, others give features of another layout.
 
     Raises:
-        UserError: it does not take (N, 3, size, size), or its features are not (N, C, H, W).
+        UserError: it does not take images of 64 px, or its features are not (N, C, H, W).
     """
-    try:
-        features = body.eval()(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"{name} cannot be a backbone: {one_line(error)}") from None
-    if [feature.shape[1] for feature in features] != body.feature_info.channels():
+    features = _try(body, 64, f"{name} cannot be a backbone")
+    if [feature.shape[1] for feature in features] != feature_info(body).channels():
         raise UserError(f"{name} cannot be a backbone: its features are not (N, C, H, W)")
-    body.train()
 
 
-@torch.no_grad()
 def check_image_size(name: str, model: nn.Module, size: int) -> None:
     """Try a fresh network on an image: some are made for one size, others not for small ones.
 
     Raises:
         UserError: it does not take (N, 3, size, size).
     """
+    _try(model, size, f"{name} does not take images of {size} px")
+
+
+@torch.no_grad()
+def _try(model: nn.Module, size: int, complaint: str) -> Any:
+    """Return the outputs for an image; UserError where there are none."""
     try:
-        model.eval()(torch.zeros(1, 3, size, size))
+        outputs = model.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"{name} does not take images of {size} px: {one_line(error)}") from None
+        raise UserError(f"{complaint}: {one_line(error)}") from None
     model.train()
+    return outputs
+
+
+def feature_info(body: nn.Module) -> FeatureInfo:
+    """Return what a backbone that gives features says of them."""
+    assert isinstance(body.feature_info, FeatureInfo)
+    return body.feature_info

@@ -1,4 +1,4 @@
-"""Update rules. A new rule is one file, which states its degree and direction, and one row in `RULES`."""
+"""Update rules. A new rule is one file, which states its degree and computes an update, and one row in `RULES`."""
 
 import functools
 import inspect
@@ -26,7 +26,7 @@ class OptimizerPair(NamedTuple):
 
     @property
     def hyperparameters(self) -> set[str]:
-        """Names of what the rule can be told."""
+        """Return the names of what the rule can be told."""
         return set(inspect.signature(self.rep).parameters) - {"params", "grad_mults", "implementation"}
 
 

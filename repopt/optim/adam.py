@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from repopt.csla import GradMult
 from repopt.errors import UserError
@@ -27,7 +28,7 @@ class RepAdam(RepOptimizer):
     """
 
     degree: ClassVar[int] = 0
-    counts_steps: ClassVar[bool] = True
+    uses_step: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -55,7 +56,8 @@ class RepAdam(RepOptimizer):
         }
         super().__init__(params, defaults, grad_mults, implementation)
 
-    def check_group(self, group: dict[str, Any]) -> None:  # noqa: D102
+    @override
+    def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         decoupled = group.get("decoupled_weight_decay", self.defaults["decoupled_weight_decay"])
         if group["weight_decay"] and not decoupled:
@@ -64,16 +66,19 @@ class RepAdam(RepOptimizer):
                 "normalise it together with the gradient: set decoupled_weight_decay=True, or use AdamW"
             )
 
-    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
 
+    @override
     @staticmethod
-    def corrections(step: Any, group: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
+    def corrections(step: Any, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         return {"unbias_mean": 1 / (1 - beta1**step), "unbias_deviation": (1 - beta2**step) ** -0.5}
 
+    @override
     @staticmethod
-    def direction(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:  # noqa: D102
+    def compute_update(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
         beta1, beta2 = hyper["betas"]
         mean, square = state["exp_avg"], state["exp_avg_sq"]
         mean.lerp_(gradient, 1 - beta1)
@@ -114,6 +119,6 @@ class RepAdamW(RepAdam):
 
 
 def check_betas(betas: tuple[float, float]) -> None:
-    """Two numbers below 1, or UserError."""
+    """Raise UserError unless betas are two numbers below 1."""
     if len(betas) != 2 or not max(betas) < 1:
         raise UserError(f"betas are two numbers below 1, not {betas}")

@@ -5,45 +5,33 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from repopt.csla import GradMult
 from repopt.errors import UserError, unknown
-from repopt.optim.bundles import Bundles
 from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
+from repopt.optim.flat import FlatParams
 from repopt.optim.shards import local, local_gradient, local_mult
-from repopt.optim.update import FROM_SCALER, Hyper, Place, Rule, State, Task, check_degree, eager_update
+from repopt.optim.update import GRAD_SCALER_KEYS, Hyper, ParamSlot, ParamUpdate, Rule, State, check_degree, eager_update
 
 logger = logging.getLogger("repopt")
 
 NamedParams = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Implementation = Literal["auto", "compiled", "eager"]
+Memory = tuple[Any, ...]
 
 COMPILE_FROM = 2**22  # multiplied entries; with fewer, compiling takes longer than it saves in a short training
-
-
-class _Known(NamedTuple):
-    """A parameter's place, and by what is seen that it still is there: its memory, and that of its state."""
-
-    at: tuple[Any, ...]
-    place: Place
-
-
-class _Counted(NamedTuple):
-    """A group's step numbers as they were last counted, by identity and version, and for each the first equal one."""
-
-    now: list[tuple[int, int]]
-    leaders: list[Tensor]
 
 
 class RepOptimizer(torch.optim.Optimizer):
     """An elementwise update rule whose gradients are re-parameterized by constants (Rule of Iteration).
 
-    A subclass is a rule: it states its degree of homogeneity, the state it keeps, and its direction. What it states is
-    checked: a rule that is not elementwise, or of another degree, is refused.
+    A subclass is a rule: it states its degree of homogeneity, the state it keeps, and how it computes an update. What
+    it states is checked: a rule that is not elementwise, or of another degree, is refused.
 
     Args:
         params: named parameters, as ``model.named_parameters()`` or groups of them (`repopt.param_groups`) give them.
@@ -62,8 +50,9 @@ class RepOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling: ClassVar[bool] = True  # by which GradScaler knows it
 
     degree: ClassVar[int]
-    counts_steps: ClassVar[bool] = False
-    at_first: ClassVar[Hyper] = {}  # constants that differ in a parameter's first step
+    uses_step: ClassVar[bool] = False
+    first_step_overrides: ClassVar[Hyper] = {}  # constants that differ in a parameter's first step
+    _warned = False  # that some steps are not compiled
 
     def __init__(
         self,
@@ -79,46 +68,46 @@ class RepOptimizer(torch.optim.Optimizer):
         if implementation not in get_args(Implementation):
             raise unknown("implementation", implementation, get_args(Implementation))
         self.implementation = implementation
-        self._rule = Rule(self.direction, self.degree)
+        self._rule = Rule(self.compute_update, self.degree)
         self._constants = tuple(name for name in defaults if name != "lr")
         self._mults: dict[Tensor, tuple[str, GradMult]] = {}
-        self._forget()
-        self._unclaimed = dict(grad_mults)
+        self._reset_caches()
+        self._unmatched_mults = dict(grad_mults)
         super().__init__(params, defaults)
-        refuse_unclaimed(self._unclaimed)
+        check_all_matched(self._unmatched_mults)
 
     @abstractmethod
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the tensors that the rule keeps, shaped like the parameter and zero at first."""
+        """Return the names of the tensors that the rule keeps, shaped like the parameter and zero at first."""
 
     @staticmethod
     @abstractmethod
-    def direction(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
-        """What is subtracted, times the learning rate. Updates `state` in place and leaves `gradient` alone."""
+    def compute_update(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
+        """Return what is subtracted, times the learning rate; update `state` in place and leave `gradient` alone."""
 
     @staticmethod
     def corrections(step: Any, group: dict[str, Any]) -> dict[str, Any]:
-        """What `direction` reads that depends on the number of the step, from 1 on: a number, or a tensor of one."""
+        """Return what `compute_update` reads that depends on the number of the step, from 1 on, or a tensor of it."""
         return {}
 
     @property
     def grad_mults(self) -> dict[str, GradMult]:
-        """The multipliers by parameter name."""
+        """Return the multipliers by parameter name."""
         return dict(self._mults.values())
 
     def multiplier_bytes(self) -> int:
-        """Memory that the multipliers take, with the copies and layouts made of them, in bytes."""
-        mults = [mult for _, mult in self._mults.values()]
-        mults += [known.place.mult for known in self._places.values() if known.place.mult is not None]
-        tensors = [tensor for mult in mults for tensor in mult.tensors()]
+        """Return the memory that the multipliers take, with the copies and layouts made of them, in bytes."""
+        mults = [mult for _, mult in self._mults.values()] + [slot.mult for _, slot in self._slots.values()]
+        tensors = [tensor for mult in mults if mult is not None for tensor in mult.tensors()]
         tensors += self._compiled_update.tensors()
         return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.add_param_group`; "grad_mults" are the multipliers of the group's parameters."""
+        """Add a group as torch's optimizers do; its "grad_mults" are the multipliers of the group's parameters."""
         group = dict(param_group)
         own = group.pop("grad_mults", None)
-        mults = self._unclaimed if own is None else dict(own)
+        mults = self._unmatched_mults if own is None else dict(own)
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
@@ -127,13 +116,16 @@ class RepOptimizer(torch.optim.Optimizer):
                 raise UserError("a RepOptimizer takes real parameters, not complex ones")
             hyper = group | self.corrections(1.0, group)
             check_degree(type(self).__name__, self._rule, self.state_names(group), hyper)
-            found = {}
-            if mults:
-                found = {param: (name, mults.pop(name)) for name, param in _named(group) if name in mults}
+            if mults and "param_names" not in group:
+                raise UserError(
+                    "a RepOptimizer takes named parameters: model.named_parameters() or repopt.param_groups"
+                )
+            named = zip(group["param_names"], group["params"], strict=True) if mults else ()
+            found = {param: (name, mults.pop(name)) for name, param in named if name in mults}
             if own is not None:
-                refuse_unclaimed(mults)
+                check_all_matched(mults)
             for param, (name, mult) in found.items():
-                self._check(name, param, mult)
+                self._check_mult(name, param, mult)
         except UserError:
             self.param_groups.pop()
             raise
@@ -144,7 +136,7 @@ class RepOptimizer(torch.optim.Optimizer):
         if group.get("maximize"):
             raise UserError("a RepOptimizer minimizes: maximize=True is not followed")
 
-    def _check(self, name: str, param: Tensor, mult: GradMult) -> None:
+    def _check_mult(self, name: str, param: Tensor, mult: GradMult) -> None:
         if param.shape != mult.shape:
             raise UserError(f"the Grad Mult of {name!r} is for {tuple(mult.shape)}, not {tuple(param.shape)}")
         if mult.degree != self.degree:
@@ -153,8 +145,9 @@ class RepOptimizer(torch.optim.Optimizer):
                 f"degree {self.degree}: repopt.grad_mults(model, scales, degree={self.degree})"
             )
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`; a state of the plain rule fits.
+        """Load a state as `torch.optim.Optimizer.load_state_dict` does; one of the plain rule fits.
 
         Raises:
             UserError: the state names other parameters, or the same in another order; or it is of a rule that is not
@@ -167,9 +160,10 @@ class RepOptimizer(torch.optim.Optimizer):
                     raise UserError(f"the optimizer's state is of other parameters: it has {other!r} where {own!r} is")
         super().load_state_dict(state_dict)
 
+    @override
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step, as `torch.optim.Optimizer.step`.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step, as `torch.optim.Optimizer.step`.
 
         A `torch.amp.GradScaler` (or a training loop) says by the attributes ``found_inf`` and ``grad_scale``, as
         to torch's fused optimizers, whether it is skipped; on a GPU nothing waits for the answer.
@@ -178,75 +172,76 @@ class RepOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        said = {name: value for name in FROM_SCALER if (value := getattr(self, name, None)) is not None}
-        if "found_inf" in said:
-            said["found_inf"] = said["found_inf"] > 0
-            if _on_host(said["found_inf"]) and said.pop("found_inf"):
+        amp_flags = {name: value for name in GRAD_SCALER_KEYS if (value := getattr(self, name, None)) is not None}
+        if "found_inf" in amp_flags:
+            amp_flags["found_inf"] = amp_flags["found_inf"] > 0
+            if _on_host(amp_flags["found_inf"]) and amp_flags.pop("found_inf"):
                 return loss
-        first, tasks = [], []
+        first: list[ParamUpdate] = []
+        updates: list[ParamUpdate] = []
         for group in self.param_groups:
-            constants = {name: _hashable(group[name]) for name in self._constants}
+            constants = {name: group[name] for name in self._constants}  # hashed, and betas of a file may be a list
+            constants = {name: tuple(value) if isinstance(value, list) else value for name, value in constants.items()}
             names = self.state_names(group)
             params = [param for param in group["params"] if param.grad is not None]
-            places = [self._place(param, names) for param in params]
-            scalars_of = self._scalars(params, group, said)
-            for param, (is_first, place), scalars in zip(params, places, scalars_of, strict=True):
-                if place.param.numel():  # a process may have nothing of a small parameter
-                    task = Task(place, local_gradient(param), constants, scalars)
-                    (first if is_first else tasks).append(task)
-        eager_update(self._rule, [task._replace(constants={**task.constants, **self.at_first}) for task in first])
-        tasks = self._bundles.gather(tasks)
-        if tasks and self._compiles():
-            tasks = self._compiled(tasks)
-        eager_update(self._rule, tasks)
-        self._bundles.scatter()
+            slots = [self._slot(param, names) for param in params]
+            scalars_of = self._scalars(params, group, amp_flags)
+            for param, (is_first, slot), scalars in zip(params, slots, scalars_of, strict=True):
+                if slot.param.numel():  # a process may have nothing of a small parameter
+                    own = {**constants, **self.first_step_overrides} if is_first else constants
+                    (first if is_first else updates).append(ParamUpdate(slot, local_gradient(param), own, scalars))
+        eager_update(self._rule, first)
+        updates = self._flat_params.flatten(updates)
+        if updates and self._compiles():
+            updates = self._compiled(updates)
+        eager_update(self._rule, updates)
+        self._flat_params.unflatten()
         return loss
 
-    def _place(self, param: Tensor, names: tuple[str, ...]) -> tuple[bool, Place]:
-        """Where a parameter's update happens, and whether it is its first; the state that is missing is made."""
-        if param.grad.is_sparse:
+    def _slot(self, param: Tensor, names: tuple[str, ...]) -> tuple[bool, ParamSlot]:
+        """Return whether it is a parameter's first update, and its slot; the state that is missing is made."""
+        if param.grad is not None and param.grad.is_sparse:
             raise UserError("a RepOptimizer takes dense gradients, not sparse ones")
         state, here = self.state[param], local(param)
-        known = self._places.get(param)
-        if known is not None and known.at == _memory(here, names, state):
-            return False, known.place
+        memory, slot = self._slots.get(param, (None, None))
+        if slot is not None and memory == _memory(here, names, state):
+            return False, slot
         missing = [name for name in names if state.get(name) is None]
         for name in names:
             state[name] = torch.zeros_like(param) if name in missing else in_layout_of(param, state[name])
         mult = None
         if param in self._mults:
             name, mult = self._mults[param]
-            mult = local_mult(name, param, mult).beside(here)
-        place = Place(here, mult, {name: local(state[name]) for name in names})
-        self._places[param] = _Known(_memory(here, names, state), place)
-        return bool(missing), place
+            mult = local_mult(name, param, mult).to_like(here)
+        slot = ParamSlot(here, mult, {name: local(state[name]) for name in names})
+        self._slots[param] = _memory(here, names, state), slot
+        return bool(missing), slot
 
-    def _scalars(self, params: list[Tensor], group: dict[str, Any], said: dict[str, Tensor]) -> list[Hyper]:
-        """What changes from step to step, for each parameter; counts their steps.
+    def _scalars(self, params: list[Tensor], group: dict[str, Any], amp_flags: dict[str, Tensor]) -> list[Hyper]:
+        """Count the parameters' steps, and return for each what changes from step to step.
 
         Parameters that have taken equally many steps share one object.
         """
-        common = {"lr": group["lr"], **said}
-        if not self.counts_steps or not params:
+        common = {"lr": group["lr"], **amp_flags}
+        if not self.uses_step or not params:
             return [common] * len(params)
-        skips = said.get("found_inf")
+        skips = amp_flags.get("found_inf")
         on_device = group.get("capturable", False) or skips is not None  # only the device knows whether a step counts
         steps = [self._step_number(param, on_device) for param in params]
         if on_device:
             leaders = self._leaders(id(group), steps)
             # A list, for with a single tensor the host would wait for its value.
             torch._foreach_add_(steps, 1 if skips is None else [(~skips).float()] * len(steps))
-            keys = [id(leader) for leader in leaders]
-            numbers = {key: leader.double() for key, leader in dict(zip(keys, leaders, strict=True)).items()}
-        else:
-            torch._foreach_add_(steps, 1)
-            keys = [step.item() for step in steps]
-            numbers = dict(zip(keys, keys, strict=True))
-        shared = {key: {**common, **self.corrections(number, group)} for key, number in numbers.items()}
-        return [shared[key] for key in keys]
+            doubles = {leader: leader.double() for leader in dict.fromkeys(leaders)}  # tensors are keys by identity
+            shared = {leader: {**common, **self.corrections(step, group)} for leader, step in doubles.items()}
+            return [shared[leader] for leader in leaders]
+        torch._foreach_add_(steps, 1)
+        numbers = [step.item() for step in steps]
+        of_number = {number: {**common, **self.corrections(number, group)} for number in dict.fromkeys(numbers)}
+        return [of_number[number] for number in numbers]
 
     def _step_number(self, param: Tensor, on_device: bool) -> Tensor:
-        """How many steps a parameter has taken, as torch.optim keeps it: float32, on its device or the CPU."""
+        """Return how many steps a parameter has taken, as torch.optim keeps it: float32, on its device or the CPU."""
         state, device = self.state[param], param.device if on_device else torch.device("cpu")
         step = state.get("step")
         if not isinstance(step, Tensor) or step.device != device:
@@ -254,19 +249,19 @@ class RepOptimizer(torch.optim.Optimizer):
         return step
 
     def _leaders(self, group: int, steps: list[Tensor]) -> list[Tensor]:
-        """For each step number the first on its device that equals it.
+        """Return for each step number the first on its device that equals it.
 
         The host waits for their values once, and again where parameters or numbers are others than in the group's last
         step: what is equal and counted together stays equal.
         """
         now = [(id(step), step._version) for step in steps]
-        known = self._counted.get(group)
-        if known is None or known.now != now:
+        counted, leaders = self._counted.get(group, (None, []))
+        if counted != now:
             first: dict[tuple[torch.device, float], Tensor] = {}
-            known = _Counted(now, [first.setdefault((step.device, step.item()), step) for step in steps])
+            leaders = [first.setdefault((step.device, step.item()), step) for step in steps]
         # The count that follows makes another version of each.
-        self._counted[group] = known._replace(now=[(key, version + 1) for key, version in now])
-        return known.leaders
+        self._counted[group] = [(key, version + 1) for key, version in now], leaders
+        return leaders
 
     def _compiles(self) -> bool:
         if self.implementation == "auto":
@@ -274,69 +269,53 @@ class RepOptimizer(torch.optim.Optimizer):
             self.implementation = "compiled" if entries >= COMPILE_FROM else "eager"
         return self.implementation == "compiled"
 
-    def _compiled(self, tasks: list[Task]) -> list[Task]:
-        """Do the tasks by the compiled implementation; what is left to do eagerly."""
+    def _compiled(self, updates: list[ParamUpdate]) -> list[ParamUpdate]:
+        """Do the updates by the compiled implementation, and return what is left to do eagerly."""
         try:
-            left = self._compiled_update(tasks)
+            left = self._compiled_update(updates)
         except CompileError as error:
             logger.warning(f"{type(self).__name__}: not compiled any more, so steps are eager and slower: {error}")
             self.implementation = "eager"
-            return tasks
+            return updates
         if left and not self._warned:
             self._warned = True
             logger.warning(
                 f"{type(self).__name__}: parameters are neither contiguous nor channels_last, so their steps are "
-                f"eager and slower: {len(left)}, the first of the shape {tuple(left[0].place.param.shape)}"
+                f"eager and slower: {len(left)}, the first of the shape {tuple(left[0].slot.param.shape)}"
             )
         return left
 
-    def _forget(self) -> None:
+    def _reset_caches(self) -> None:
         """Drop what is derived and made again when it is needed."""
-        self._places: dict[Tensor, _Known] = {}
-        self._counted: dict[int, _Counted] = {}
-        self._bundles = Bundles()
+        self._slots: dict[Tensor, tuple[Memory, ParamSlot]] = {}
+        self._counted: dict[int, tuple[list[tuple[int, int]], list[Tensor]]] = {}  # group -> identities, versions
+        self._flat_params = FlatParams()
         self._compiled_update = CompiledUpdate(self._rule)
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {
-            "_mults": self._mults,
-            "_rule": self._rule,
-            "_constants": self._constants,
-            "_unclaimed": {},
-            "implementation": self.implementation,
-        }
+        kept = ("_mults", "_rule", "_constants", "_unmatched_mults", "implementation")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # a state of the plain rule may lack some
             for name in self._constants:
                 group.setdefault(name, self.defaults[name])
-        self._forget()
+        self._reset_caches()
 
 
-def _memory(param: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> tuple[Any, ...]:
-    """Where and how a parameter and its state lie in memory."""
+def _memory(param: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> Memory:
+    """Return where and how a parameter and its state lie in memory."""
     tensors = [param, *(local(state[name]) for name in names if state.get(name) is not None)]
     return names, *((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in tensors)
-
-
-def _hashable(value: Any) -> Any:
-    """Return a constant as what is the same can be compiled once: betas may come as a list, from a file say."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _on_host(answer: Tensor) -> bool:
     return answer.device.type == "cpu"
 
 
-def _named(group: dict[str, Any]) -> Iterable[tuple[str, Tensor]]:
-    if "param_names" not in group:
-        raise UserError("a RepOptimizer takes named parameters: model.named_parameters() or repopt.param_groups")
-    return zip(group["param_names"], group["params"], strict=True)
-
-
-def refuse_unclaimed(mults: Mapping[str, GradMult]) -> None:
-    """UserError where multipliers are left over that no parameter has taken."""
+def check_all_matched(mults: Mapping[str, GradMult]) -> None:
+    """Raise UserError where multipliers are left over that no parameter has taken."""
     if mults:
         raise UserError(f"there is a Grad Mult for {next(iter(mults))!r}, but no parameter of that name")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repopt.csla import GradMult
 from repopt.errors import UserError
-from repopt.optim.base import refuse_unclaimed
+from repopt.optim.base import check_all_matched
 from repopt.optim.shards import local, local_gradient, local_mult, shard_groups
 
 
@@ -42,15 +42,15 @@ def clip_grad_norm_(
         )
     named_parameters = list(named_parameters)
     names = {name for name, _ in named_parameters}
-    refuse_unclaimed({name: mult for name, mult in grad_mults.items() if name not in names})
-    trained = [(name, param) for name, param in named_parameters if param.grad is not None]
+    check_all_matched({name: mult for name, mult in grad_mults.items() if name not in names})
+    trained = [(name, param, param.grad) for name, param in named_parameters if param.grad is not None]
     if not trained:
         return torch.zeros(())
     alike: dict[Any, list[tuple[Tensor, GradMult | None]]] = {}
-    for name, param in trained:
+    for name, param, _ in trained:
         gradient, mult = local_gradient(param), grad_mults.get(name)
         if mult is not None:
-            mult = local_mult(name, param, mult).beside(gradient)
+            mult = local_mult(name, param, mult).to_like(gradient)
         alike.setdefault((gradient.device, gradient.dtype, shard_groups(param)), []).append((gradient, mult))
     squares = []
     for (*_, groups), members in alike.items():
@@ -61,8 +61,8 @@ def clip_grad_norm_(
     norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     on_device: dict[torch.device, list[Tensor]] = {}
-    for _, param in trained:
-        gradient = local(param.grad)
+    for *_, whole in trained:
+        gradient = local(whole)
         on_device.setdefault(gradient.device, []).append(gradient)
     for device, gradients in on_device.items():
         torch._foreach_mul_(gradients, factor.to(device))
@@ -70,13 +70,13 @@ def clip_grad_norm_(
 
 
 def _squared_norm(members: Sequence[tuple[Tensor, GradMult | None]]) -> Tensor:
-    """``sum(M * g^2)`` over gradients of one device and dtype; a GPU is asked little more than once per gradient.
+    """Return ``sum(M * g^2)`` over gradients of one device and dtype, in little more than one kernel per gradient.
 
     M is the same for all input channels of a filter, but for the diagonal: so their squares are added up first.
     """
     dtype = torch.promote_types(members[0][0].dtype, torch.float32)  # squares of halves overflow
     plain = [gradient for gradient, mult in members if mult is None]
-    pairs = [
+    pairs: list[tuple[Tensor, ...]] = [
         (mult.filter, torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=dtype))
         for gradient, mult in members
         if mult is not None

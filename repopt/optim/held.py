@@ -262,7 +262,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         if self.searching:
             raise UserError("scales are searched still: freeze_scales() makes constants of them")
         mults = {
-            name: held.block.grad_mult({own: s.detach().double() for own, s in held.scales.items()}, degree=1).beside(
+            name: held.block.grad_mult({own: s.detach().double() for own, s in held.scales.items()}, degree=1).to_like(
                 self._kernels[name]
             )
             for name, held in self.branches.items()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from repopt.csla import GradMult
 from repopt.optim.adam import check_betas
@@ -31,11 +32,13 @@ class RepLion(RepOptimizer):
         check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, grad_mults, implementation)
 
-    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
 
+    @override
     @staticmethod
-    def direction(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:  # noqa: D102
+    def compute_update(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
         beta1, beta2 = hyper["betas"]
         mean = state["exp_avg"]
         update = (beta1 * mean + (1 - beta1) * gradient).sign()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from repopt.csla import GradMult
 from repopt.errors import UserError
@@ -21,7 +22,7 @@ class RepRMSprop(RepOptimizer):
     """
 
     degree: ClassVar[int] = 0
-    counts_steps: ClassVar[bool] = True  # only because torch's keeps the number in its state
+    uses_step: ClassVar[bool] = True  # only because torch's keeps the number in its state
 
     def __init__(
         self,
@@ -50,12 +51,14 @@ class RepRMSprop(RepOptimizer):
         }
         super().__init__(params, defaults, grad_mults, implementation)
 
-    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         momentum = ["momentum_buffer"] if group["momentum"] else []
         return ("square_avg", *momentum, *(["grad_avg"] if group["centered"] else []))
 
+    @override
     @staticmethod
-    def direction(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:  # noqa: D102
+    def compute_update(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
         alpha, square = hyper["alpha"], state["square_avg"]
         square.mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
         if hyper["centered"]:

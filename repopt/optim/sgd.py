@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from repopt.csla import GradMult
 from repopt.errors import UserError
@@ -17,7 +18,7 @@ class RepSGD(RepOptimizer):
     """`torch.optim.SGD` with Grad Mults; arguments and state as there. See `RepOptimizer` for the others."""
 
     degree: ClassVar[int] = 1
-    at_first: ClassVar[Hyper] = {"dampening": 0.0}  # the first gradient becomes the buffer
+    first_step_overrides: ClassVar[Hyper] = {"dampening": 0.0}  # the first gradient becomes the buffer
 
     def __init__(
         self,
@@ -42,11 +43,13 @@ class RepSGD(RepOptimizer):
         }
         super().__init__(params, defaults, grad_mults, implementation)
 
-    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: D102
+    @override
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
+    @override
     @staticmethod
-    def direction(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:  # noqa: D102
+    def compute_update(gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
         if not hyper["momentum"]:
             return gradient
         buffer = state["momentum_buffer"]

@@ -1,7 +1,7 @@
 """One parameter's step under Grad Mults, from what an update rule says: pure functions on tensors.
 
-    degree 1 (SGD):            gradient -> M -> weight decay -> direction -> learning rate
-    degree 0 (Adam, Lion ...): gradient -> direction -> M -> decoupled weight decay -> learning rate
+    degree 1 (SGD):            gradient -> M -> weight decay -> update rule -> learning rate
+    degree 0 (Adam, Lion ...): gradient -> update rule -> M -> decoupled weight decay -> learning rate
 
 The multiplier comes before weight decay and momentum where the rule is linear, so that both act on the kernel as they
 act on the branches; where the rule normalises the gradient, it comes after that.
@@ -22,24 +22,25 @@ from repopt.errors import UserError
 State = dict[str, Tensor]
 Hyper = Mapping[str, Any]
 
-FROM_SCALER = ("found_inf", "grad_scale")  # not 0: leave the step out; and what gradients are multiples of
+GRAD_SCALER_KEYS = ("found_inf", "grad_scale")  # not 0: skip the step; and the factor in the gradients
+CHUNK_NUMEL = 2**18  # entries: the temporaries of a chunk stay in a CPU's cache, and peak memory stays low
 
 
 class Rule(NamedTuple):
     """An elementwise update rule.
 
     Attributes:
-        direction: ``direction(gradient, state, hyper)``: what is subtracted, times the learning rate. It updates the
+        compute_update: ``u(gradient, state, hyper)`` gives what is subtracted, times the learning rate. It updates the
             tensors of `state` in place and leaves the gradient alone.
-        degree: of homogeneity, ``direction(c g) = sign(c) |c|^d direction(g)``.
+        degree: of homogeneity, ``u(c g) = sign(c) |c|^d u(g)``.
     """
 
-    direction: Callable[[Tensor, State, Hyper], Tensor]
+    compute_update: Callable[[Tensor, State, Hyper], Tensor]
     degree: int
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class ParamSlot:
     """A parameter and what belongs to it, where they are in memory; the same object from step to step.
 
     Attributes:
@@ -53,18 +54,18 @@ class Place:
     state: State
 
 
-class Task(NamedTuple):
+class ParamUpdate(NamedTuple):
     """What a step does to one parameter.
 
     Attributes:
-        place: the parameter.
+        slot: the parameter.
         gradient: of its shape.
         constants: hyper-parameters of the parameter's group, ``weight_decay`` among them.
         scalars: what changes from step to step, ``lr`` among them: numbers, or tensors of no dimension. Those of
-            `FROM_SCALER` are there where a GradScaler gives them. Parameters that have all alike share one object.
+            `GRAD_SCALER_KEYS` are there where a GradScaler gives them. Parameters that have all alike share one object.
     """
 
-    place: Place
+    slot: ParamSlot
     gradient: Tensor
     constants: Hyper
     scalars: Hyper
@@ -73,7 +74,7 @@ class Task(NamedTuple):
 def apply(
     rule: Rule, param: Tensor, gradient: Tensor, mult: Callable[[Tensor], Tensor] | None, state: State, hyper: Hyper
 ) -> None:
-    """Update a parameter and its state in place (see `Place` and `Task`; `hyper` holds constants and scalars)."""
+    """Update a parameter and its state in place (see `ParamSlot`, `ParamUpdate`; `hyper`: constants and scalars)."""
     lr, decay, skips = hyper["lr"], hyper["weight_decay"], hyper.get("found_inf")
     before = [] if skips is None else [tensor.clone() for tensor in (param, *state.values())]
     if hyper.get("grad_scale") is not None:
@@ -83,9 +84,9 @@ def apply(
             gradient = mult(gradient)
         if decay:
             gradient = gradient + decay * param
-        param.sub_(lr * rule.direction(gradient, state, hyper))
+        param.sub_(lr * rule.compute_update(gradient, state, hyper))
     else:
-        update = rule.direction(gradient, state, hyper)
+        update = rule.compute_update(gradient, state, hyper)
         if mult is not None:
             update = mult(update)
         if decay:
@@ -96,17 +97,14 @@ def apply(
             torch.where(skips.bool(), old, tensor, out=tensor)
 
 
-PIECE = 2**18  # entries: the temporaries of a piece stay in a CPU's cache, and peak memory stays low
-
-
-def eager_update(rule: Rule, tasks: list[Task]) -> None:
-    """One task after the other, on CPUs large parameters in pieces of some filters."""
-    for place, gradient, constants, scalars in tasks:
-        param, mult, state, hyper = place.param, place.mult, place.state, {**constants, **scalars}
-        if param.numel() <= PIECE or param.device.type != "cpu":
+def eager_update(rule: Rule, updates: list[ParamUpdate]) -> None:
+    """Do one update after the other, on CPUs large parameters in chunks of some filters."""
+    for slot, gradient, constants, scalars in updates:
+        param, mult, state, hyper = slot.param, slot.mult, slot.state, {**constants, **scalars}
+        if param.numel() <= CHUNK_NUMEL or param.device.type != "cpu":
             apply(rule, param, gradient, mult, state, hyper)
             continue
-        count = max(1, PIECE // param[0].numel())
+        count = max(1, CHUNK_NUMEL // param[0].numel())
         for start in range(0, len(param), count):
             rows = slice(start, start + count)
             part = None if mult is None else mult.rows(start, start + count)
@@ -116,33 +114,35 @@ def eager_update(rule: Rule, tasks: list[Task]) -> None:
 def check_degree(name: str, rule: Rule, state_names: tuple[str, ...], hyper: Hyper) -> None:
     """Refuse a rule that is not what it says: elementwise, and homogeneous of its degree (of degree 1: linear).
 
-    Its directions for some gradients are compared with those for the same multiplied entry by entry by constants of
-    both signs; and, of degree 1, where weight decay is added to the gradient, those for a sum with the sum of those.
-    The gradients are large, so that epsilon has no say.
+    Its updates for some gradients are compared with those for the same multiplied entry by entry by constants of both
+    signs; and, of degree 1, where weight decay is added to the gradient, those for a sum with the sum of those. The
+    gradients are large, so that epsilon has no say.
 
     Raises:
         UserError: the equivalence does not hold for this rule.
     """
-    generator, on_cpu = torch.Generator("cpu").manual_seed(0), {"dtype": torch.float64, "device": "cpu"}
-    steps, shape = 3, (4, 3)
-    gradients, others = 1e8 * torch.randn(2, steps, *shape, generator=generator, **on_cpu)
-    constants = torch.randn(shape, generator=generator, **on_cpu)
+    generator, steps, shape = torch.Generator("cpu").manual_seed(0), 3, (4, 3)
 
-    def directions(gradients: Tensor) -> Tensor:
-        state = {key: torch.zeros(shape, **on_cpu) for key in state_names}
-        return torch.stack([rule.direction(gradient, state, hyper).clone() for gradient in gradients])
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
 
-    plain = directions(gradients)
-    holds = _equal(directions(constants * gradients), constants.sign() * constants.abs() ** rule.degree * plain)
+    gradients, others = 1e8 * draw(2, steps, *shape)
+    constants = draw(*shape)
+
+    def updates(gradients: Tensor) -> Tensor:
+        state = {key: torch.zeros_like(constants) for key in state_names}
+        return torch.stack([rule.compute_update(gradient, state, hyper).clone() for gradient in gradients])
+
+    def equal(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    plain = updates(gradients)
+    holds = equal(updates(constants * gradients), constants.sign() * constants.abs() ** rule.degree * plain)
     if rule.degree == 1:
-        holds = holds and _equal(directions(gradients + others), plain + directions(others))
+        holds = holds and equal(updates(gradients + others), plain + updates(others))
     if not holds:
         raise UserError(
             f"{name} cannot be re-parameterized: it is not elementwise and homogeneous of degree {rule.degree}, as "
             "it says, so a plain network would not follow the CSLA network (nor does it under Muon, LARS, LAMB or "
             "Adafactor)"
         )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from typing_extensions import override
 from repopt.checkpoint import load_weights
 from repopt.deploy import deploy
 from repopt.errors import UserError, one_line, unknown
-from repopt.layers import Around
+from repopt.layers import ModuleWrapper
 from repopt.quantization import graph as graphs
 from repopt.quantization.presets import AVERAGED_BATCHES, FakeQuantizedActivation, find_preset
 from repopt.reparam import declared_blocks
@@ -27,25 +27,27 @@ MAX_BATCH = 65_535  # images in a batch of an exported network: with more, a GPU
 _METHODS = ("ptq", "qat")
 
 
-class PreparedModel(Around):
+class PreparedModel(ModuleWrapper):
     """A network exported for quantization, (N, C, H, W) -> (N, num_classes), H and W fixed; its ranges are observed.
 
-    With `fake` it computes as the INT8 network will, and is trained (QAT): its parameters are those of `around`, and in
-    training mode it observes activations, while an evaluation leaves their ranges as they are. Without, it computes in
-    float and observes all that it sees (PTQ).
+    With `fake` it computes as the INT8 network will, and is trained (QAT): its parameters are those of
+    `wrapped_module`, and in training mode it observes activations, while an evaluation leaves their ranges as they are.
+    Without, it computes in float and observes all that it sees (PTQ).
 
     Args:
         graph: prepared by torchao.
-        around: the network that was exported.
+        wrapped_module: the network that was exported.
         example: an input, (1, C, H, W).
         fake: whether it is for QAT.
     """
 
-    def __init__(self, graph: fx.GraphModule, around: nn.Module, example: Tensor, *, fake: bool) -> None:
-        super().__init__(around)
+    def __init__(self, graph: fx.GraphModule, wrapped_module: nn.Module, example: Tensor, *, fake: bool) -> None:
+        super().__init__(wrapped_module)
         own = dict(graph.named_parameters())
         if fake:
-            assert all(own[name] is param for name, param in around.named_parameters()), "torchao copied parameters"
+            assert all(own[name] is param for name, param in wrapped_module.named_parameters()), (
+                "torchao copied parameters"
+            )
         self.network, self.fake = graph, fake
         example = torch.zeros_like(example, memory_format=torch.contiguous_format)
         self.register_buffer("example", example, persistent=False)
@@ -61,7 +63,7 @@ class PreparedModel(Around):
         The ranges of weights are always those of the present weights.
         """
         self._switch(mode)
-        for observer in self._of_activations():
+        for observer in self._activation_quantizers():
             (pt2e.enable_observer if mode else pt2e.disable_observer)(observer)
         return self
 
@@ -83,10 +85,10 @@ class PreparedModel(Around):
 
     def average_over(self, batches: float) -> None:
         """Let the next batch count as one of so many in the ranges of activations, where they are averages."""
-        for observer in self._of_activations():
+        for observer in self._activation_quantizers():
             observer.activation_post_process.averaging_constant = 1 / batches
 
-    def _of_activations(self) -> Iterator[Any]:
+    def _activation_quantizers(self) -> Iterator[Any]:
         yield from (module for module in self.network.modules() if isinstance(module, FakeQuantizedActivation))
 
 

@@ -89,23 +89,23 @@ def sole_user_in(node: fx.Node, operations: tuple[Any, ...]) -> fx.Node:
 
 def argument(node: fx.Node, name: str) -> Any:
     """Return an argument of an operation by its name in the schema."""
-    place, default = _declared(node)[name]
-    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+    index, default = _declared(node)[name]
+    return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Set an argument of an operation by its name in the schema."""
-    place, _ = _declared(node)[name]
-    if place < len(node.args):
-        node.update_arg(place, value)
+    index, _ = _declared(node)[name]
+    if index < len(node.args):
+        node.update_arg(index, value)
     else:
         node.update_kwarg(name, value)
 
 
 def _declared(node: fx.Node) -> dict[str, tuple[int, Any]]:
-    """Return the place and the default value of an operation's arguments by name."""
+    """Return the index and the default value of an operation's arguments by name."""
     declared = node.target._schema.arguments  # type: ignore[union-attr]  # of an operation it is an OpOverload
-    return {item.name: (place, item.default_value) for place, item in enumerate(declared)}
+    return {item.name: (index, item.default_value) for index, item in enumerate(declared)}
 
 
 def value_of(graph: fx.GraphModule, value: Any) -> Any:

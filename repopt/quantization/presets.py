@@ -21,7 +21,7 @@ class Preset:
     """How numbers become integers.
 
     Attributes:
-        meaning: in a line.
+        meaning: description in a line.
         activations, weights: ranges of the integers; a range around 0 is symmetric, one from 0 on is affine.
         per_channel: whether every output channel's weights have a scale of their own.
         histogram: whether PTQ chooses the activations' range by their histogram, instead of from min to max.

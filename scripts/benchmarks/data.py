@@ -30,7 +30,7 @@ from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave
 from data.classification import ClassificationDataset
 from data.decode import to_pixels
-from data.decoded import Collate, raise_on_bad
+from data.decoded import collate, raise_on_bad
 from data.on_device import Normalize
 from data.registry import IMAGENET_MEAN, IMAGENET_STD, FileSpec, InMemorySpec
 from data.resident import InMemoryDataset, InMemoryLoader, RandomCropFlip
@@ -51,6 +51,9 @@ class InMemory:
 
     def __init__(self, encoded: list[bytes]) -> None:
         self.encoded, self.labels = encoded, torch.arange(len(encoded))
+
+    def __len__(self) -> int:
+        return len(self.encoded)
 
     def read(self, index: int) -> bytes:
         """The encoded bytes of one image."""
@@ -145,14 +148,14 @@ def torchvision_v2() -> Callable[[bytes], Tensor]:
 def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Callable[[], Tensor]:
     """The next batch, as a worker of our loader makes it; or as it arrives at the training."""
     dataset, indices, epochs = decoded(InMemory(encoded), preset), batches(len(encoded)), itertools.count()
-    collate, cpu = Collate(raise_on_bad), torch.device("cpu")
+    cpu = torch.device("cpu")
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, cpu, torch.contiguous_format)
 
     def step() -> Tensor:
         epoch = next(epochs)  # other crops and operations every time, as the textbook's generators give
-        batch, _ = collate(dataset.__getitems__([(epoch, index) for index in next(indices)]))
+        batch = collate(dataset.__getitems__([(epoch, index) for index in next(indices)]), raise_on_bad)
         assert not isinstance(batch, UserError)
-        images = batch[0].permute(0, 3, 1, 2)
+        images = batch[0][0].permute(0, 3, 1, 2)
         return normalize(images) if normalised else images
 
     return step
@@ -212,7 +215,7 @@ def workers(root: Path, rounds: Rounds) -> list[Row]:
         loaders[str(count)] = DataLoader(
             decoded(images, "raug15"),
             batch_sampler=epoch,
-            collate_fn=Collate(raise_on_bad),
+            collate_fn=functools.partial(collate, on_bad=raise_on_bad),
             num_workers=count,
             persistent_workers=True,
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import _root
 import numpy as np
 import torch
-from demo import EPOCHS, FAMILIES, DemoRun
+from demo import EPOCHS, FAMILIES, demo_run
 from runs import epochs_of
 from torch.profiler import ProfilerActivity, profile
 
@@ -150,7 +150,7 @@ def digits(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tabl
     with tempfile.TemporaryDirectory() as folder:
         family = FAMILIES["vgg"]._replace(folder=Path(folder))
         for name, mode in {"hyper-search": "hs", "plain network": "target"}.items():
-            trained = DemoRun(family, mode)
+            trained = demo_run(family, mode)
             if main_repopt.main([*trained.command, "TRAIN.EPOCHS", str(arguments.epochs)]) != EXIT_DONE:
                 raise UserError(f"the training on digits has failed ({name})")
             epochs = epochs_of(trained.folder)

@@ -17,18 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # scripts/
-import _root
-from downstream.command import train_and_draw
+from downstream.command import program_of, train_and_draw
 
-from train.command import Program
-from train.keys import DETECT, flags_of
+from train.keys import DETECT
 
-PROGRAM = Program(
+PROGRAM = program_of(
+    DETECT,
     "detect.py",
     "Train and evaluate detection (Faster, Mask or Cascade Mask R-CNN) on a backbone of ours.",
-    flags_of(DETECT),
-    recipe=str(_root.ROOT / "configs" / "coco" / "detect.yaml"),
-    task=DETECT,
+    "coco/detect.yaml",
 )
 
 

@@ -23,13 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; 0, or 2 after a mistake of the user, which is one line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", nargs="?", default=scenes.DEFAULT, help="default: %(default)s")
-    arguments = parser.parse_args(argv)
-
-    def command() -> None:
-        folder = scenes.find(arguments.folder)
-        print(f"{folder}: {scenes.NUM_TRAIN} scenes to train on, {scenes.NUM_VAL} to test")
-
-    return run_command("make_scenes.py", command)
+    given = parser.parse_args(argv).folder
+    counts = f"{scenes.NUM_TRAIN} scenes to train on, {scenes.NUM_VAL} to test"
+    return run_command("make_scenes.py", lambda: print(f"{scenes.find(given)}: {counts}"))
 
 
 if __name__ == "__main__":

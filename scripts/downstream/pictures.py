@@ -10,6 +10,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from yacs.config import CfgNode
 
@@ -19,7 +20,7 @@ from repopt import checkpoint, segmentation
 from train import tasks
 from train.distributed import World
 from train.files import PREDICTIONS
-from train.keys import DETECT, SEGMENT
+from train.keys import DETECT
 from train.placement import to_device
 from train.tasks.base import source_of
 
@@ -28,6 +29,7 @@ MIN_SCORE = 0.5  # of a box that is shown
 MIN_SIDE = 320  # pixels of the longer side of an image, so that labels can be read
 FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 PALETTE = [tuple(color) for color in matplotlib.colormaps["tab20"](range(20), bytes=True)[:, :3].tolist()]  # by class
+BOXES: dict[str, Any] = {"width": 2, "font": FONT, "font_size": 20, "label_colors": "white", "fill_labels": True}
 
 Rows = dict[str, list[Tensor]]  # uint8 (3, H, W) by what they show
 
@@ -40,7 +42,8 @@ def draw(cfg: CfgNode) -> None:
     model = to_device(task.network(), here)
     path = cfg.MODEL.RESUME if cfg.EVAL_MODE else Path(cfg.OUTPUT, "latest.pth")
     repopt.load_weights(model, checkpoint.state_dict_of(checkpoint.read(path)))
-    rows = DRAWN[cfg.TASK](cfg, model.eval(), task.eval_loader(split="val", max_images=IMAGES))
+    batches = task.eval_loader(split="val", max_images=IMAGES)
+    rows = (detected if cfg.TASK == DETECT else segmented)(cfg, model.eval(), batches)
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(2.4 * columns, 2.6 * len(rows)))
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -60,58 +63,51 @@ def segmented(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Tensor, Te
     rows: Rows = {"image": [], "labels": [], "prediction": []}
     for images, labels in batches:
         predicted = segmentation.predict(model, images, cfg.SEGMENT.WINDOW, cfg.SEGMENT.STRIDE).argmax(1)
-        for image, label, prediction in zip(images.cpu(), labels.cpu(), predicted.cpu(), strict=True):
+        for image, *maps in zip(images.cpu(), labels.cpu(), predicted.cpu(), strict=True):
             picture = (255 * (image * std + mean)).round().clamp(0, 255).byte()
-            rows["image"].append(picture)
-            rows["labels"].append(colored(picture, label, len(source.class_names)))
-            rows["prediction"].append(colored(picture, prediction, len(source.class_names)))
+            colored = [_colored(picture, classes, len(source.class_names)) for classes in maps]
+            for row, drawn in zip(rows.values(), (picture, *colored), strict=True):
+                row.append(drawn)
     return rows
 
 
-def colored(picture: Tensor, label: Tensor, classes: int) -> Tensor:
+def _colored(picture: Tensor, label: Tensor, classes: int) -> Tensor:
     """Return a picture with a colour over every pixel of a class; label (H, W)."""
     masks = torch.stack([label == index for index in range(classes)])
-    return draw_segmentation_masks(picture, masks, alpha=0.7, colors=colors_of(range(classes)))
+    return draw_segmentation_masks(picture, masks, alpha=0.7, colors=_colors_of(range(classes)))
 
 
 def detected(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> Rows:
     """Return images with the objects in them, and with those that are found."""
     source = data.Detection(source_of(cfg))
     truth = source.ground_truth
-    rows: Rows = {"objects": [], f"found (score of {MIN_SCORE} and more)": []}
-    there, found = rows.values()
+    there, found = [], []
     for images, targets in batches:
         for image, target, output in zip(images, targets, model(images), strict=True):
             picture = (255 * image).round().byte().cpu()
             objects = truth.loadAnns(truth.getAnnIds(imgIds=[int(target["image_id"])]))
-            boxes = torch.tensor([thing["bbox"] for thing in objects]).view(-1, 4)
-            labels = [source.category_ids.index(thing["category_id"]) for thing in objects]
-            there.append(
-                boxed(picture, torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels, source.class_names)
-            )
+            boxes = box_convert(torch.tensor([thing["bbox"] for thing in objects]).view(-1, 4), "xywh", "xyxy")
+            classes = [source.category_ids.index(thing["category_id"]) for thing in objects]
+            there.append(_boxed(picture, boxes, classes, source.class_names))
             sure = output["scores"] >= MIN_SCORE
             classes = (output["labels"][sure] - 1).tolist()
             if "masks" in output and sure.any():
                 masks = output["masks"][sure, 0].cpu() > 0.5
-                picture = draw_segmentation_masks(picture, masks, alpha=0.6, colors=colors_of(classes))
-            found.append(boxed(picture, output["boxes"][sure].cpu(), classes, source.class_names))
-    return rows
+                picture = draw_segmentation_masks(picture, masks, alpha=0.6, colors=_colors_of(classes))
+            found.append(_boxed(picture, output["boxes"][sure].cpu(), classes, source.class_names))
+    return {"objects": there, f"found (score of {MIN_SCORE} and more)": found}
 
 
-def boxed(picture: Tensor, boxes: Tensor, classes: Sequence[int], class_names: Sequence[str]) -> Tensor:
+def _boxed(picture: Tensor, boxes: Tensor, classes: Sequence[int], class_names: Sequence[str]) -> Tensor:
     """Return a picture, enlarged where it is small, with boxes (N, 4) and the names of their classes."""
     times = -(-MIN_SIDE // max(picture.shape[1:]))
     picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
     if not len(boxes):
         return picture
-    options: dict[str, Any] = {"width": 2, "font": FONT, "font_size": 20, "label_colors": "white", "fill_labels": True}
-    chosen = [class_names[index] for index in classes]
-    return draw_bounding_boxes(picture, times * boxes, chosen, colors_of(classes), **options)
+    names = [class_names[index] for index in classes]
+    return draw_bounding_boxes(picture, times * boxes, names, _colors_of(classes), **BOXES)
 
 
-def colors_of(classes: Iterable[int]) -> list[tuple[int, ...]]:
+def _colors_of(classes: Iterable[int]) -> list[tuple[int, ...]]:
     """Return the colour of every class."""
     return [PALETTE[index % len(PALETTE)] for index in classes]
-
-
-DRAWN = {SEGMENT: segmented, DETECT: detected}

@@ -17,18 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # scripts/
-import _root
-from downstream.command import train_and_draw
+from downstream.command import program_of, train_and_draw
 
-from train.command import Program
-from train.keys import SEGMENT, flags_of
+from train.keys import SEGMENT
 
-PROGRAM = Program(
+PROGRAM = program_of(
+    SEGMENT,
     "segment.py",
     "Train and evaluate semantic segmentation (UPerNet) on a backbone of ours.",
-    flags_of(SEGMENT),
-    recipe=str(_root.ROOT / "configs" / "cityscapes" / "segment.yaml"),
-    task=SEGMENT,
+    "cityscapes/segment.yaml",
 )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.report import as_table, environment
+from benchmarks.report import environment
 
 from reproduction import paper
 from reproduction.experiment import Cell, Experiment
@@ -37,15 +37,10 @@ def build_result(
         runs: that it shows, by training.
         folder: into which a figure is drawn.
     """
-    rows = [
-        {
-            "labels": [*map(_words, row.labels)],
-            "cells": [
-                _cell(cell, column, experiment.of_paper(row, column), runs) for column, cell in row.cells.items()
-            ],
-        }
-        for row in experiment.rows
-    ]
+    rows = []
+    for row in experiment.rows:
+        cells = [_cell(cell, column, experiment.of_paper(row, column), runs) for column, cell in row.cells.items()]
+        rows.append({"labels": [*map(_words, row.labels)], "cells": cells})
     pictures = []
     if experiment.draw:
         file = f"{name.replace(' ', '')}.png"
@@ -62,7 +57,7 @@ def build_result(
         "orderings": orderings(rows),
         "pictures": pictures,
         "runs": {training.name: [str(run.folder) for run in own] for training, own in runs.items()},
-        "commands": [run.shell_line(run.training.gpus if scale == "full" else 0) for run in every],
+        "commands": [run.shell_line(scale) for run in every],
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
 
@@ -88,7 +83,7 @@ def _cell(cell: Cell, column: str, there: Any, runs: Mapping[Training, Sequence[
 
 
 def _words(value: Any) -> str | None:
-    """A cell of the paper or a setting as it is shown; None where there is none."""
+    """Return a cell of the paper or a setting as it is shown; None where there is none."""
     if value is None:
         return None
     if isinstance(value, bool):
@@ -96,28 +91,41 @@ def _words(value: Any) -> str | None:
     return ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
 
 
+def side_by_side(
+    content: Content, shown: Callable[[Content], tuple[str | None, str | None]]
+) -> tuple[list[str], list[list[str | None]]]:
+    """Return the columns and the rows of a table: the paper's numbers, and behind each what is shown of a cell.
+
+    Args:
+        content: a result.
+        shown: returns this run's number and its difference from the paper's.
+    """
+    quantities = [cell["quantity"] for cell in content["rows"][0]["cells"]]
+    columns = [text for name in quantities for text in (f"{name}: paper", "this run", "difference")]
+    rows = [
+        [*row["labels"], *(text for cell in row["cells"] for text in (cell["paper"], *shown(cell)))]
+        for row in content["rows"]
+    ]
+    return [*content["labels"], *columns], rows
+
+
 def table_of(content: Content) -> str:
-    """The table as Markdown: the paper, this run, and the difference."""
-    rows = []
-    for row in content["rows"]:
-        shown = {name: label or "–" for name, label in zip(content["labels"], row["labels"], strict=True)}
-        for cell in row["cells"]:
-            shown[f"{cell['quantity']}: paper"] = cell["paper"]
-            shown["this run" + " " * len(shown)] = _measured(cell)  # columns have names of their own
-            shown["difference" + " " * len(shown)] = _number(cell["difference"], cell["decimals"], sign="+")
-        rows.append(shown)
-    return "\n".join(" ".join(line.split()) for line in as_table(rows).splitlines())
+    """Return the table as Markdown: the paper, this run, and the difference."""
+    columns, rows = side_by_side(content, lambda cell: (_measured(cell), _number(cell["difference"], cell, sign="+")))
+    lines = ["| " + " | ".join(text or "–" for text in row) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
 def _measured(cell: Content) -> str | None:
     if not isinstance(cell["mean"], int | float):
         return cell["mean"]
-    mean = _number(cell["mean"], cell["decimals"])
-    return mean if cell["std"] is None else f"{mean} ± {_number(cell['std'], cell['decimals'])}"
+    spread = "" if cell["std"] is None else f" ± {_number(cell['std'], cell)}"
+    return f"{_number(cell['mean'], cell)}{spread}"
 
 
-def _number(value: float | None, decimals: int, sign: str = "") -> str | None:
-    return None if value is None else f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"  # no minus before zero
+def _number(value: float | None, cell: Content, sign: str = "") -> str | None:
+    """Return a number with the decimals of a cell, and no minus before zero."""
+    return None if value is None else f"{round(value, cell['decimals']) + 0.0:{sign}.{cell['decimals']}f}"
 
 
 def orderings(rows: Sequence[Content]) -> list[str]:
@@ -127,12 +135,10 @@ def orderings(rows: Sequence[Content]) -> list[str]:
     the difference of two single runs.
     """
     texts = []
-    columns = dict.fromkeys(cell["quantity"] for row in rows for cell in row["cells"] if cell["ordered"])
-    for column in columns:
+    for column in dict.fromkeys(cell["quantity"] for row in rows for cell in row["cells"] if cell["ordered"]):
         alike, close, opposite = 0, 0, []
-        for (name, mean, std, there), (name_2, mean_2, std_2, there_2) in itertools.combinations(
-            _numbers(rows, column), 2
-        ):
+        for one, two in itertools.combinations(_numbers(rows, column), 2):
+            (name, mean, std, there), (name_2, mean_2, std_2, there_2) = one, two
             if there == there_2:
                 continue
             if abs(mean - mean_2) <= math.hypot(std, std_2):
@@ -140,8 +146,7 @@ def orderings(rows: Sequence[Content]) -> list[str]:
             elif (mean > mean_2) == (there > there_2):
                 alike += 1
             else:
-                higher, lower = (name, name_2) if mean > mean_2 else (name_2, name)
-                opposite.append(f"{higher} above {lower}")
+                opposite.append(f"{name} above {name_2}" if mean > mean_2 else f"{name_2} above {name}")
         if pairs := alike + close + len(opposite):
             text = f"{column}: of {pairs} pairs of rows {alike} are ordered as in the paper, {close} are closer than "
             text += f"their spread, {len(opposite)} are the other way round"
@@ -150,7 +155,7 @@ def orderings(rows: Sequence[Content]) -> list[str]:
 
 
 def _numbers(rows: Sequence[Content], column: str) -> Iterator[tuple[str, float, float, float]]:
-    """Name, mean, deviation and the paper's number of every row that has them in this column."""
+    """Yield name, mean, deviation and the paper's number of every row that has them in this column."""
     for row in rows:
         for cell in row["cells"]:
             there = paper.number(cell["paper"])

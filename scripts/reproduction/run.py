@@ -68,7 +68,7 @@ class Training:
 
     Attributes:
         name: of its runs.
-        arch: of main_repopt.py; None: that of `of`.
+        arch: of main_repopt.py; empty: that of `of`.
         cfg: recipe.
         kind: how it is run.
         settings: keys and values over the recipe.
@@ -80,7 +80,7 @@ class Training:
     """
 
     name: str
-    arch: str | None
+    arch: str = ""
     cfg: str | None = None
     kind: Kind = TRAIN
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -116,13 +116,12 @@ class ExperimentRun:
     def plan(cls, training: Training, seeds: Sequence[int], output: Path) -> list[ExperimentRun]:
         """Return the runs of a training: one per seed, or one in all."""
 
-        def run(of: Training | None, seed: int) -> ExperimentRun | None:
-            if of is None:
-                return None
-            seed = seeds[0] if of.once else seed
-            return cls(of, seed, output, run(of.scales, seed), run(of.of, seed))
+        def run(training: Training, seed: int) -> ExperimentRun:
+            seed = seeds[0] if training.once else seed
+            scales, of = (before and run(before, seed) for before in (training.scales, training.of))
+            return cls(training, seed, output, scales, of)
 
-        return list(dict.fromkeys(found for seed in seeds if (found := run(training, seed))))
+        return list(dict.fromkeys(run(training, seed) for seed in seeds))
 
     @property
     def kind(self) -> Kind:
@@ -130,30 +129,29 @@ class ExperimentRun:
         return self.training.kind
 
     @property
-    def needs(self) -> list[ExperimentRun]:
-        """Runs that come before it."""
-        return [run for run in (self.scales, self.of) if run is not None]
-
-    @property
     def script(self) -> str:
         """The script that does it."""
         return self.kind.script
 
     @property
+    def needs(self) -> list[ExperimentRun]:
+        """Runs that come before it."""
+        return [run for run in (self.scales, self.of) if run is not None]
+
+    @property
     def arch(self) -> str:
         """The architecture, as main_repopt.py names it."""
-        arch = self.training.arch or (self.of.arch if self.of else None)
-        assert arch is not None
-        return arch
+        return self.training.arch or (self.of.arch if self.of else "")
+
+    @property
+    def tag(self) -> str:
+        """The name of its folder."""
+        return f"{self.training.name}-seed{self.seed}"
 
     @property
     def folder(self) -> Path:
         """The folder into which it writes."""
-        return self.output / self.arch / self._tag
-
-    @property
-    def _tag(self) -> str:
-        return f"{self.training.name}-seed{self.seed}"
+        return self.output / self.arch / self.tag
 
     @property
     def result(self) -> Path:
@@ -165,8 +163,8 @@ class ExperimentRun:
         """Arguments of its script; the data's folder is the name of an environment variable, "$IMAGENET"."""
         if self.kind is SPEED:
             return [*self.training.arguments, "--json", str(self.result)]
-        arguments = [*(("--cfg", self.training.cfg) if self.training.cfg else ()), "--arch", self.arch]
-        arguments += ["--tag", self._tag, "--output", str(self.output)]
+        arguments = ["--cfg", self.training.cfg] if self.training.cfg else []
+        arguments += ["--arch", self.arch, "--tag", self.tag, "--output", str(self.output)]
         if self.of is not None:
             arguments += [*self.kind.flags, str(self.of.folder / "latest.pth")]
         if self.kind is THROUGHPUT:
@@ -191,17 +189,10 @@ class ExperimentRun:
         Raises:
             UserError: its folder is that of a run with other settings.
         """
-        self._check_settings()
-        return self.result.is_file()
-
-    def _check_settings(self) -> None:
-        path = self.folder / CONFIG
-        if not path.is_file():
-            return
         try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            return  # it was being written
+            before = json.loads((self.folder / CONFIG).read_text())
+        except (FileNotFoundError, ValueError):  # not begun; being written
+            return self.result.is_file()
         cfg, given = config.parse(self.command, self.kind.program)
         for key in sorted(given - _OF_PLACES):
             then, now = config.lookup(before, key), config.lookup(cfg, key)
@@ -210,9 +201,10 @@ class ExperimentRun:
                     f"{str(self.folder)!r} holds a run with other settings ({key} was {shown(then)} and is {now!r} "
                     "now): delete it, or give another --output"
                 )
+        return self.result.is_file()
 
     def with_folders(self) -> list[str]:
-        """The command with the folders of data sets in it.
+        """Return the command with the folders of data sets in it.
 
         Raises:
             UserError: an environment variable that it needs is not set.
@@ -222,9 +214,14 @@ class ExperimentRun:
                 raise UserError(f"where is the data set of {self.training.name!r}? Set {name} to its folder")
         return [os.environ[a[1:]] if a.startswith("$") else a for a in self.command]
 
-    def shell_line(self, gpus: int) -> str:
-        """The command as it is typed: on so many GPUs, or without for 0."""
-        launcher = f"torchrun --standalone --nproc_per_node {gpus}" if gpus and not self.kind.alone else "python"
+    def gpus(self, scale: str) -> int:
+        """Return how many it takes."""
+        return self.training.gpus if scale == "full" else 0
+
+    def shell_line(self, scale: str) -> str:
+        """Return the command as it is typed."""
+        gpus = 0 if self.kind.alone else self.gpus(scale)
+        launcher = f"torchrun --standalone --nproc_per_node {gpus}" if gpus else "python"
         words = [f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in self.command]
         return " ".join([launcher, self.script, *words])
 
@@ -238,9 +235,8 @@ class ExperimentRun:
 
 
 def with_needs(runs: Sequence[ExperimentRun]) -> list[ExperimentRun]:
-    """These runs and all that come before them, each once, in an order in which they can be run."""
+    """Return these runs and all that come before them, each once, in an order in which they can be run."""
     ordered: dict[ExperimentRun, None] = {}
     for run in runs:
-        for needed in (*with_needs(run.needs), run):
-            ordered.setdefault(needed)
+        ordered.update(dict.fromkeys([*with_needs(run.needs), run]))
     return list(ordered)

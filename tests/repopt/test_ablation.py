@@ -64,7 +64,7 @@ def test_a_search_at_other_strides_is_the_same_network_on_larger_maps(name, mode
             assert feature.shape[1:] == (info["num_chs"], 64 // info["reduction"], 64 // info["reduction"])
     assert (model.feature_info[-1]["reduction"], other.feature_info[-1]["reduction"]) == (32, 4)
     if mode == "hs":
-        assert repopt.fit_scales(create(name), repopt.extract_scales(other))
+        assert repopt.bind(create(name), repopt.extract_scales(other)).scales
 
 
 @pytest.mark.parametrize("strides", [(2, 2, 2, 2), (2, 2, 2, 2, 3), (2, 2, 2, 2, 2.0), (2, 2, 2, 2, True)])

@@ -12,7 +12,7 @@ from check_equivalency import BLOCKS, SETTINGS
 import repopt
 from repopt.layers import RepConv2d
 from repopt.optim import RULES, RepSGD
-from repopt.optim.compiled import MAX_PROGRAMS, tiles_of
+from repopt.optim.compiled import MAX_PROGRAMS, mult_layout
 
 WIDE = check_equivalency.Setup(  # 16 input channels: the tiled layout
     repopt.Block(repopt.Target("conv", (32, 32, 3, 3)), BLOCKS["3x3 + 1x1 + identity"].block.branches)
@@ -30,7 +30,7 @@ def network(channels_last):
 
 def scales_of(model):
     torch.manual_seed(1)
-    names = [f"{path}.{b.searched}.weight" for path, m in repopt.declared_blocks(model) for b in m.block.branches]
+    names = [f"{path}.{b.searched_name}.weight" for path, m in repopt.declared_blocks(model) for b in m.block.branches]
     sizes = [m.block.target.shape[0] for _, m in repopt.declared_blocks(model) for _ in m.block.branches]
     return {name: torch.randn(size, dtype=torch.float64) for name, size in zip(names, sizes, strict=True)}
 
@@ -74,9 +74,9 @@ def test_the_layout_is_the_multiplier(degree, channels_last):
     kernels = dict(model.named_parameters())
     for name, mult in repopt.grad_mults(model, scales_of(model), degree=degree).items():
         last = channels_last and not kernels[name].is_contiguous()
-        tiles = tiles_of(mult, channels_last=last)
+        layout = mult_layout(mult, channels_last=last)
         dense = mult.dense().movedim(1, -1) if last else mult.dense()
-        laid_out = tiles(torch.ones(tiles.shape, dtype=torch.float64))
+        laid_out = layout(torch.ones(layout.shape, dtype=torch.float64))
         torch.testing.assert_close(laid_out.reshape(-1), dense.reshape(-1), rtol=1e-15, atol=1e-15)
 
 
@@ -167,8 +167,8 @@ def test_small_outer_kernels_keep_their_precision():
         (repopt.ConvBranch("a", "s", size=7), repopt.ConvBranch("b", "t", size=5)),
     )
     mult = block.grad_mult({"s": torch.full((16,), 1e-3), "t": torch.full((16,), 1.1)}, 1)
-    tiles = tiles_of(mult, channels_last=False)
-    torch.testing.assert_close(tiles(torch.ones(tiles.shape)).view(mult.shape), mult.dense(), rtol=1e-6, atol=0)
+    layout = mult_layout(mult, channels_last=False)
+    torch.testing.assert_close(layout(torch.ones(layout.shape)).view(mult.shape), mult.dense(), rtol=1e-6, atol=0)
 
 
 def test_other_layouts_are_eager_and_it_says_so(warnings):
@@ -180,7 +180,7 @@ def test_other_layouts_are_eager_and_it_says_so(warnings):
         optimizer = RepSGD(
             [("odd", odd), ("even", even)], lr=0.1, momentum=0.9, grad_mults={}, implementation=implementation
         )
-        optimizer._bundles.gather = lambda tasks: tasks  # both are small, and would be done as one
+        optimizer._flat_params.flatten = lambda tasks: tasks  # both are small, and would be done as one
         for _ in range(3):
             odd.grad, even.grad = torch.ones_like(odd), torch.ones_like(even)
             optimizer.step()

@@ -20,7 +20,7 @@ from train_helpers import run_epoch
 import data
 import repopt
 from repopt import Block, ConvBranch, Declaration, IdentityBranch, Target, UserError
-from repopt.convert import registry
+from repopt.convert import model as registry
 from repopt.layers import MODES, batch_norm_as_affine
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "converting.md"
@@ -186,7 +186,7 @@ def test_blocks_stand_at_the_same_paths_in_all_modes(name):
     network = create(name)
     hs, csla, target = (repopt.convert_model(network, mode) for mode in MODES)
     scales = {key: torch.rand_like(value) + 0.5 for key, value in repopt.extract_scales(hs).items()}
-    assert repopt.fit_scales(target, scales).keys() == scales.keys()
+    assert repopt.bind(target, scales).scales.keys() == scales.keys()
     for model in (csla, target):
         torch.manual_seed(1)
         repopt.initialize(model, scales)

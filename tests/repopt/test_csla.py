@@ -13,7 +13,7 @@ torch.manual_seed(0)
 
 
 def random_scales(block):
-    return {b.searched: torch.randn(block.target.shape[0], dtype=torch.float64) for b in block.branches}
+    return {b.searched_name: torch.randn(block.target.shape[0], dtype=torch.float64) for b in block.branches}
 
 
 def column(values, kernel):
@@ -67,7 +67,7 @@ def test_merge_is_the_sum_over_branches(name):
 class Transposed(ConvBranch):
     """Lies across the target kernel."""
 
-    def place(self, whole, target):
+    def scatter_view(self, whole, target):
         return whole.transpose(2, 3)
 
 
@@ -78,7 +78,7 @@ class PerChannel(ConvBranch):
     def kernel_shape(self, target):
         return target.shape[:1]
 
-    def place(self, whole, target):
+    def scatter_view(self, whole, target):
         return whole[:, 0, 1, 1]
 
     def grad_mult(self, constant, target):
@@ -137,7 +137,7 @@ def test_an_embedding_writes_every_entry_once(name):
         kernel = torch.randn(branch.kernel_shape(block.target), dtype=torch.float64)
         whole = branch.embed(kernel, block.target)
         assert whole.shape == block.target.shape
-        assert torch.equal(branch.place(whole, block.target).reshape(kernel.shape), kernel)
+        assert torch.equal(branch.scatter_view(whole, block.target).reshape(kernel.shape), kernel)
         assert whole.count_nonzero() == kernel.numel()
 
 
@@ -165,10 +165,10 @@ def test_channels_last_gradients():
     torch.testing.assert_close(mult(gradient), gradient * mult.dense(), rtol=1e-14, atol=0)
 
 
-def test_fresh_kernels_are_what_the_framework_draws():
+def test_initial_kernels_are_what_the_framework_draws():
     block = Block(Target("w", (8, 4, 3, 3)), (ConvBranch("a", "s", size=3), ConvBranch("b", "t", size=1)))
     torch.manual_seed(3)
-    kernels = block.fresh_kernels({})
+    kernels = block.init_kernels({})
     torch.manual_seed(3)
     assert torch.equal(kernels["a"], torch.nn.Conv2d(4, 8, 3, bias=False).weight)
     assert torch.equal(kernels["b"], torch.nn.Conv2d(4, 8, 1, bias=False).weight)
@@ -177,8 +177,8 @@ def test_fresh_kernels_are_what_the_framework_draws():
 def test_identity_kernels_start_searched_or_at_one():
     block = Block(Target("w", (4, 4, 1, 1)), (IdentityBranch("i"),))
     searched = torch.arange(4.0)
-    assert torch.equal(block.fresh_kernels({"i": searched})["i"], searched)
-    assert torch.equal(block.fresh_kernels({})["i"], torch.ones(4))
+    assert torch.equal(block.init_kernels({"i": searched})["i"], searched)
+    assert torch.equal(block.init_kernels({})["i"], torch.ones(4))
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ class Pooling(Branch):
     def kernel_shape(self, target):
         return (target.shape[0],)
 
-    def fresh(self, target, searched):
+    def init_kernel(self, target, searched):
         return torch.ones(target.shape[0])
 
-    def place(self, whole, target):
+    def scatter_view(self, whole, target):
         return torch.diagonal(whole).mean((0, 1))
 
     def grad_mult(self, constant, target):
@@ -202,16 +202,16 @@ class Pooling(Branch):
 class Shared(ConvBranch):
     """All input channels have the same entries: those of one."""
 
-    def place(self, whole, target):
-        return super().place(whole, target)[:, :1].expand(-1, target.shape[1], -1, -1)
+    def scatter_view(self, whole, target):
+        return super().scatter_view(whole, target)[:, :1].expand(-1, target.shape[1], -1, -1)
 
 
 @dataclass(frozen=True)
 class Partial(ConvBranch):
     """A place for fewer entries than the kernel has."""
 
-    def place(self, whole, target):
-        return super().place(whole, target)[:, 1:]
+    def scatter_view(self, whole, target):
+        return super().scatter_view(whole, target)[:, 1:]
 
 
 @pytest.mark.parametrize("branch", [Pooling("pool", None), Shared("w", "s"), Partial("w", "s")])

@@ -200,8 +200,8 @@ def test_small_parameters_are_updated_as_one_however_their_rate_is_given(monkeyp
     monkeypatch.setattr("repopt.optim.base._on_host", lambda answer: False)
     model = net()
     optimizer = repopt.build_optimizer(rule, model, scales(), lr=rate, weight_decay=0.01)
-    gather, sizes = optimizer._bundles.gather, []
-    optimizer._bundles.gather = lambda tasks: sizes.append((len(tasks), len(gathered := gather(tasks)))) or gathered
+    flatten, sizes = optimizer._flat_params.flatten, []
+    optimizer._flat_params.flatten = lambda tasks: sizes.append((len(tasks), len(flat := flatten(tasks)))) or flat
     for x in batches(3):
         optimizer.found_inf = torch.zeros(())
         train(model, optimizer, [x])
@@ -253,7 +253,7 @@ def test_a_compiled_model():
     a, b = net(), net()
     train(a, repopt.build_optimizer("sgd", a, scales(), **SGD), batches(3))
     compiled = torch.compile(b, backend="eager")
-    repopt.fit_scales(compiled, scales())
+    repopt.bind(compiled, scales())
     train(compiled, repopt.build_optimizer("sgd", compiled, scales(), **SGD), batches(3))
     assert_same(a, b)
 

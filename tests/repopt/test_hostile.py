@@ -351,9 +351,9 @@ def test_scales_that_do_not_fit():
         (like.tolist(), "is of the type list"),
         (None, "is of the type NoneType"),
     ):
-        assert message in refused(repopt.fit_scales, model, scales | {key: value})
-    assert "3 is no name" in refused(repopt.fit_scales, model, scales | {3: like})
-    assert "no such block" in refused(repopt.fit_scales, model, scales | {"x" * 10**5 + ".scale_conv.weight": like})
+        assert message in refused(repopt.bind, model, scales | {key: value})
+    assert "3 is no name" in refused(repopt.bind, model, scales | {3: like})
+    assert "no such block" in refused(repopt.bind, model, scales | {"x" * 10**5 + ".scale_conv.weight": like})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -42,7 +42,7 @@ def model():
 def on_device(monkeypatch):
     """As if only the device knew whether a step counts, and kernels were not cut into pieces for a cache."""
     monkeypatch.setattr("repopt.optim.base._on_host", lambda answer: False)
-    monkeypatch.setattr("repopt.optim.update.PIECE", 2**40)
+    monkeypatch.setattr("repopt.optim.update.CHUNK_NUMEL", 2**40)
 
 
 def optimizer_of(model, rule, implementation):
@@ -74,7 +74,7 @@ def test_an_eager_step(model, on_device, rule, most):
 @pytest.mark.parametrize(
     ("rule", "operations"),
     [
-        ("sgd", ["fill_", "copy_"]),  # the rate, and whether the step is left out
+        ("sgd", ["fill_", "copy_"]),  # the rate, and whether the step is skipped
         ("adamw", ["fill_", "copy_", "copy_", "copy_", "copy_", "copy_"]),  # and two corrections of two groups
     ],
 )

@@ -175,7 +175,7 @@ def test_rmsprop_decays_as_adamw_does():
 def test_large_parameters_are_updated_in_pieces(settings, monkeypatch):
     a, b = network(), network()
     steps(a, RepSGD(a.named_parameters(), **settings, grad_mults=mults(a)))
-    monkeypatch.setattr("repopt.optim.update.PIECE", 40)  # entries: one filter has 27
+    monkeypatch.setattr("repopt.optim.update.CHUNK_NUMEL", 40)  # entries: one filter has 27
     steps(b, RepSGD(b.named_parameters(), **settings, grad_mults=mults(b)))
     assert_same(a, b)
 
@@ -228,7 +228,7 @@ class _Rule(RepOptimizer):
         return ()
 
     @staticmethod
-    def direction(gradient, state, hyper):
+    def compute_update(gradient, state, hyper):
         return gradient
 
 
@@ -240,7 +240,7 @@ def test_a_users_own_rule():
 
 
 @pytest.mark.parametrize(
-    ("degree", "direction"),
+    ("degree", "compute_update"),
     [
         (0, lambda g, state, hyper: g),  # of degree 1
         (1, lambda g, state, hyper: g.sign()),  # of degree 0
@@ -251,9 +251,9 @@ def test_a_users_own_rule():
         (1, lambda g, state, hyper: g.sign() * state["m"].copy_(torch.maximum(state["m"], g.abs()))),  # not linear
     ],
 )
-def test_rules_that_break_the_law_are_refused(degree, direction, monkeypatch):
+def test_rules_that_break_the_law_are_refused(degree, compute_update, monkeypatch):
     monkeypatch.setattr(_Rule, "degree", degree)
-    monkeypatch.setattr(_Rule, "direction", staticmethod(direction))
+    monkeypatch.setattr(_Rule, "compute_update", staticmethod(compute_update))
     monkeypatch.setattr(_Rule, "state_names", lambda self, group: ("m",))
     model = network()
     with pytest.raises(UserError, match=f"_Rule cannot be re-parameterized.*degree {degree}"):

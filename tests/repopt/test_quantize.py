@@ -90,7 +90,7 @@ def outputs(model, x):
 def scales_of(model):
     """Random ones, of both signs."""
     return {
-        f"{path}.{branch.searched}.weight": torch.randn(block.block.target.shape[0])
+        f"{path}.{branch.searched_name}.weight": torch.randn(block.block.target.shape[0])
         for path, block in repopt.declared_blocks(model)
         for branch in block.block.branches
     }

@@ -70,7 +70,7 @@ def test_a_whole_search_state_serves_as_scales():
     for module in hs.modules():
         if isinstance(module, RepConv2d):
             for branch in module.block.branches:
-                torch.nn.init.normal_(module.values(branch.searched))
+                torch.nn.init.normal_(module.values(branch.searched_name))
     scales = {name: value for name, value in hs.state_dict().items() if value.dim() == 1}
     a, b = create("target"), create("target")
     for model, given in ((a, scales), (b, repopt.extract_scales(hs))):
@@ -145,7 +145,7 @@ def test_scales_are_bound_once(scales, monkeypatch):
     assert bound.scales.keys() == scales.keys()
     monkeypatch.setattr("repopt.reparam.invalid_reason", None)  # cannot be called
     assert repopt.bind(model, bound) is bound
-    assert repopt.fit_scales(model, bound) == bound.scales
+    assert repopt.bind(model, bound).scales == bound.scales
     torch.manual_seed(0)
     repopt.initialize(model, bound, identity="one")
     optimizer = repopt.build_optimizer("adamw", model, bound, lr=0.1)

@@ -229,7 +229,7 @@ def test_scales_of_a_deeper_model_are_still_refused():
     scales = repopt.extract_scales(repopt.create_model("RepOpt-VGG-nano", mode="hs"))
     model = timm.create_model("repopt_vgg_nano", features_only=True, out_indices=(1, 2))
     with pytest.raises(UserError, match=r"'stage1\.4\.scale_conv.weight', and the model has no such block"):
-        repopt.fit_scales(model, scales | {"stage1.4.scale_conv.weight": torch.ones(16)})
+        repopt.bind(model, scales | {"stage1.4.scale_conv.weight": torch.ones(16)})
 
 
 @pytest.mark.parametrize("name", SMALL)

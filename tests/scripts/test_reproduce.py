@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import reproduce
 import torch
-from reproduction import cost, figures, paper, quantities, result, tables
-from reproduction.experiment import Experiment, Row
-from reproduction.quantities import score
+from reproduction import experiment, figures, paper, result, tables
+from reproduction.experiment import Experiment, Row, score
 from reproduction.run import FOLDERS, SPEED, ExperimentRun, Training, with_needs
 from reproduction.tables import EXPERIMENTS
 from torch import nn
@@ -64,7 +63,7 @@ def test_every_command_can_be_typed(scale, monkeypatch):
     monkeypatch.chdir(ROOT)
     folders = {}
     for name, run in every_run(scale):
-        words = shlex.split(run.shell_line(run.training.gpus))
+        words = shlex.split(run.shell_line(scale))
         assert words[0] in ("torchrun", "python")
         assert (ROOT / run.script).is_file()
         assert words[-len(run.command) :] == run.command
@@ -112,14 +111,14 @@ def test_the_papers_setting():
 def test_hours_are_the_papers_speed():
     runs = {run.folder.name: run for name, run in every_run("full") if name in ("table 2", "table 3", "table 12")}
     epochs_of_images = 120 * 1_281_167 / 3600
-    assert cost.gpu_hours(runs["target-seed0"]) == pytest.approx(epochs_of_images / 380)
-    assert cost.gpu_hours(runs["repvgg-l2-seed0"]) == pytest.approx(epochs_of_images / 82)
-    vgg16 = quantities.multiply_adds("torchvision/vgg16_bn") / quantities.multiply_adds("RepOpt-VGG-B1-target")
-    assert cost.gpu_hours(runs["vgg16-seed0"]) == pytest.approx(epochs_of_images / 380 * vgg16)
+    assert reproduce.gpu_hours(runs["target-seed0"]) == pytest.approx(epochs_of_images / 380)
+    assert reproduce.gpu_hours(runs["repvgg-l2-seed0"]) == pytest.approx(epochs_of_images / 82)
+    vgg16 = experiment.multiply_adds("torchvision/vgg16_bn") / experiment.multiply_adds("RepOpt-VGG-B1-target")
+    assert reproduce.gpu_hours(runs["vgg16-seed0"]) == pytest.approx(epochs_of_images / 380 * vgg16)
     small = (32 / 224) ** 2
-    assert cost.gpu_hours(runs["search-seed0"]) == pytest.approx(240 * 50_000 / 3600 / 380 * small, rel=0.02)
-    assert cost.gpu_hours(runs["target-ghost-seed0"]) is None
-    assert cost.gpu_hours(runs["speed-seed0"]) is None
+    assert reproduce.gpu_hours(runs["search-seed0"]) == pytest.approx(240 * 50_000 / 3600 / 380 * small, rel=0.02)
+    assert reproduce.gpu_hours(runs["target-ghost-seed0"]) is None
+    assert reproduce.gpu_hours(runs["speed-seed0"]) is None
 
 
 @pytest.mark.parametrize("name", ["RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2"])
@@ -127,10 +126,10 @@ def test_counts_are_those_of_table_1(name):
     """The paper rounds the multiply-adds of B1 up and those of L1 down."""
     there = paper.read("table1_architecture").row([name])
     arch = f"{name}-target"
-    assert quantities.layers(arch) == there["layers of the four stages"]
-    assert quantities.channels(arch) == there["channels of the four stages"]
-    assert quantities.deployed_parameters(arch) == pytest.approx(there["params (M)"], abs=0.05)
-    assert quantities.multiply_adds(arch) == pytest.approx(there["FLOPs (B multiply-adds)"], abs=0.1)
+    assert experiment.layers(arch) == there["layers of the four stages"]
+    assert experiment.channels(arch) == there["channels of the four stages"]
+    assert experiment.deployed_parameters(arch) == pytest.approx(there["params (M)"], abs=0.05)
+    assert experiment.multiply_adds(arch) == pytest.approx(there["FLOPs (B multiply-adds)"], abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["B1", "B2", "L1", "L2"])
@@ -138,8 +137,8 @@ def test_parameters_are_those_of_table_2(name):
     for label, arch in ((f"RepOpt-VGG-{name}", "target"), (f"RepVGG-{name}", "repvgg")):
         there = paper.read("table2_imagenet_2080ti").row([label])
         arch = f"RepOpt-VGG-{name}-{arch}"
-        assert quantities.parameters(arch) == pytest.approx(there["train params (M)"], abs=0.1)
-        assert quantities.deployed_parameters(arch) == pytest.approx(there["inference params (M)"], abs=0.05)
+        assert experiment.parameters(arch) == pytest.approx(there["train params (M)"], abs=0.1)
+        assert experiment.deployed_parameters(arch) == pytest.approx(there["inference params (M)"], abs=0.05)
 
 
 @pytest.mark.parametrize("arch", sorted({arch: name for name, arch in list_archs().items()}.values()))
@@ -159,7 +158,7 @@ def test_multiply_adds_of_every_architecture(arch):
         kernel = module.kernel()
         total += len(kernel) * height * width * kernel[0].numel()
 
-    model = quantities.network(arch)
+    model = experiment.network(arch)
     handles = []
     for module in model.modules():
         if isinstance(module, RepConv2d) and module.mode != "target":  # convolves by itself, before what follows it
@@ -172,7 +171,7 @@ def test_multiply_adds_of_every_architecture(arch):
     finally:
         for handle in handles:
             handle.remove()
-    assert quantities.multiply_adds(arch, 64) == pytest.approx(total / 1e9, rel=1e-12)
+    assert experiment.multiply_adds(arch, 64) == pytest.approx(total / 1e9, rel=1e-12)
 
 
 def test_the_share_of_the_identity():
@@ -243,8 +242,8 @@ def declare(monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def declare(experiments):
-        for name, experiment in experiments.items():
-            monkeypatch.setitem(EXPERIMENTS, name, experiment)
+        for name, declared in experiments.items():
+            monkeypatch.setitem(EXPERIMENTS, name, declared)
 
     return declare
 

@@ -164,10 +164,12 @@ def test_what_a_killed_writer_left_is_nobody_elses(tmp_path, monkeypatch):
     """It may be named as the best checkpoint already, and must not be written over."""
     path, best = tmp_path / "latest.pth", tmp_path / "best_ckpt.pth"
     with monkeypatch.context() as context:
-        context.setattr(checkpoint, "_name_too", lambda file, name: (name.hardlink_to(file), os._exit(9)))
+        context.setattr("train.checkpoint.link_or_copy", lambda file, name: (name.hardlink_to(file), os._exit(9)))
         child = os.fork()
         if not child:
-            checkpoint.write({"epoch": 1}, path, also=[best])
+            folder = RunFolder(tmp_path)
+            folder.save({"epoch": 1}, [best.name])
+            folder.wait()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert checkpoint.read(best) == {"epoch": 1}
     checkpoint.write({"epoch": 0}, path)
@@ -176,11 +178,10 @@ def test_what_a_killed_writer_left_is_nobody_elses(tmp_path, monkeypatch):
 
 
 def test_several_names_and_the_last_ones(tmp_path):
-    path = tmp_path / "latest.pth"
+    folder = RunFolder(tmp_path, keep=3)
     for epoch in range(5):
-        checkpoint.write(
-            {"epoch": epoch}, path, also=[tmp_path / f"ckpt_epoch_{epoch}.pth"] if epoch % 2 else (), keep=3
-        )
+        folder.save({"epoch": epoch}, [f"ckpt_epoch_{epoch}.pth"] if epoch % 2 else ())
+        folder.wait()
     kept = {file.name: checkpoint.read(file)["epoch"] for file in tmp_path.iterdir()}
     named = {"ckpt_epoch_1.pth": 1, "ckpt_epoch_3.pth": 3}
     assert kept == {"latest.pth": 4, "latest_1.pth": 3, "latest_2.pth": 2} | named
