@@ -111,7 +111,7 @@ def _write(root: Path, workers: int) -> None:
     with tqdm(total=sum(map(_count, PER_CLASS)), desc="drawing glyphs", unit="image", disable=None) as bar:
         for split in PER_CLASS:
             chunks: DataLoader = DataLoader(
-                range(_count(split)),  # any sequence will do
+                range(_count(split)),  # type: ignore[arg-type]  # any sequence will do
                 batch_size=_CHUNK,
                 collate_fn=functools.partial(_draw_all, split),
                 num_workers=workers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from repopt.csla import Block
 from repopt.errors import UserError
-from repopt.layers import RepConv2d
 from repopt.optim.held import BranchOptimizer, HeldBranches
-from repopt.reparam import IdentityInit, Scales, bind, declared_blocks, key_of, param_groups, unwrapped
+from repopt.reparam import IdentityInit, Scales, bind, declared_blocks, param_groups, trained_kernels, unwrapped
 
 
 @torch.no_grad()
@@ -39,7 +38,7 @@ def hold_branches(
     """
     constants = None if scales is None else bind(model, scales)
     held: dict[str, HeldBranches] = {}
-    for name, path, module in _trained_kernels(model):
+    for name, path, module in trained_kernels(model):
         if name in held:
             continue
         block, kernel = module.block, module.kernel()
@@ -78,7 +77,7 @@ def share_branches(branched: nn.Module, plain: nn.Module) -> dict[str, HeldBranc
     """
     blocks = dict(declared_blocks(branched, "hs", "csla"))
     held = {}
-    for name, path, module in _trained_kernels(plain):
+    for name, path, module in trained_kernels(plain):
         names = [branch.kernel for branch in module.block.branches]
         scales = [branch.scale for branch in module.block.branches if branch.scale is not None]
         values = {own: blocks[path].values(own) for own in (*names, *scales)}
@@ -114,26 +113,6 @@ def held_state(optimizer: BranchOptimizer, branched: nn.Module, state_dict: Mapp
         for (_, param), index in zip(group["params"], saved["params"], strict=True):
             of_rule[param] = state_dict["state"].get(index, {})
     return optimizer.pack(of_rule)
-
-
-def held_scales(model: nn.Module, branches: Mapping[str, HeldBranches]) -> dict[str, Tensor]:
-    """Return the scales of a plain model's branches as `extract_scales` returns those of a hyper-search's network."""
-    return {
-        key_of(path, branch.searched_name): (branches[name].kernels | branches[name].scales)[branch.searched_name]
-        .detach()
-        .cpu()
-        .clone()
-        for name, path, module in _trained_kernels(model)
-        for branch in module.block.branches
-    }
-
-
-def _trained_kernels(model: nn.Module) -> Iterator[tuple[str, str, RepConv2d]]:
-    """Yield the name of every declared kernel that is trained, with the path of its block, and the block."""
-    names: dict[Tensor, str] = {param: name for name, param in unwrapped(model).named_parameters()}
-    for path, module in declared_blocks(model, "target"):
-        if module.kernel().requires_grad:
-            yield names[module.kernel()], path, module
 
 
 def _split(block: Block, path: str, kernel: Tensor, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -61,18 +61,14 @@ class BoundScales:
 
     def grad_mults(self, degree: int) -> dict[str, GradMult]:
         """Return the multipliers of the Rule of Iteration by parameter name; see `repopt.grad_mults`."""
-        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
         mults: dict[str, GradMult] = {}
-        for path, module in declared_blocks(self.model, "target"):
-            kernel = module.kernel()
-            if not kernel.requires_grad:
-                continue
-            scales = {name: scale.double() for name, scale in self.block_scales(path, module).items()}
-            mult = module.block.grad_mult(scales, degree).to_like(kernel)  # rounded once, here
-            shared = mults.setdefault(names[kernel], mult)
+        for name, path, module in trained_kernels(self.model):
+            scales = {own: scale.double() for own, scale in self.block_scales(path, module).items()}
+            mult = module.block.grad_mult(scales, degree).to_like(module.kernel())  # rounded once, here
+            shared = mults.setdefault(name, mult)
             if any(not torch.equal(a, b) for a, b in zip(shared.tensors(), mult.tensors(), strict=True)):
                 raise UserError(
-                    f"block {path!r} shares its kernel with {names[kernel]!r}, but has other scales: one kernel can "
+                    f"block {path!r} shares its kernel with {name!r}, but has other scales: one kernel can "
                     "follow one set of branches only"
                 )
         return mults
@@ -127,18 +123,37 @@ def declared_blocks(model: nn.Module, *modes: Mode) -> list[tuple[str, RepConv2d
     return found
 
 
-def extract_scales(model: nn.Module) -> dict[str, Tensor]:
+def trained_kernels(model: nn.Module) -> Iterator[tuple[str, str, RepConv2d]]:
+    """Yield the name of every trained kernel of a model in target mode, with the path of its block, and the block.
+
+    Blocks that share a kernel yield the same name.
+    """
+    names: dict[Tensor, str] = {param: name for name, param in unwrapped(model).named_parameters()}
+    for path, module in declared_blocks(model, "target"):
+        if module.kernel().requires_grad:
+            yield names[module.kernel()], path, module
+
+
+def extract_scales(model: nn.Module, branches: Mapping[str, HeldBranches] | None = None) -> dict[str, Tensor]:
     """Return what a hyper-search found, as the scale file stores it: (O,) tensors by name, on the CPU.
 
     An identity branch is listed too, though what was searched there is a kernel (its constant scale is 1).
 
+    Args:
+        model: in hs or csla mode; in target mode if `branches` are given.
+        branches: that the model's optimizer holds (`hold_branches`).
+
     Raises:
-        UserError: the model is not in hs or csla mode.
+        UserError: the model is in another mode.
     """
+    if branches is None:
+        values = [(path, module.block, module.values) for path, module in declared_blocks(model, "hs", "csla")]
+    else:
+        values = [(path, module.block, branches[name].values) for name, path, module in trained_kernels(model)]
     return {
-        key_of(path, branch.searched_name): module.values(branch.searched_name).detach().cpu().clone()
-        for path, module in declared_blocks(model, "hs", "csla")
-        for branch in module.block.branches
+        key_of(path, branch.searched_name): values_of(branch.searched_name).detach().cpu().clone()
+        for path, block, values_of in values
+        for branch in block.branches
     }
 
 
@@ -356,14 +371,14 @@ def build_optimizer(
     for key in settings:
         if key not in known:
             raise unknown("optimizer setting", key, known)
-    groups = param_groups(model, weight_decay)
+    groups, arguments = param_groups(model, weight_decay), dict[str, Any](lr=lr)
     if scales is not None:
         rule = RULES[name]
-        taken = {key: value for key, value in settings.items() if key in rule.hyperparameters}
+        arguments |= {key: value for key, value in settings.items() if key in rule.hyperparameters}
         mults = grad_mults(model, scales, degree=rule.rep.degree)
-        return rule.rep(groups, grad_mults=mults, implementation=implementation, lr=lr, **taken)
+        return rule.rep(groups, grad_mults=mults, implementation=implementation, **arguments)
     plain, hyperparameters = plain_rule(name)
-    arguments = {"lr": lr} | {key: value for key, value in settings.items() if key in hyperparameters}
+    arguments |= {key: value for key, value in settings.items() if key in hyperparameters}
     try:
         if branches is not None:
             return BranchOptimizer(groups, plain, branches, max_norm=max_norm, **arguments)

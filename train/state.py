@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from repopt.branches import held_state
 from repopt.checkpoint import load_weights, state_dict_of
 from repopt.errors import UserError, one_line, shown
+from repopt.optim import BranchOptimizer
 from train.precision import Precision
 
 
@@ -177,9 +178,8 @@ class _OptimizerState:
         try:
             if not isinstance(state_dict, Mapping):
                 raise TypeError(f"it is {shown(state_dict)}")
-            sizes = [len(group["params"]) for group in groups]
-            if branches and [len(saved["params"]) for saved in state_dict["param_groups"]] != sizes:
-                state_dict = held_state(self._optimizer, self._model, state_dict)  # of the published search
+            if isinstance(self._optimizer, BranchOptimizer) and _sizes(state_dict["param_groups"]) != _sizes(groups):
+                state_dict = held_state(self._optimizer, self._model, state_dict)  # of the network with branches
             for own, saved in zip(groups, state_dict["param_groups"], strict=True):
                 if saved.get("param_names", own["param_names"]) != own["param_names"]:
                     raise ValueError("its parameters have other names or another order")
@@ -203,6 +203,10 @@ def _number(content: Mapping[str, Any], key: str, default: float, *, minimum: in
     if type(value) not in (int, float) or not minimum <= value <= maximum:
         raise UserError(f"the checkpoint's {key} is {shown(value)}, not a number from {minimum} to {maximum}")
     return value
+
+
+def _sizes(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
 
 
 def _is_state(key: object, value: object, param: Tensor) -> bool:

@@ -16,10 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Loader, seeding
-from repopt.branches import held_scales
 from repopt.errors import UserError
 from repopt.optim import BranchOptimizer
-from repopt.reparam import bind
+from repopt.reparam import bind, extract_scales
 from repopt.scales import save_scales
 from train import config
 from train.build import clipping
@@ -104,28 +103,28 @@ class Trainer:
         )
         with stop_requests() as self._request, self.metrics, self._bar:
             while state.epoch < cfg.TRAIN.EPOCHS:
-                if 0 < cfg.TRAIN.SEARCH_EPOCHS <= state.epoch and self.searching:
+                if 0 < cfg.TRAIN.SEARCH_EPOCHS <= state.epoch:
                     self.freeze_scales()
                 self.fit_epoch()
         self.folder.wait()
         logger.info(f"best {self.task.metric_name} {state.max_accuracy:.3f} %, checkpoints in {self.folder.path}")
 
-    @property
-    def searching(self) -> bool:
-        """Return whether the scales of the model's branches are being searched."""
-        return isinstance(self.state.optimizer, BranchOptimizer) and self.state.optimizer.searching
-
     def searched_scales(self) -> dict[str, Tensor] | None:
         """Return the scales as they are, where they are being searched."""
-        return held_scales(self.model, self.state.optimizer.branches) if self.searching else None
+        optimizer = self.state.optimizer
+        if not isinstance(optimizer, BranchOptimizer) or not optimizer.searching:
+            return None
+        return extract_scales(self.model, optimizer.branches)
 
     def freeze_scales(self) -> None:
-        """Make constants of the scales, between two epochs: the rest is the training of a target with these scales.
+        """Make constants of the scales, unless they are: the rest is the training of a target with these scales.
 
         Nothing else changes, neither the model nor what wraps it. Under SGD a RepOptimizer takes over.
         """
         state, scales = self.state, self.searched_scales()
-        assert scales is not None and isinstance(state.optimizer, BranchOptimizer)
+        if scales is None:
+            return
+        assert isinstance(state.optimizer, BranchOptimizer)
         state.optimizer.freeze_scales()
         state.scales = scales
         if self.cfg.TRAIN.OPTIMIZER.NAME == "sgd":

@@ -8,7 +8,7 @@ of the multi-branch network, and writes W. Nothing is asked of the rule: it may 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from repopt.csla import Block
 from repopt.errors import UserError
 from repopt.optim.base import Implementation, NamedParams
 from repopt.optim.sgd import RepSGD
+from repopt.optim.update import GRAD_SCALER_KEYS
 
 
 @dataclass(eq=False)
@@ -36,6 +37,10 @@ class HeldBranches:
     kernels: dict[str, Tensor]
     scales: dict[str, Tensor]
     searched: bool
+
+    def values(self, name: str) -> Tensor:
+        """Return the kernel or scale of a declared name."""
+        return (self.kernels | self.scales)[name]
 
     def trained(self) -> dict[str, Tensor]:
         """Return what the rule updates, by name."""
@@ -95,6 +100,7 @@ class BranchOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling: ClassVar[bool] = True  # by which GradScaler knows it
+    _inner: torch.optim.Optimizer
 
     def __init__(
         self,
@@ -106,10 +112,10 @@ class BranchOptimizer(torch.optim.Optimizer):
         **settings: Any,
     ) -> None:
         self.branches: dict[str, HeldBranches] = {}
-        self.max_norm, self.norm = max_norm, None
+        self.max_norm = max_norm
+        self.norm: Tensor | None = None
         self._rule, self._settings = rule, settings
         self._kernels: dict[str, Tensor] = {}  # the plain ones
-        self._inner: torch.optim.Optimizer | None = None
         self._unclaimed = dict(branches)
         super().__init__(params, {})
         _refuse_unclaimed(self._unclaimed)
@@ -138,15 +144,16 @@ class BranchOptimizer(torch.optim.Optimizer):
                     f"the branches of {name!r} add up to {held.block.target.shape}, not {tuple(param.shape)}"
                 )
             self.branches[name], self._kernels[name] = held, param
-        for inner in self._inner_groups(group):
-            if self._inner is None:
-                self._inner = self._rule([inner], **self._settings)
-            else:
-                self._inner.add_param_group(inner)
+        decayed, rest = self._inner_groups(group)
+        if len(self.param_groups) == 1:
+            self._inner = self._rule([decayed], **self._settings)
+        else:
+            self._inner.add_param_group(decayed)
+        self._inner.add_param_group(rest)
         group.update(_hyper(self._inner.param_groups[-2]))
 
-    def _inner_groups(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the rule's two groups for one of ours: what has its weight decay, and what is not decayed."""
+    def _inner_groups(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the rule's two groups for one of ours: what has its weight decay, and what is not decayed."""
         decayed: list[Tensor] = []
         rest: list[Tensor] = []
         for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -157,15 +164,14 @@ class BranchOptimizer(torch.optim.Optimizer):
             without = held.undecayed()
             for own, tensor in held.trained().items():
                 (rest if own in without else decayed).append(tensor)
-        yield _hyper(group) | {"params": decayed}
-        yield _hyper(group) | {"params": rest, "weight_decay": 0.0}
+        return _hyper(group) | {"params": decayed}, _hyper(group) | {"params": rest, "weight_decay": 0.0}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the model's parameters, as `torch.optim.Optimizer` does."""
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step of the multi-branch network, and write the plain kernels that it has then.
 
         A `torch.amp.GradScaler` (or a training loop) says by the attributes ``found_inf`` and ``grad_scale``, as to
@@ -175,37 +181,26 @@ class BranchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        found_inf, grad_scale = (getattr(self, name, None) for name in GRAD_SCALER_KEYS)
         for name, kernel in self._kernels.items():
             self.branches[name].derive(kernel.grad)
-        gradients = [(param, param.grad) for param in self._params() if param.grad is not None]
+        gradients = {param: param.grad for param in self._params() if param.grad is not None}
         if grad_scale is not None:
-            self._scale_gradients(1 / grad_scale)
+            _scale_gradients([*gradients], 1 / grad_scale)
         if self.max_norm is not None:
-            self.norm = nn.utils.get_total_norm([param.grad for param, _ in gradients])
-            self._scale_gradients((self.max_norm / (self.norm + 1e-6)).clamp(max=1.0))
+            self.norm = nn.utils.get_total_norm([param.grad for param in gradients if param.grad is not None])
+            _scale_gradients([*gradients], (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0))
         self._step_rule(found_inf)
-        for param, gradient in gradients:  # those of the model are as they were
+        for param, gradient in gradients.items():  # those of the model are as they were
             param.grad = gradient
         for name, kernel in self._kernels.items():
             if kernel.grad is not None:
                 kernel.copy_(self.branches[name].merged())
-        for held in self.branches.values():
-            held.derive(None)
+            self.branches[name].derive(None)
         return loss
 
     def _params(self) -> list[Tensor]:
         return [param for group in self._inner.param_groups for param in group["params"]]
-
-    def _scale_gradients(self, factor: Tensor) -> None:
-        params = [param for param in self._params() if param.grad is not None]
-        on_device: dict[torch.device, list[Tensor]] = {}
-        for param in params:
-            on_device.setdefault(param.grad.device, []).append(param)
-        for device, members in on_device.items():
-            scaled = torch._foreach_mul([param.grad for param in members], factor.to(device))
-            for param, gradient in zip(members, scaled, strict=True):
-                param.grad = gradient
 
     def _step_rule(self, found_inf: Tensor | None) -> None:
         for group, (decayed, rest) in self._grouped():
@@ -214,9 +209,11 @@ class BranchOptimizer(torch.optim.Optimizer):
         if found_inf is None:
             self._inner.step()
         elif getattr(self._inner, "_step_supports_amp_scaling", False):
-            self._inner.found_inf, self._inner.grad_scale = found_inf, None
+            told = {"found_inf": found_inf, "grad_scale": None}
+            vars(self._inner).update(told)
             self._inner.step()
-            del self._inner.found_inf, self._inner.grad_scale
+            for name in told:
+                delattr(self._inner, name)
         elif not found_inf:
             self._inner.step()
 
@@ -359,6 +356,17 @@ class BranchOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("branches", "max_norm", "norm", "_rule", "_settings", "_kernels", "_inner", "_unclaimed")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+
+def _scale_gradients(params: Sequence[Tensor], factor: Tensor) -> None:
+    """Give parameters new gradients: theirs times a number, which may be on another device."""
+    on_device: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        on_device.setdefault(param.device, []).append(param)
+    for device, members in on_device.items():
+        scaled = torch._foreach_mul([param.grad for param in members if param.grad is not None], factor.to(device))
+        for param, gradient in zip(members, scaled, strict=True):
+            param.grad = gradient
 
 
 def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from check_equivalency import BLOCKS, OneBlock
 
 import repopt
-from repopt.branches import held_scales, held_state, hold_branches, share_branches
+from repopt.branches import held_state, hold_branches, share_branches
 from repopt.optim.held import BranchOptimizer
 from repopt.reparam import declared_blocks, param_groups
 
@@ -180,7 +180,7 @@ def test_frozen_branches_are_those_of_constant_scales(rule):
     train(plain, optimizer)
     optimizer.freeze_scales()
     other = copy.deepcopy(plain)
-    held = hold_branches(other, held_scales(plain, branches))
+    held = hold_branches(other, repopt.extract_scales(plain, branches))
     resumed = BranchOptimizer(param_groups(other, DECAY), make, held, **settings)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert train(plain, optimizer) == train(other, resumed)
