@@ -106,6 +106,8 @@ class ImageDataset(Dataset, ABC):
         try:
             seeding.reseed(self._seed, epoch, seeding.TRANSFORM, index)
             return *self.sample(index), index
+        except UserError:  # a ValueError too
+            raise
         except (OSError, SyntaxError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             return Unreadable(index, self._images.name(index), reason)

@@ -72,13 +72,7 @@ class Mix:
     """
 
     def __init__(
-        self,
-        augmentation: Augmentation,
-        *,
-        batch_size: int,
-        num_classes: int,
-        label_smoothing: float,
-        seed: int,
+        self, augmentation: Augmentation, *, batch_size: int, num_classes: int, label_smoothing: float, seed: int
     ) -> None:
         from timm.data.mixup import Mixup
 

@@ -12,7 +12,7 @@ from repopt.layers import Deployable
 
 @torch.no_grad()
 def deploy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose batch norms and branches are folded into convolutions with biases; the same function.
+    """Return a copy in eval mode, the same function, whose batch norms and branches are folded into convolutions.
 
     Args:
         model: any of ours, in any mode; one that is deployed already stays as it is.
@@ -21,7 +21,7 @@ def deploy(model: nn.Module) -> nn.Module:
 
 
 def _fused(module: nn.Module) -> nn.Module:
-    """`module` with the modules in it replaced, then replaced itself, where they say by what."""
+    """Replace the modules in a module, then the module itself, where they say by what, and return it."""
     for name, child in module.named_children():
         setattr(module, name, _fused(child))
     return module.fuse() if isinstance(module, Deployable) else module

@@ -176,22 +176,22 @@ def write_artifacts(
     int8: quantization.Int8,
     images: Tensor,
 ) -> Path:
-    """Write the files of both networks to a folder beside `path`, and check them; that folder."""
-    beside = path.with_name(f"{path.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    """Write the files of both networks to a folder next to `path`, check them, and return that folder."""
+    new = path.with_name(f"{path.name}.writing")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
     try:
         content = {"model": prepared.state_dict(), "config": config.as_dict(cfg), "image_size": list(images.shape[2:])}
-        checkpoint.write(content, beside / QUANTIZED)
-        write_json(quantization.signal_to_noise(prepared.cpu(), int8.cpu(), images), beside / SIGNAL_TO_NOISE)
-        export.write_safetensors(float_network.cpu(), beside / FP32_SAFETENSORS)
+        checkpoint.write(content, new / QUANTIZED)
+        write_json(quantization.signal_to_noise(prepared.cpu(), int8.cpu(), images), new / SIGNAL_TO_NOISE)
+        export.write_safetensors(float_network.cpu(), new / FP32_SAFETENSORS)
         for network, name in ((float_network, FP32_ONNX), (int8, INT8_ONNX)):
-            difference = export.write_onnx(network, images, beside / name)
+            difference = export.write_onnx(network, images, new / name)
             logger.info(f"{name}: onnxruntime's outputs differ from torch's by {difference:.1e} (relative)")
     except UserError:
-        shutil.rmtree(beside)
+        shutil.rmtree(new)
         raise
-    return beside
+    return new
 
 
 def publish_results(written: Path, path: Path, columns: Sequence[Column], results: Mapping[str, Result]) -> None:

@@ -24,10 +24,10 @@ from torchvision.transforms import v2
 import data
 from benchmarks import baseline
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.as_trained import memory_format_on
 from benchmarks.photographs import photographs
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave
+from benchmarks.training_step import memory_format_on
 from data.classification import ClassificationDataset
 from data.decode import to_pixels
 from data.decoded import collate, raise_on_bad

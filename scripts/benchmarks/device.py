@@ -20,16 +20,16 @@ from torch.profiler import ProfilerActivity, profile
 import main_repopt
 import repopt
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.as_trained import AS_IN_TRAINING, MODES, evaluate, memory_format_on, mode_on, precision_on, to_device
 from benchmarks.hyper_search import BATCH, RECIPE, our_search
 from benchmarks.report import Row, Table
 from benchmarks.timing import Step, interleave, synchronize
 from benchmarks.training import matrix_rate
-from benchmarks.training_step import SGD
+from benchmarks.training_step import AS_IN_TRAINING, MODES, SGD, memory_format_on, mode_on, precision_on, to_device
 from data import cifar
 from repopt import checkpoint
 from repopt.errors import UserError
 from train.command import EXIT_DONE
+from train.evaluation.classification import evaluate
 
 TEST_BATCHES = -(-10_000 // BATCH)  # of CIFAR-100
 LAUNCHES = 1000
@@ -82,11 +82,10 @@ def between_epochs(arguments: argparse.Namespace, device: torch.device) -> Itera
         param.grad = torch.zeros_like(param)
     optimizer.step()  # makes the momentum
     images = torch.randn(BATCH, 3, cifar.SIZE, cifar.SIZE, device=device)
-    batch = (
-        images.contiguous(memory_format=memory_format_on(device)),
-        torch.zeros(BATCH, dtype=torch.int64, device=device),
+    images = images.contiguous(memory_format=memory_format_on(device))
+    batches = [(images, torch.zeros(BATCH, dtype=torch.int64, device=device))] * (
+        TEST_BATCHES if device.type == "cuda" else 4
     )
-    batches = [batch] * (TEST_BATCHES if device.type == "cuda" else 4)
     (_root.ROOT / "output").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_root.ROOT / "output") as folder:  # on the disk on which a run writes
         file = Path(folder, "checkpoint.pth")

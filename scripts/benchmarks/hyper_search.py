@@ -10,6 +10,7 @@ import itertools
 import os
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import _root
@@ -22,14 +23,19 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 import repopt
 from benchmarks import baseline
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.as_trained import AS_IN_TRAINING, MODES, mode_on, to_device, trainer_of
 from benchmarks.data import resident_loader
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave, peak_extra
-from benchmarks.training_step import SGD, TrainingStep
+from benchmarks.training_step import AS_IN_TRAINING, MODES, SGD, TrainingStep, mode_on, precision_on, to_device, under
 from data import cifar
 from repopt.layers import RepConv2d
 from train import config
+from train.checkpoint import RunFolder
+from train.distributed import World
+from train.schedule import build_schedule
+from train.state import TrainingState
+from train.tasks.classify import Classify
+from train.trainer import Trainer
 
 SIZES = {32: 128, 224: 8}  # pixels: images in a batch
 RECIPE = config.parse(
@@ -84,15 +90,12 @@ def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_
         "num_classes": cifar.NUM_CLASSES,
         "compile_mode": mode,
     }
-    plain = TrainingStep(arch, device, **shape)
-    merged = TrainingStep(arch, device, mode="hs", **shape)
-    apart = TrainingStep(arch, device, mode="hs", **shape)
-    one_by_one(apart.model)
     contenders = {
-        "plain network, RepSGD": plain,
-        "hyper-search, branches merged": merged,
-        "hyper-search, branch by branch": apart,
+        "plain network, RepSGD": TrainingStep(arch, device, **shape),
+        "hyper-search, branches merged": TrainingStep(arch, device, mode="hs", **shape),
+        "hyper-search, branch by branch": TrainingStep(arch, device, mode="hs", **shape),
     }
+    one_by_one(contenders["hyper-search, branch by branch"].model)
     seconds = interleave(contenders, device, rounds=rounds, settle=True)
     return [
         {
@@ -180,7 +183,9 @@ def our_search(arch: str, pixels: np.ndarray, device: torch.device, count: int, 
     loader = resident_loader("cf100", pixels[: BATCH * count], device, batch_size=BATCH)
     clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), RECIPE.TRAIN.CLIP_GRAD)
     optimizer = repopt.build_optimizer("sgd", model, None, **SGD)
-    trainer = trainer_of(RECIPE, model, optimizer, loader, device, compile_mode=mode, clip=clip)
+    schedule = build_schedule(optimizer, "cosine", steps_per_epoch=10**9, epochs=1, warmup_steps=0)  # constant
+    state, task = TrainingState(model, optimizer, schedule, precision_on(device)), Classify(RECIPE, World(0, 1, device))
+    trainer = Trainer(task, state, loader, (), RunFolder(Path()), model=under(mode, model, device), clip=clip)
     epochs = itertools.count()
 
     def steps() -> None:

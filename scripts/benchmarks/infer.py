@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import repopt
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.as_trained import memory_format_on, precision_on, to_device
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, interleave, peak_extra
+from benchmarks.training_step import memory_format_on, precision_on, to_device
 from repopt.errors import UserError, one_line, unknown
 from repopt.layers import MODES
 from repopt.models import list_archs

@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,34 +19,26 @@ from torch.profiler import ProfilerActivity, profile
 
 import repopt
 from benchmarks.arguments import positive
-from benchmarks.as_trained import NonFiniteGuard, precision_on, to_device
 from benchmarks.data import resident_loader
 from benchmarks.hyper_search import RECIPE, criterion
+from benchmarks.optimizer import SETTINGS
 from benchmarks.report import Row, Table
+from benchmarks.training_step import precision_on, to_device
 from data import cifar, seeding
 from repopt.errors import UserError
+from train.nonfinite import NonFiniteGuard
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5},
-    "adamw": {"lr": 1e-3, "weight_decay": 0.05},
-}
 WARM_UP = 3  # steps, in which state is made and the optimizer's step compiled
 
 
-class Training(NamedTuple):
-    """A network that is trained by an update rule, whose step is computed in one way."""
-
-    mode: str
-    rule: str
-    implementation: repopt.optim.Implementation
-
-
-TRAININGS = {
-    "search, torch SGD": Training("hs", "sgd", "auto"),
-    "target, RepSGD eager": Training("target", "sgd", "eager"),
-    "target, RepSGD compiled": Training("target", "sgd", "compiled"),
-    "target, RepAdamW eager": Training("target", "adamw", "eager"),
-    "target, RepAdamW compiled": Training("target", "adamw", "compiled"),
+Training = tuple[str, str, repopt.optim.Implementation]
+"""The mode of a network, the name of its optimizer, and how that computes its step."""
+TRAININGS: dict[str, Training] = {
+    "search, torch SGD": ("hs", "SGD", "auto"),
+    "target, RepSGD eager": ("target", "SGD", "eager"),
+    "target, RepSGD compiled": ("target", "SGD", "compiled"),
+    "target, RepAdamW eager": ("target", "AdamW", "eager"),
+    "target, RepAdamW compiled": ("target", "AdamW", "compiled"),
 }
 
 
@@ -74,31 +66,27 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     yield f"Device operations of the optimizer's compiled step of {arch} in a CUDA graph", list(graphs(arch, device))
 
 
-class Parts:
-    """Counts device operations by the name of a part: kernels, copies and fills of memory."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, int] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Count those of what is done within; a part that comes again replaces what was found before."""
-        if stand_in := sys.modules.get("nullgpu"):  # for a GPU, which counts by itself and has no profiler
-            stand_in.reset()
-            yield
-            self.found[name] = sum(stand_in.stats()[kind] for kind in ("launches", "memsets", "d2d", "h2d", "d2h"))
-            return
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            yield
-            torch.cuda.synchronize()
-        events = (event for event in seen.events() if event.device_type is DeviceType.CUDA)
-        self.found[name] = sum(not event.is_user_annotation for event in events)
+@contextmanager
+def counted(found: dict[str, int], name: str) -> Iterator[None]:
+    """Enter into `found` how many device operations (kernels, copies, fills of memory) what is done within takes."""
+    if stand_in := sys.modules.get("nullgpu"):  # for a GPU, which counts by itself and has no profiler
+        stand_in.reset()
+        yield
+        found[name] = sum(stand_in.stats()[kind] for kind in ("launches", "memsets", "d2d", "h2d", "d2h"))
+        return
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        yield
+        torch.cuda.synchronize()
+    events = (event for event in seen.events() if event.device_type is DeviceType.CUDA)
+    found[name] = sum(not event.is_user_annotation for event in events)
 
 
 def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torch.device) -> dict[str, int]:
     """Device operations by the parts of a step of `train.trainer.Trainer`, behind some others."""
-    model, optimizer, clip = network(arch, training, device)
-    precision, loss_of, part = precision_on(device), criterion(), Parts()
+    model, optimizer, clip = network(arch, *training, device)
+    precision, loss_of = precision_on(device), criterion()
+    found: dict[str, int] = {}  # of the last step
+    part = functools.partial(counted, found)
     guard, optimizer_step = NonFiniteGuard(model, optimizer, device), optimizer.step
     pixels = np.zeros(((WARM_UP + 1) * batch_size, cifar.SIZE, cifar.SIZE, 3), np.uint8)
     batches = iter(resident_loader("cf100", pixels, device, batch_size=batch_size))
@@ -123,16 +111,17 @@ def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torc
             guard.step(norm)
         optimizer.step = optimizer_step
         optimizer.zero_grad(set_to_none=True)
-    return part.found
+    return found
 
 
-def network(arch: str, training: Training, device: torch.device) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
-    """A network, its optimizer, and what clips its gradients."""
-    model = repopt.create_model(arch, mode=training.mode, num_classes=cifar.NUM_CLASSES)
-    scales = repopt.constant_scales(model, "initial") if training.mode == "target" else None
+def network(
+    arch: str, mode: str, name: str, implementation: repopt.optim.Implementation, device: torch.device
+) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
+    """Return a network, its optimizer, and what clips its gradients."""
+    model = repopt.create_model(arch, mode=mode, num_classes=cifar.NUM_CLASSES)
+    scales = repopt.constant_scales(model, "initial") if mode == "target" else None
     to_device(model, device)
-    settings = SETTINGS[training.rule]
-    optimizer = repopt.build_optimizer(training.rule, model, scales, implementation=training.implementation, **settings)
+    optimizer = repopt.build_optimizer(name.lower(), model, scales, implementation=implementation, **SETTINGS[name])
     if scales is None:
         clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), RECIPE.TRAIN.CLIP_GRAD)
     else:
@@ -143,20 +132,21 @@ def network(arch: str, training: Training, device: torch.device) -> tuple[nn.Mod
 
 def graphs(arch: str, device: torch.device) -> Iterator[Row]:
     """Capture a step of the optimizer with learning rates of either kind, and count what the graph holds."""
-    for rule, settings in SETTINGS.items():
+    for name, settings in SETTINGS.items():
         for kind, rate in {"a number": settings["lr"], "a tensor": torch.tensor(settings["lr"], device=device)}.items():
-            model, optimizer, _ = network(arch, Training("target", rule, "compiled"), device)
+            model, optimizer, _ = network(arch, "target", name, "compiled", device)
             for group in optimizer.param_groups:
                 group |= {"lr": rate, "capturable": True}
             for param in model.parameters():
                 param.grad = torch.zeros_like(param)
-            stream, graph, part = torch.cuda.Stream(device), torch.cuda.CUDAGraph(), Parts()
+            stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+            found: dict[str, int] = {}
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     optimizer.step()
-                with part("operations"):
+                with counted(found, "operations"):
                     optimizer.step()
             with torch.cuda.graph(graph, stream=stream):
                 optimizer.step()
             graph.replay()
-            yield {"optimizer": type(optimizer).__name__, "learning rate": kind, **part.found}
+            yield {"optimizer": type(optimizer).__name__, "learning rate": kind, **found}

@@ -13,23 +13,22 @@ from torch import Tensor, nn
 
 import repopt
 from benchmarks.arguments import add_rounds, rounds_of
-from benchmarks.as_trained import to_device
 from benchmarks.report import Table
 from benchmarks.timing import interleave, peak_extra
+from benchmarks.training_step import to_device
 from repopt.optim import RULES
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": 1e-7, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5},
-    "adamw": {"lr": 1e-7, "weight_decay": 0.05},
+    "SGD": {"lr": 1e-7, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5},
+    "AdamW": {"lr": 1e-7, "weight_decay": 0.05},
 }
 IMPLEMENTATIONS: tuple[repopt.optim.Implementation, ...] = ("eager", "compiled")
-NAMES = {"sgd": "SGD", "adamw": "AdamW"}
 
 
 class Contender(NamedTuple):
     """An optimizer in the comparison: what does its step, and the bytes of the multipliers that it keeps."""
 
-    rule: str
+    rule: str  # a key of SETTINGS
     label: str
     optimizer: torch.optim.Optimizer
     step: Callable[[], Any]
@@ -44,9 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     """The comparison on a network's parameters, with random gradients and scales."""
-    search = repopt.create_model(arguments.arch, mode="hs")
-    scales = {name: 0.5 + torch.rand_like(scale) for name, scale in repopt.extract_scales(search).items()}
-    del search
+    searched = repopt.extract_scales(repopt.create_model(arguments.arch, mode="hs"))
+    scales = {name: 0.5 + torch.rand_like(scale) for name, scale in searched.items()}
     model = repopt.create_model(arguments.arch, mode="target")
     to_device(model, device)
     for param in model.parameters():
@@ -62,7 +60,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
             {
                 "optimizer": contender.label,
                 "ms": 1e3 * own,
-                "time / fused": own / seconds[f"torch {NAMES[contender.rule]}, fused"],
+                "time / fused": own / seconds[f"torch {contender.rule}, fused"],
                 "state / parameters": state / size,
                 "multipliers / parameters": contender.mult_bytes() / size,
                 "peak extra / parameters": peak_extra(contender.step, device) / size,
@@ -71,24 +69,20 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     yield f"A step on the parameters of {arguments.arch}", rows
 
 
-def _contenders(rule: str, model: nn.Module, scales: dict[str, Tensor]) -> list[Contender]:
-    settings, name, pair = SETTINGS[rule], NAMES[rule], RULES[rule]
-    torchs = getattr(torch.optim, name)
-    mults = repopt.grad_mults(model, scales, degree=pair.rep.degree)
-    dense = {key: mult.dense() for key, mult in mults.items()}
-    found = []
+def _contenders(rule: str, model: nn.Module, scales: dict[str, Tensor]) -> Iterator[Contender]:
+    settings, torchs = SETTINGS[rule], getattr(torch.optim, rule)
     for how, flags in {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}.items():
         plain = torchs(model.parameters(), **settings, **flags)
-        found.append(Contender(rule, f"torch {name}, {how}", plain, plain.step, int))
-    naive = torchs(model.parameters(), **settings, foreach=False)
+        yield Contender(rule, f"torch {rule}, {how}", plain, plain.step, int)
+    mults = repopt.grad_mults(model, scales, degree=RULES[rule.lower()].rep.degree)
+    dense = {key: mult.dense() for key, mult in mults.items()}
     kept = sum(tensor.nbytes for tensor in dense.values())
-    found.append(
-        Contender(rule, f"naive Rep{name}, dense multiplier", naive, naive_step(model, naive, dense), lambda: kept)
-    )
+    naive = torchs(model.parameters(), **settings, foreach=False)
+    step = naive_step(model, naive, dense)
+    yield Contender(rule, f"naive Rep{rule}, dense multiplier", naive, step, lambda: kept)
     for how in IMPLEMENTATIONS:
-        rep: Any = repopt.build_optimizer(rule, model, scales, implementation=how, **settings)
-        found.append(Contender(rule, f"Rep{name}, {how}", rep, rep.step, rep.multiplier_bytes))
-    return found
+        rep: Any = repopt.build_optimizer(rule.lower(), model, scales, implementation=how, **settings)
+        yield Contender(rule, f"Rep{rule}, {how}", rep, rep.step, rep.multiplier_bytes)
 
 
 def naive_step(model: nn.Module, optimizer: torch.optim.Optimizer, dense: dict[str, Tensor]) -> Callable[[], None]:

@@ -7,14 +7,15 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 Step = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Rounds(NamedTuple):
@@ -50,15 +51,15 @@ class Rounds(NamedTuple):
 
 
 def interleave(
-    contenders: Mapping[str, Step], device: torch.device, *, rounds: Rounds, warm_up: int = 3, settle: bool = False
-) -> dict[str, float]:
+    contenders: Mapping[Name, Step], device: torch.device, *, rounds: Rounds, warm_up: int = 3, settle: bool = False
+) -> dict[Name, float]:
     """Median seconds of each contender's step, by name. Arguments: as of `interleave_times`."""
     times = interleave_times(contenders, device, rounds=rounds, warm_up=warm_up, settle=settle)
     return {name: statistics.median(own) for name, own in times.items()}
 
 
 def interleave_times(
-    contenders: Mapping[str, Step],
+    contenders: Mapping[Name, Step],
     device: torch.device,
     *,
     rounds: Rounds,
@@ -67,7 +68,7 @@ def interleave_times(
     before: Step = lambda: None,
     agreed: Callable[[bool], bool] = bool,
     bar: bool = True,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of each contender's step in every round, by name.
 
     All take turns in random order, round after round, for what ran before has its effect, too. The order is the same in
@@ -87,7 +88,7 @@ def interleave_times(
     for step in tqdm(contenders.values(), desc="warm-up", disable=hidden, leave=False):
         for _ in range(warm_up):
             step()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[Name, list[float]] = {name: [] for name in contenders}
     order = random.Random(0)
     for _ in rounds.in_time(agreed, hidden=hidden):
         for name in order.sample(list(contenders), len(contenders)):

@@ -16,10 +16,9 @@ from reproduction import paper
 
 import repopt
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.as_trained import AS_IN_TRAINING, MODES, mode_on
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, interleave, peak_extra, timed
-from benchmarks.training_step import TrainingStep
+from benchmarks.training_step import AS_IN_TRAINING, MODES, TrainingStep, mode_on
 from repopt.errors import UserError
 
 ARCHS = ("RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2")

@@ -1,4 +1,6 @@
-"""A step of training on random images."""
+"""A step of training on random images, and what the benchmarks take of train/: networks as a training runs them that
+asks for nothing else.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,41 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 import repopt
-from benchmarks.as_trained import Precision, memory_format_on, precision_on, under
 from data.seeding import generator
+from train import build, config, placement
+from train.compilation import COMPILE_MODES, compiled
+from train.distributed import World
+from train.precision import Precision
 
+MODES = ("off", *COMPILE_MODES)
+AS_IN_TRAINING = "as TRAIN.COMPILE auto chooses"
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 4e-5}
+
+
+def precision_on(device: torch.device) -> Precision:
+    """Return autocast to bf16 on GPUs, fp32 on CPUs, where bf16 convolutions of this torch have corrupted memory."""
+    return placement.precision_of(config.build({}).cfg, World(0, 1, device))
+
+
+def memory_format_on(device: torch.device) -> torch.memory_format:
+    """Return channels_last on GPUs."""
+    return placement.memory_format_of(World(0, 1, device))
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model on a device, in its memory format."""
+    return placement.to_device(model, World(0, 1, device))
+
+
+def mode_on(device: torch.device, batch_size: int, image_size: int, processes: int = 1) -> str:
+    """Return the mode of torch.compile that a training chooses which asks for none."""
+    cfg = config.build({"DATA.BATCH_SIZE": batch_size, "DATA.IMG_SIZE": image_size}).cfg
+    return build.compile_mode(cfg, World(0, processes, device))
+
+
+def under(mode: str, model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model as `TRAIN.COMPILE` of this value trains it."""
+    return model if mode == "off" else compiled(model, device, mode)
 
 
 class TrainingStep:
@@ -49,11 +82,10 @@ class TrainingStep:
         exchange: Callable[[nn.Module], object] = lambda model: None,
     ) -> None:
         torch.manual_seed(0)
-        layout = memory_format_on(device)
         source = torch.Generator(device).manual_seed(generator(seed).initial_seed())
-        self.device, self._precision, self._reads_loss = device, precision_on(device), textbook
-        if textbook:
-            layout, self._precision = torch.contiguous_format, Precision(device)
+        self.device, self._reads_loss = device, textbook
+        layout = torch.contiguous_format if textbook else memory_format_on(device)
+        self._precision = Precision(device) if textbook else precision_on(device)
         self.model = repopt.create_model(arch, mode=mode, num_classes=num_classes).to(device)
         self.model.to(memory_format=layout)
         images = torch.randn(batch_size, 3, image_size, image_size, generator=source, device=device)

@@ -85,7 +85,7 @@ def identity_shares(model: nn.Module, images: Tensor) -> list[float]:
         elif isinstance(block, RepConv2d):
             for branch in block.block.branches:
                 if branch.scale is None:  # the identity
-                    assert block.bn is not None
+                    assert isinstance(block.bn, nn.Module)
                     watch(block, block.bn, block.values(branch.kernel).view(-1, 1, 1))
     with torch.no_grad():
         model(images)

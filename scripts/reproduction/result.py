@@ -112,7 +112,8 @@ def side_by_side(
 def table_of(content: Content) -> str:
     """Return the table as Markdown: the paper, this run, and the difference."""
     columns, rows = side_by_side(content, lambda cell: (_measured(cell), _number(cell["difference"], cell, sign="+")))
-    lines = ["| " + " | ".join(text or "–" for text in row) + " |" for row in (columns, *rows)]
+    all_rows: list[Sequence[str | None]] = [columns, *rows]
+    lines = ["| " + " | ".join(text or "–" for text in row) + " |" for row in all_rows]
     return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 

@@ -118,7 +118,7 @@ class ExperimentRun:
 
         def run(training: Training, seed: int) -> ExperimentRun:
             seed = seeds[0] if training.once else seed
-            scales, of = (before and run(before, seed) for before in (training.scales, training.of))
+            scales, of = (run(before, seed) if before else None for before in (training.scales, training.of))
             return cls(training, seed, output, scales, of)
 
         return list(dict.fromkeys(run(training, seed) for seed in seeds))

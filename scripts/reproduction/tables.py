@@ -106,8 +106,8 @@ def _table2(full: bool) -> Experiment:
     on_gpus = ("MaxBS", "train samples/s/GPU @MaxBS")  # columns that are measured on GPUs alone
     for model in MODELS if full else ("B1",):
         ours = target(full, model)
-        command = ("train", "--arch", ours.arch.removesuffix("-target"), "--batch-size", "32")
-        command += () if full else ("--image-size", "32")
+        sides = () if full else ("--image-size", "32")
+        command = ("train", "--arch", ours.arch.removesuffix("-target"), "--batch-size", "32", *sides)
         speed = Training(ours.name.replace("target", "speed"), ours.arch, kind=SPEED, once=True, arguments=command)
         for family, label, training in (
             ("RepVGG", f"RepVGG-{model}", repvgg(full, model)),
@@ -146,7 +146,7 @@ def _table3(full: bool) -> Experiment:
 
     networks = {"RepOpt-VGG-B1": target(full), "EfficientNet-B2": efficientnet("b2")}
     if full:
-        se = {"arch": "RepOpt-VGG-L2-se-target", "cfg": "configs/imagenet/l2_se_target.yaml"}
+        se: dict[str, Any] = {"arch": "RepOpt-VGG-L2-se-target", "cfg": "configs/imagenet/l2_se_target.yaml"}
         networks |= {
             "RepOpt-VGG-B2": target(full, "B2"),
             "VGGNet-16": Training("vgg16", "torchvision/vgg16_bn", "configs/imagenet/vgg16.yaml", gpus=8),

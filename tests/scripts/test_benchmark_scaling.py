@@ -10,7 +10,7 @@ from benchmarks.training_step import TrainingStep
 from torch import nn
 
 import repopt
-from benchmarks import processes, scaling
+from benchmarks import scaling
 from repopt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -40,8 +40,8 @@ def table(tables, beginning):
 
 def test_processes_exchange_the_same_gradients_in_every_way(tables):
     alone, apart, *exchanging = table(tables, "Processes side by side")
-    assert (alone["setting"], alone["processes"], alone["efficiency"]) == (processes.ALONE, 1, 1)
-    assert (apart["setting"], apart["processes"], apart["exchange ms"]) == (processes.APART, 2, None)
+    assert (alone["setting"], alone["processes"], alone["efficiency"]) == (scaling.ALONE, 1, 1)
+    assert (apart["setting"], apart["processes"], apart["exchange ms"]) == (scaling.APART, 2, None)
     assert apart["gradients: difference to the mean"] > 0.01  # every process has images of its own
     assert len(exchanging) == 4
     for row in exchanging:
@@ -52,10 +52,10 @@ def test_processes_exchange_the_same_gradients_in_every_way(tables):
         assert row["efficiency"] == pytest.approx(row["images/s"] / (2 * alone["images/s"]))
     by_setting = {row["setting"]: row["peak MB per process"] for row in exchanging}
     model = repopt.create_model(NANO, mode="target")
-    megabytes = processes.gradient_bytes(model) / 1e6
+    megabytes = scaling.gradient_bytes(model) / 1e6
     assert apart["peak MB per process"] > 3 * megabytes  # parameters, gradients, momentum
-    assert by_setting[processes.AFTERWARDS] > apart["peak MB per process"]
-    assert by_setting[processes.AFTERWARDS] > 4 * megabytes  # and the message
+    assert by_setting[scaling.AFTERWARDS] > apart["peak MB per process"]
+    assert by_setting[scaling.AFTERWARDS] > 4 * megabytes  # and the message
 
 
 def test_the_all_reduce_is_of_all_gradients(tables):
@@ -69,9 +69,9 @@ def test_the_prediction_stands_beside_the_measurement(tables):
     settings = {row["setting"]: row["ms per step"] for row in table(tables, "Processes side by side")}
     (message,) = table(tables, "All-reduce")
     overlapped, afterwards = table(tables, "The model on paper beside")
-    assert overlapped["measured ms per step"] == settings[processes.DDP]
-    assert afterwards["measured ms per step"] == settings[processes.AFTERWARDS]
-    assert afterwards["predicted ms per step"] == pytest.approx(settings[processes.APART] + message["ms"])
+    assert overlapped["measured ms per step"] == settings[scaling.DDP]
+    assert afterwards["measured ms per step"] == settings[scaling.AFTERWARDS]
+    assert afterwards["predicted ms per step"] == pytest.approx(settings[scaling.APART] + message["ms"])
 
 
 def test_growth_has_a_row_per_model_and_image_size(tables):
@@ -145,7 +145,7 @@ def test_on_paper_says_what_is_assumed(tables):
     rows = tables[title]
     assert [row["processes"] for row in rows] == [8, 16, 64, 256, 1024]
     eight = rows[0]
-    size = processes.gradient_bytes(repopt.create_model(NANO, mode="target"))
+    size = scaling.gradient_bytes(repopt.create_model(NANO, mode="target"))
     exchange = 1e3 * (2 * 7 / 8 * size / 25e9 + 14 * 1e-6)
     assert eight["exchange ms"] == pytest.approx(exchange)
     assert eight["ms per step, no overlap"] == pytest.approx(100 + exchange)
@@ -154,8 +154,8 @@ def test_on_paper_says_what_is_assumed(tables):
 
 
 def test_one_process_has_no_exchange():
-    found = {processes.ALONE: processes.Measured(0.5)}
-    only = scaling.processes_tables(found, 1, processes.Load(NANO, 8, 64, 1, 1), 4)
+    found = {scaling.ALONE: scaling.Measured(0.5)}
+    only = dict(scaling.processes_tables(found, 1, parsed("--arch", NANO), 4))
     ((row,),) = only.values()
     assert row["images/s"] == 16 and row["efficiency"] == 1
 
