@@ -166,10 +166,6 @@ class BranchOptimizer(torch.optim.Optimizer):
                 (rest if own in without else decayed).append(tensor)
         return _hyper(group) | {"params": decayed}, _hyper(group) | {"params": rest, "weight_decay": 0.0}
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of the model's parameters, as `torch.optim.Optimizer` does."""
-        super().zero_grad(set_to_none)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step of the multi-branch network, and write the plain kernels that it has then.
@@ -247,9 +243,10 @@ class BranchOptimizer(torch.optim.Optimizer):
         """Return the RepSGD that goes on from here, for which nothing of the branches is held but their multipliers.
 
         Kernels and momenta are merged by the same sum. With constant scales SGD is linear, so the path is the same.
+        It does not clip: `repopt.clip_grad_norm_` does, by the same norm.
 
         Raises:
-            UserError: the scales are still searched, the rule is not SGD, or gradients are clipped here.
+            UserError: the scales are still searched, or the rule is not SGD.
         """
         if not isinstance(self._inner, torch.optim.SGD):
             raise UserError(
