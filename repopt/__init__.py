@@ -6,6 +6,7 @@ repopt.initialize(model, scales)
 optimizer = repopt.build_optimizer("sgd", model, scales, lr=0.1, momentum=0.9, weight_decay=4e-5, nesterov=True)
 """
 
+from repopt.branches import hold_branches, share_branches
 from repopt.checkpoint import load_weights
 from repopt.convert import Declaration, convert_model, register_block
 from repopt.csla import Block, Branch, ConvBranch, GradMult, IdentityBranch, Target
@@ -13,7 +14,17 @@ from repopt.deploy import deploy
 from repopt.errors import UserError
 from repopt.layers import RepConv2d
 from repopt.models import create_model, list_models
-from repopt.optim import RepAdam, RepAdamW, RepLion, RepOptimizer, RepRMSprop, RepSGD, clip_grad_norm_
+from repopt.optim import (
+    BranchOptimizer,
+    HeldBranches,
+    RepAdam,
+    RepAdamW,
+    RepLion,
+    RepOptimizer,
+    RepRMSprop,
+    RepSGD,
+    clip_grad_norm_,
+)
 from repopt.reparam import (
     BoundScales,
     bind,
@@ -34,9 +45,11 @@ __all__ = [
     "Block",
     "BoundScales",
     "Branch",
+    "BranchOptimizer",
     "ConvBranch",
     "Declaration",
     "GradMult",
+    "HeldBranches",
     "IdentityBranch",
     "RepAdam",
     "RepAdamW",
@@ -58,6 +71,7 @@ __all__ = [
     "extract_scales",
     "fit_scales",
     "grad_mults",
+    "hold_branches",
     "initialize",
     "list_models",
     "load_scales",
@@ -65,4 +79,5 @@ __all__ = [
     "param_groups",
     "register_block",
     "save_scales",
+    "share_branches",
 ]

@@ -285,6 +285,30 @@ class Block:
             return functools.reduce(torch.add, wholes)
         return _Merge.apply(self, *tensors)
 
+    def branch_gradients(
+        self, gradient: Tensor, kernels: Mapping[str, Tensor], scales: Mapping[str, Tensor], *, with_scales: bool = True
+    ) -> dict[str, Tensor]:
+        """Return the gradients of kernels and scales, by name, from that of the plain kernel (the chain rule).
+
+            dL/dw_k = s_k A_k^T G        dL/ds_k = <A_k w_k, G> per output channel
+
+        Args:
+            gradient: G, (O, I, *k), of ``merge(kernels, scales)``.
+            kernels, scales: as `merge` takes them.
+            with_scales: whether those of the scales are wanted.
+        """
+        found: dict[str, Tensor] = {}
+        for branch in self.branches:
+            kernel = kernels[branch.kernel]
+            share = branch.scatter_view(gradient, self.target).reshape(kernel.shape)
+            if branch.scale is None:
+                found[branch.kernel] = share.clone()
+                continue
+            found[branch.kernel] = _scaled(share, scales[branch.scale])
+            if with_scales:
+                found[branch.scale] = torch.linalg.vecdot(*(t.reshape(len(kernel), -1) for t in (share, kernel)))
+        return found
+
     def grad_mult(self, scales: Mapping[str, Tensor], degree: int) -> GradMult:
         """Return the gradient's multiplier ``sum_k |s_k|^(1+d) E_k(1)`` (Rule of Iteration).
 

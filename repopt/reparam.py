@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 from repopt.csla import GradMult
 from repopt.errors import UserError, shown, unknown
 from repopt.layers import Mode, ModuleWrapper, RepConv2d
-from repopt.optim import PLAIN_ONLY, REFUSED, RULES, Implementation, clip_grad_norm_
+from repopt.optim import (
+    PLAIN_ONLY,
+    RULES,
+    WITHOUT_MULTIPLIERS,
+    BranchOptimizer,
+    HeldBranches,
+    Implementation,
+    clip_grad_norm_,
+    plain_rule,
+)
 
 IdentityInit = Literal["searched", "one"]
 ScaleSource = Literal["searched", "channel-mean", "initial", "one"]
@@ -41,7 +50,7 @@ class BoundScales:
         """Apply the Rule of Initialization to the model, in place; see `repopt.initialize`."""
         for path, module in declared_blocks(self.model, "csla", "target"):
             like = module.kernel()
-            values = {name: scale.to(like) for name, scale in self._block_scales(path, module).items()}
+            values = {name: scale.to(like) for name, scale in self.block_scales(path, module).items()}
             kernels = module.block.init_kernels(values if identity == "searched" else {})
             kernels = {name: kernel.to(like) for name, kernel in kernels.items()}
             if module.mode == "target":
@@ -52,18 +61,14 @@ class BoundScales:
 
     def grad_mults(self, degree: int) -> dict[str, GradMult]:
         """Return the multipliers of the Rule of Iteration by parameter name; see `repopt.grad_mults`."""
-        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
         mults: dict[str, GradMult] = {}
-        for path, module in declared_blocks(self.model, "target"):
-            kernel = module.kernel()
-            if not kernel.requires_grad:
-                continue
-            scales = {name: scale.double() for name, scale in self._block_scales(path, module).items()}
-            mult = module.block.grad_mult(scales, degree).to_like(kernel)  # rounded once, here
-            shared = mults.setdefault(names[kernel], mult)
+        for name, path, module in trained_kernels(self.model):
+            scales = {own: scale.double() for own, scale in self.block_scales(path, module).items()}
+            mult = module.block.grad_mult(scales, degree).to_like(module.kernel())  # rounded once, here
+            shared = mults.setdefault(name, mult)
             if any(not torch.equal(a, b) for a, b in zip(shared.tensors(), mult.tensors(), strict=True)):
                 raise UserError(
-                    f"block {path!r} shares its kernel with {names[kernel]!r}, but has other scales: one kernel can "
+                    f"block {path!r} shares its kernel with {name!r}, but has other scales: one kernel can "
                     "follow one set of branches only"
                 )
         return mults
@@ -83,7 +88,7 @@ class BoundScales:
     def _squares(self) -> dict[str, GradMult]:
         return self.grad_mults(degree=1)
 
-    def _block_scales(self, path: str, module: RepConv2d) -> dict[str, Tensor]:
+    def block_scales(self, path: str, module: RepConv2d) -> dict[str, Tensor]:
         """Return a block's scales by the names of its declaration."""
         return {
             branch.searched_name: self.scales[key_of(path, branch.searched_name)] for branch in module.block.branches
@@ -118,18 +123,37 @@ def declared_blocks(model: nn.Module, *modes: Mode) -> list[tuple[str, RepConv2d
     return found
 
 
-def extract_scales(model: nn.Module) -> dict[str, Tensor]:
+def trained_kernels(model: nn.Module) -> Iterator[tuple[str, str, RepConv2d]]:
+    """Yield the name of every trained kernel of a model in target mode, with the path of its block, and the block.
+
+    Blocks that share a kernel yield the same name.
+    """
+    names: dict[Tensor, str] = {param: name for name, param in unwrapped(model).named_parameters()}
+    for path, module in declared_blocks(model, "target"):
+        if module.kernel().requires_grad:
+            yield names[module.kernel()], path, module
+
+
+def extract_scales(model: nn.Module, branches: Mapping[str, HeldBranches] | None = None) -> dict[str, Tensor]:
     """Return what a hyper-search found, as the scale file stores it: (O,) tensors by name, on the CPU.
 
     An identity branch is listed too, though what was searched there is a kernel (its constant scale is 1).
 
+    Args:
+        model: in hs or csla mode; in target mode if `branches` are given.
+        branches: that the model's optimizer holds (`hold_branches`).
+
     Raises:
-        UserError: the model is not in hs or csla mode.
+        UserError: the model is in another mode.
     """
+    if branches is None:
+        values = [(path, module.block, module.values) for path, module in declared_blocks(model, "hs", "csla")]
+    else:
+        values = [(path, module.block, branches[name].values) for name, path, module in trained_kernels(model)]
     return {
-        key_of(path, branch.searched_name): module.values(branch.searched_name).detach().cpu().clone()
-        for path, module in declared_blocks(model, "hs", "csla")
-        for branch in module.block.branches
+        key_of(path, branch.searched_name): values_of(branch.searched_name).detach().cpu().clone()
+        for path, block, values_of in values
+        for branch in block.branches
     }
 
 
@@ -313,40 +337,52 @@ def build_optimizer(
     lr: float | Tensor,
     weight_decay: float = 0.0,
     implementation: Implementation = "auto",
+    branches: Mapping[str, HeldBranches] | None = None,
+    max_norm: float | None = None,
     **settings: Any,
 ) -> torch.optim.Optimizer:
-    """Return an optimizer over the model's parameter groups: a RepOptimizer if scales are given, else the plain rule.
+    """Build an optimizer over the model's parameter groups.
 
     Args:
-        name: of the update rule, one of `RULES`: "sgd", "adamw" ...; without scales one of `PLAIN_ONLY`, too.
-        model: in target mode if scales are given, else any.
-        scales: from `load_scales`, `extract_scales` or `bind`.
+        name: of the update rule, one of `RULES` ("sgd", "adamw" ...), or without scales of `PLAIN_ONLY` ("muon" ...).
+        model: in target mode if scales or branches are given, else any.
+        scales: from `load_scales`, `extract_scales` or `bind`: a RepOptimizer, which keeps their multipliers.
         lr: learning rate.
         weight_decay: of the decayed group (`param_groups`).
         implementation: of a RepOptimizer's step (`RepOptimizer`).
+        branches: from `hold_branches` or `share_branches`: the rule is on the multi-branch network (`BranchOptimizer`).
+        max_norm: to which the gradients of the multi-branch network are clipped, where branches are given.
         settings: hyper-parameters of the rules (momentum, nesterov, betas, eps ...). Those of other rules are passed
             over, so that one set of settings serves every rule.
 
     Raises:
         UserError: an unknown rule or setting, a value that the rule refuses, or scales that are not this model's.
     """
-    if scales is None and name in PLAIN_ONLY:
-        return PLAIN_ONLY[name](param_groups(model, weight_decay), lr=lr)
-    if scales is not None and name in REFUSED:
-        raise UserError(f"optimizer {name!r} cannot be re-parameterized: {REFUSED[name]}")
-    if name not in RULES:
+    if name not in RULES and name not in PLAIN_ONLY:
         raise unknown("optimizer", name, (*RULES, *PLAIN_ONLY))
-    rule, known = RULES[name], set().union(*(rule.hyperparameters for rule in RULES.values()))
+    if scales is not None and name in WITHOUT_MULTIPLIERS:
+        raise UserError(
+            f"optimizer {name!r} has no form with multipliers: {WITHOUT_MULTIPLIERS[name]}; with branches that it "
+            "holds it is exact (branches=repopt.hold_branches(model, scales))"
+        )
+    if scales is not None and branches is not None:
+        raise UserError("an optimizer multiplies gradients by constants of scales or holds branches, not both")
+    known = set().union(*(rule.hyperparameters for rule in RULES.values()))
     for key in settings:
         if key not in known:
             raise unknown("optimizer setting", key, known)
-    arguments = {"lr": lr} | {key: value for key, value in settings.items() if key in rule.hyperparameters}
-    groups = param_groups(model, weight_decay)
+    groups, arguments = param_groups(model, weight_decay), dict[str, Any](lr=lr)
     if scales is not None:
+        rule = RULES[name]
+        arguments |= {key: value for key, value in settings.items() if key in rule.hyperparameters}
         mults = grad_mults(model, scales, degree=rule.rep.degree)
         return rule.rep(groups, grad_mults=mults, implementation=implementation, **arguments)
+    plain, hyperparameters = plain_rule(name)
+    arguments |= {key: value for key, value in settings.items() if key in hyperparameters}
     try:
-        return rule.plain(groups, **arguments)
+        if branches is not None:
+            return BranchOptimizer(groups, plain, branches, max_norm=max_norm, **arguments)
+        return plain(groups, **arguments)
     except ValueError as error:
         raise UserError(f"optimizer {name!r}: {error}") from None
 

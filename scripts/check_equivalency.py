@@ -2,7 +2,8 @@
 
     python scripts/check_equivalency.py [--model ghost | --model timm/repvgg_a0] [--steps 3]
 
-Both are trained on the same random images, in float64: the plain one by the RepOptimizer, the other branch by branch,
+Both are trained on the same random images, in float64: the plain one by the RepOptimizer ("compact": it keeps
+multipliers; "held": it keeps the branches, under any rule), the other branch by branch,
 every branch a convolution of its own, by torch's optimizer. What is printed is the relative difference of the kernels
 afterwards. The exit code is 1 if one is above 1e-10. Training a deep network amplifies rounding (43 blocks of timm's
 mobileone_s0 by about a thousand a step): `--steps 1` then tells it from an error.
@@ -11,6 +12,7 @@ mobileone_s0 by about a thousand a step): `--steps 1` then tells it from an erro
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import sys
@@ -72,6 +74,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "rmsprop, centered": ("rmsprop", {**RMSPROP, "centered": True, "momentum": 0.9}),
     "lion": ("lion", {"lr": 0.001, "betas": (0.9, 0.99), "weight_decay": 0.01}),
 }
+# Rules that no multiplier follows: the branches are held. Rows of SETTINGS are checked in both forms.
+HELD_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "adam, coupled decay": ("adam", {**ADAM, "weight_decay": 0.05}),
+    "adafactor": ("adafactor", {"lr": 0.01, "weight_decay": 0.01}),
+    "muon": ("muon", {"lr": 0.01, "weight_decay": 0.01}),
+    "lars": ("lars", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "lamb": ("lamb", {"lr": 0.01, "weight_decay": 0.01}),
+}
 SIGNS = {"positive": 0.0, "mixed": 0.5}
 
 
@@ -105,15 +115,18 @@ class OneBlock(RepConv2d):
         return torch.relu(self.bn(self.conv2d(x))).mean((2, 3))
 
 
-def largest_difference(csla: nn.Module, target: nn.Module, rule: str, sign: float, images: Tensor, steps: int) -> float:
+def largest_difference(
+    csla: nn.Module, target: nn.Module, rule: str, sign: float, images: Tensor, steps: int, form: str = "compact"
+) -> float:
     """Train both networks and return the largest relative difference of a declared block's kernel, ||a - b|| / ||b||.
 
     Args:
         csla, target: the same network in these modes, float64.
-        rule: a row of `SETTINGS`.
+        rule: a row of `SETTINGS`, or of `HELD_ONLY` where branches are held.
         sign: probability that a scale is negative.
         images: (N, C, H, W), float64; image n has the class n.
         steps: of training.
+        form: of the target's optimizer: it keeps multipliers ("compact"), or the branches ("held").
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -126,11 +139,13 @@ def largest_difference(csla: nn.Module, target: nn.Module, rule: str, sign: floa
     for model in (csla, target):
         torch.manual_seed(2)
         repopt.initialize(model, scales)
+    held = repopt.share_branches(copy.deepcopy(csla), target) if form == "held" else None
     for module in _blocks(csla):
         module.conv2d = types.MethodType(branch_by_branch, module)  # type: ignore[method-assign]  # for this one alone
-    name, settings = SETTINGS[rule]
+    name, settings = (SETTINGS | HELD_ONLY)[rule]
     train(csla, repopt.build_optimizer(name, csla, **settings), images, steps)
-    train(target, repopt.build_optimizer(name, target, scales, **settings), images, steps)
+    rep = repopt.build_optimizer(name, target, None if held else scales, branches=held, **settings)
+    train(target, rep, images, steps)
     pairs = zip(_blocks(csla), _blocks(target), strict=True)
     with torch.no_grad():
         return max(float((a.kernel() - b.kernel()).norm() / b.kernel().norm()) for a, b in pairs)
@@ -153,8 +168,10 @@ def create(model: str, mode: Mode) -> nn.Module:
     return repopt.create_model(model, mode=mode, num_classes=4)
 
 
-def cases(model: str, steps: int = 50, network_steps: int = 3) -> Iterator[tuple[str, str, str, Callable[[], float]]]:
-    """Yield (network, rule, signs of the scales, what measures the difference): single blocks, then `model`.
+def cases(
+    model: str, steps: int = 50, network_steps: int = 3
+) -> Iterator[tuple[str, str, str, str, Callable[[], float]]]:
+    """Yield (network, form, rule, signs of the scales, what measures the difference): single blocks, then `model`.
 
     Args:
         model: the name of a network, as `create` takes it.
@@ -166,12 +183,13 @@ def cases(model: str, steps: int = 50, network_steps: int = 3) -> Iterator[tuple
         networks.append((name, functools.partial(OneBlock, setup), (8, channels, 7, 7), steps))
     networks.append((model, functools.partial(create, model), (4, 3, 64, 64), network_steps))
     generator = torch.Generator().manual_seed(0)
-    for rule, signs in itertools.product(SETTINGS, SIGNS):
+    compact = itertools.product(["compact"], SETTINGS, SIGNS)
+    for form, rule, signs in (*compact, *itertools.product(["held"], [*SETTINGS, *HELD_ONLY], ["mixed"])):
         for name, build, shape, trained in networks:
             images = torch.randn(shape, generator=generator, dtype=torch.float64)
             csla, target = build("csla").double(), build("target").double()
-            arguments = csla, target, rule, SIGNS[signs], images, trained
-            yield name, rule, signs, functools.partial(largest_difference, *arguments)
+            arguments = csla, target, rule, SIGNS[signs], images, trained, form
+            yield name, form, rule, signs, functools.partial(largest_difference, *arguments)
 
 
 def _blocks(model: nn.Module) -> list[RepConv2d]:
@@ -185,9 +203,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="of training that network")
     args = parser.parse_args()
     differences = []
-    for name, rule, signs, measure in cases(args.model, network_steps=args.steps):
+    for name, form, rule, signs, measure in cases(args.model, network_steps=args.steps):
         differences.append(measure())
-        print(f"{name:34} {rule:18} {signs:9} {differences[-1]:.1e}")
+        print(f"{name:34} {form:8} {rule:20} {signs:9} {differences[-1]:.1e}")
     equal = all(difference <= BOUND for difference in differences)  # false for NaN too
     print(f"largest relative difference {max(differences):.1e}, bound {BOUND:.0e}: {'equal' if equal else 'NOT EQUAL'}")
     return 0 if equal else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -13,13 +13,15 @@ from yacs.config import CfgNode
 
 import repopt
 from repopt import BoundScales
+from repopt.branches import hold_branches, share_branches
 from repopt.errors import UserError
+from repopt.optim import WITHOUT_MULTIPLIERS, BranchOptimizer, HeldBranches
 from train import compilation
 from train.distributed import World
 from train.keys import CLASSIFY
 from train.logging import logger
 from train.parallel import data_parallel
-from train.placement import precision_of
+from train.placement import precision_of, to_device
 from train.schedule import build_schedule
 from train.state import TrainingState, count_steps
 from train.tasks import Task
@@ -27,16 +29,56 @@ from train.tasks import Task
 MAX_GRAPH_PIXELS = 2**19  # of a batch that is small: 128 images of 64 x 64
 
 
-def training_state(task: Task, model: nn.Module, scales: BoundScales | None, *, batches: int) -> TrainingState:
-    """Return optimizer, schedule and moving average around a model; `batches` are those of an epoch."""
+def plain_form(
+    task: Task, model: nn.Module, scales: BoundScales | None
+) -> tuple[nn.Module, dict[str, HeldBranches] | None]:
+    """Return the network that computes in a training, and the branches that the optimizer holds for it.
+
+    A hyper-search computes with the plain network, which shares everything else with `model`: what a checkpoint holds
+    is the network with branches. A target holds branches while its scales are searched, and longer under rules whose
+    state does not merge with the kernels.
+    """
+    cfg = task.cfg
+    if cfg.QUANT.METHOD:
+        return model, None
+    if task.arch.mode == "hs":
+        plain = to_device(task.network("target"), task.world)
+        return plain, share_branches(model, plain)
+    rule = cfg.TRAIN.OPTIMIZER.NAME
+    if task.arch.repopt and (
+        scales is None or rule in WITHOUT_MULTIPLIERS or (cfg.TRAIN.SEARCH_EPOCHS and rule != "sgd")
+    ):
+        return model, hold_branches(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
+    return model, None
+
+
+def training_state(
+    task: Task,
+    model: nn.Module,
+    scales: BoundScales | None,
+    *,
+    batches: int,
+    plain: nn.Module,
+    branches: Mapping[str, HeldBranches] | None,
+) -> TrainingState:
+    """Return optimizer, schedule and moving average around a model; `batches` are those of an epoch.
+
+    Args:
+        task, model: of the training.
+        scales: constants of a RepOptimizer.
+        batches: of an epoch.
+        plain, branches: see `plain_form`.
+    """
     cfg, world = task.cfg, task.world
     images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
     scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
     rule = cfg.TRAIN.OPTIMIZER
     optimizer = repopt.build_optimizer(
         rule.NAME,
-        model,
-        scales_of_gradients(task, scales),
+        plain,
+        scales_of_gradients(task, scales) if branches is None else None,
+        branches=branches,
+        max_norm=cfg.TRAIN.CLIP_GRAD or None if branches is not None else None,
         lr=cfg.TRAIN.BASE_LR * scaling,
         weight_decay=cfg.TRAIN.WEIGHT_DECAY,
         momentum=rule.MOMENTUM,
@@ -73,10 +115,15 @@ def scales_of_gradients(task: Task, scales: BoundScales | None) -> BoundScales |
     return scales if task.arch.repopt and task.cfg.TRAIN.CHANGE_GRADIENTS else None
 
 
-def clipping(task: Task, model: nn.Module, scales: BoundScales | None) -> Callable[[], Tensor] | None:
-    """Return what clips the gradients: under a RepOptimizer by the norm of the equivalent CSLA network's, or None."""
+def clipping(
+    task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, scales: BoundScales | None
+) -> Callable[[], Tensor] | None:
+    """Return what clips the gradients, by the norm of the equivalent CSLA network's under a RepOptimizer.
+
+    None where nothing is clipped, or the optimizer does it.
+    """
     max_norm = task.cfg.TRAIN.CLIP_GRAD
-    if not max_norm:
+    if not max_norm or isinstance(optimizer, BranchOptimizer):
         return None
     if (constants := scales_of_gradients(task, scales)) is not None:
         bound = repopt.bind(model, constants)

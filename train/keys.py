@@ -162,6 +162,11 @@ KEYS: dict[str, Key] = {
     "TRAIN.SCALES_PATH": Key(
         None, "Searched scales: a scale file or a hyper-search checkpoint.", str, flag="--scales-path"
     ),
+    "TRAIN.SEARCH_EPOCHS": Key(
+        0,
+        "Epochs at whose end the scales, searched in the training of the -target itself, become constants; 0: they "
+        "come from TRAIN.SCALES_PATH.",
+    ),
     "TRAIN.CONSTANTS": Key(
         "searched",
         "Constants of a RepOptimizer: the searched scales, their means over channels, those at which a search begins, "

@@ -7,7 +7,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from repopt.errors import UserError
-from repopt.models import parse_arch
+from repopt.models import Arch, parse_arch
 from train import config, tasks
 from train.keys import KEYS
 from train.resume import needs_scales
@@ -32,6 +32,8 @@ def resolve(settings: config.Settings) -> CfgNode:
     ):
         if not takes_it and config.lookup(cfg, key) != KEYS[key].default:
             raise UserError(f"{key} is of a RepOptimizer, and {cfg.MODEL.ARCH} is trained without: leave it out")
+    if cfg.TRAIN.SEARCH_EPOCHS:
+        _check_search(cfg, arch)
     if cfg.MODEL.BACKBONE and cfg.MODEL.RESUME:
         raise UserError("--backbone is where a training begins, and so is --resume (or what is evaluated): give one")
     if cfg.TRAIN.WARMUP_STEPS is not None and "TRAIN.WARMUP_EPOCHS" in given:
@@ -52,3 +54,18 @@ def resolve(settings: config.Settings) -> CfgNode:
         "OUTPUT": str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG)),
     }
     return settings.with_values(values | tasks.task_class(cfg.TASK).finalize(cfg, given)).cfg
+
+
+def _check_search(cfg: CfgNode, arch: Arch) -> None:
+    """Raise a UserError where scales cannot be searched in the training itself."""
+    if not arch.repopt:
+        raise UserError(f"TRAIN.SEARCH_EPOCHS is of a -target that a RepOptimizer trains, not of {cfg.MODEL.ARCH}")
+    if cfg.TRAIN.SCALES_PATH:
+        raise UserError("the scales come from --scales-path or from TRAIN.SEARCH_EPOCHS, not from both")
+    if cfg.TRAIN.SEARCH_EPOCHS > cfg.TRAIN.EPOCHS:
+        raise UserError(f"TRAIN.SEARCH_EPOCHS {cfg.TRAIN.SEARCH_EPOCHS} is more than TRAIN.EPOCHS {cfg.TRAIN.EPOCHS}")
+    if cfg.QUANT.METHOD:
+        raise UserError("TRAIN.SEARCH_EPOCHS is of a training from the beginning, not of one for INT8: leave it out")
+    for key in ("TRAIN.CONSTANTS", "TRAIN.CHANGE_INITIALIZATION", "TRAIN.CHANGE_GRADIENTS"):
+        if config.lookup(cfg, key) != KEYS[key].default:
+            raise UserError(f"{key} is of constants that are known from the beginning: leave it or SEARCH_EPOCHS out")

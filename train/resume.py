@@ -74,6 +74,8 @@ def check_same_run(cfg: CfgNode, content: Mapping[str, Any]) -> None:
             continue
         if KEYS[key].immutable_on_resume:
             raise UserError(f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now")
+        if key == "TRAIN.SEARCH_EPOCHS" and "scales" in content:
+            raise UserError(f"cannot resume: the scales are constants since epoch {then} of {key}, and it is {now} now")
         if key not in OF_A_START:
             logger.info(f"{key} was {shown(then)} before this start and is {now!r} now")
 
@@ -93,6 +95,8 @@ def find_scales(
     cfg, path = task.cfg, task.cfg.TRAIN.SCALES_PATH
     if not needs_scales(task.arch):
         return None
+    if cfg.TRAIN.SEARCH_EPOCHS and not (content is not None and "scales" in content):
+        return None  # they are searched still
     if content is not None and "scales" in content:
         kept = repopt.bind(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
         if path and Path(path).is_file():

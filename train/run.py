@@ -17,8 +17,9 @@ import repopt
 from repopt import checkpoint
 from repopt.errors import UserError, shown
 from repopt.models import parse_arch
+from repopt.optim import BranchOptimizer
 from train import backbone, config, run_record, tasks
-from train.build import clipping, distribute, training_state
+from train.build import clipping, distribute, plain_form, training_state
 from train.checkpoint import RunFolder
 from train.command import MAIN, Program
 from train.distributed import run_on_main, world
@@ -166,11 +167,16 @@ def prepare(
     train_loader, val_loader = task.train_loader(), task.eval_loader()
     if goes_on(content) and content.get("data") not in (None, train_loader.fingerprint):
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
-    state: TrainingState = training_state(task, model, scales, batches=len(train_loader))
+    plain, branches = plain_form(task, model, scales)
+    state: TrainingState = training_state(
+        task, model, scales, batches=len(train_loader), plain=plain, branches=branches
+    )
     state.data = train_loader.fingerprint
     if content is not None:
         state.load_state_dict(content, rank=world.rank, processes=world.size)
         logger.info(f"goes on after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
+        if isinstance(state.optimizer, BranchOptimizer):
+            state.optimizer.write_kernels()
     sizes = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_images": train_loader.num_images,
@@ -187,9 +193,8 @@ def prepare(
         train_loader,
         val_loader,
         folder,
-        model=distribute(task, model),
-        clip=clipping(task, model, scales),
-        searched=task.arch.mode == "hs" and not cfg.QUANT.METHOD,
+        model=distribute(task, plain),
+        clip=clipping(task, model, state.optimizer, scales),
     )
 
 

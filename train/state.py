@@ -12,8 +12,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from repopt.branches import held_state
 from repopt.checkpoint import load_weights, state_dict_of
 from repopt.errors import UserError, one_line, shown
+from repopt.optim import BranchOptimizer
 from train.precision import Precision
 
 
@@ -62,7 +64,7 @@ class TrainingState:
         """Return what saves and loads its own state, by its entry in a checkpoint."""
         parts: dict[str, Stateful] = {
             "model": _Weights(self.model),
-            "optimizer": _OptimizerState(self.optimizer),
+            "optimizer": _OptimizerState(self.optimizer, self.model),
             "scaler": self.precision.scaler,
         }
         if self.ema is not None:
@@ -163,24 +165,29 @@ class _OptimizerState:
     torch pairs states with parameters by position and looks at neither names nor shapes, so both are compared first.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self._optimizer, self._model = optimizer, model
 
     def state_dict(self) -> dict[str, Any]:
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state_dict: Any) -> None:
         groups = self._optimizer.param_groups
+        branches = getattr(self._optimizer, "branches", {})
         configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             if not isinstance(state_dict, Mapping):
                 raise TypeError(f"it is {shown(state_dict)}")
+            if isinstance(self._optimizer, BranchOptimizer) and _sizes(state_dict["param_groups"]) != _sizes(groups):
+                state_dict = held_state(self._optimizer, self._model, state_dict)  # of the network with branches
             for own, saved in zip(groups, state_dict["param_groups"], strict=True):
                 if saved.get("param_names", own["param_names"]) != own["param_names"]:
                     raise ValueError("its parameters have other names or another order")
                 for name, param, index in zip(own["param_names"], own["params"], saved["params"], strict=True):
+                    held = branches.get(name)
                     for key, value in state_dict["state"].get(index, {}).items():
-                        if not _is_state(key, value, param):
+                        of, entry = (param, key) if held is None else held.find(key)
+                        if of is None or not _is_state(entry, value, of):
                             raise ValueError(
                                 f"what it keeps of {name!r} as {shown(key)} is nothing of its shape and kind"
                             )
@@ -198,12 +205,16 @@ def _number(content: Mapping[str, Any], key: str, default: float, *, minimum: in
     return value
 
 
+def _sizes(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
 def _is_state(key: object, value: object, param: Tensor) -> bool:
     """Return whether an optimizer may keep this of a parameter: how many steps it did, or numbers of its shape.
 
     Adafactor keeps those of rows and columns: the shape has ones then.
     """
-    if value is None or (key == "step" and type(value) in (int, float)):
+    if value is None or type(value) is bool or (key == "step" and type(value) in (int, float)):
         return True
     if not isinstance(value, Tensor) or not value.is_floating_point() or not torch.isfinite(value).all():
         return False

@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from data import Loader, seeding
 from repopt.errors import UserError
-from repopt.reparam import extract_scales
+from repopt.optim import BranchOptimizer
+from repopt.reparam import bind, extract_scales
 from repopt.scales import save_scales
 from train import config
+from train.build import clipping
 from train.checkpoint import RunFolder
 from train.distributed import AsyncMax, gather
 from train.evaluation.base import Result
@@ -49,9 +51,8 @@ class Trainer:
         state: updated in place.
         train_loader, val_loader: of this process.
         folder: where the first process writes checkpoints, metrics, and (in a hyper-search) the scales.
-        model: ``state.model``, or what wraps it for training (DDP, torch.compile).
-        clip: clips the gradients and returns their norm before; None = no clipping.
-        searched: whether the model's scales are being searched.
+        model: what computes in training: ``state.model``, or what stands for it, in DDP or compiled.
+        clip: clips the gradients and returns their norm before; None = no clipping, or the optimizer does it.
     """
 
     def __init__(
@@ -64,13 +65,12 @@ class Trainer:
         *,
         model: nn.Module | None = None,
         clip: Callable[[], Tensor] | None = None,
-        searched: bool = False,
     ) -> None:
         self.task, self.cfg, self.world = task, task.cfg, task.world
         self.state, self.folder = state, folder
         self.train_loader, self.val_loader = train_loader, val_loader
         self.model = state.model if model is None else model
-        self.clip, self.searched = clip, searched
+        self.clip = clip
         self.guard = NonFiniteGuard(state.model, state.optimizer, state.precision.device)
         self.metrics = Metrics(None)
         train_loader.set_epoch(state.epoch)
@@ -103,9 +103,39 @@ class Trainer:
         )
         with stop_requests() as self._request, self.metrics, self._bar:
             while state.epoch < cfg.TRAIN.EPOCHS:
+                if 0 < cfg.TRAIN.SEARCH_EPOCHS <= state.epoch:
+                    self.freeze_scales()
                 self.fit_epoch()
         self.folder.wait()
         logger.info(f"best {self.task.metric_name} {state.max_accuracy:.3f} %, checkpoints in {self.folder.path}")
+
+    def searched_scales(self) -> dict[str, Tensor] | None:
+        """Return the scales as they are, where they are being searched."""
+        optimizer = self.state.optimizer
+        if not isinstance(optimizer, BranchOptimizer) or not optimizer.searching:
+            return None
+        return extract_scales(self.model, optimizer.branches)
+
+    def freeze_scales(self) -> None:
+        """Make constants of the scales, unless they are: the rest is the training of a target with these scales.
+
+        Nothing else changes, neither the model nor what wraps it. Under SGD a RepOptimizer takes over.
+        """
+        state, scales = self.state, self.searched_scales()
+        if scales is None:
+            return
+        assert isinstance(state.optimizer, BranchOptimizer)
+        state.optimizer.freeze_scales()
+        state.scales = scales
+        if self.cfg.TRAIN.OPTIMIZER.NAME == "sgd":
+            state.optimizer = state.optimizer.collapsed(implementation=self.cfg.TRAIN.OPTIMIZER.IMPLEMENTATION)
+            state.schedule.optimizer = state.optimizer
+            self.clip = clipping(self.task, state.model, state.optimizer, bind(state.model, scales))
+        self._skipped_before = state.skipped
+        self.guard = NonFiniteGuard(state.model, state.optimizer, state.precision.device)
+        if self.world.is_main:
+            save_scales(scales, self.folder.path / "scales.pth")
+        logger.info(f"scales are constants from epoch {state.epoch + 1} on")
 
     def fit_epoch(self) -> None:
         """Train what is left of an epoch, evaluate, and save."""
@@ -134,8 +164,7 @@ class Trainer:
         if state.epoch % cfg.SAVE_FREQ == 0 or last:
             names.append(f"ckpt_epoch_{state.epoch - 1}.pth")
         self._check_finite()
-        if self.searched:
-            scales = extract_scales(state.model)
+        if scales := self.searched_scales():
             numbers["scales"] = {name: values.mean().item() for name, values in scales.items()}
             if self.world.is_main:
                 save_scales(scales, self.folder.path / "scales.pth")
@@ -187,6 +216,8 @@ class Trainer:
         precision.scaler.unscale_(optimizer)
         self.norm = self.clip() if self.clip else None
         self.guard.step(self.norm)
+        if self.clip is None:  # where branches are held, the optimizer has clipped
+            self.norm = getattr(optimizer, "norm", None)
         precision.scaler.update()
 
     def evaluate(self) -> dict[str, Result] | None:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from timm.optim import Lion
+from timm.optim import Lamb, Lars, Lion, Muon
 from typing_extensions import override
 
 from repopt.optim.adam import RepAdam, RepAdamW
 from repopt.optim.base import Implementation, NamedParams, RepOptimizer
 from repopt.optim.clip import clip_grad_norm_
+from repopt.optim.held import BranchOptimizer, HeldBranches
 from repopt.optim.lion import RepLion
 from repopt.optim.rmsprop import RepRMSprop
 from repopt.optim.sgd import RepSGD
@@ -58,20 +59,36 @@ RULES = {  # fused: fast, and a step can be skipped without asking the device
     "lion": OptimizerPair(Lion, RepLion),
 }
 
-PLAIN_ONLY = {"adafactor": torch.optim.Adafactor}  # the paper compares with it; why not its RepOptimizer: see below
+PLAIN_ONLY: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adafactor": torch.optim.Adafactor,
+    "muon": Muon,
+    "lars": Lars,
+    "lamb": Lamb,
+}
 
 _NORMS = "its steps depend on the norms of whole layers, and the branches of the CSLA network have other norms"
-REFUSED = {
+WITHOUT_MULTIPLIERS = {  # why; with held branches they are exact
     "muon": "it orthogonalises the whole gradient, so that constants in it do not come out as constants",
     "lars": _NORMS,
     "lamb": _NORMS,
     "adafactor": "its second moments are those of whole rows and columns, not of single entries",
 }
 
+
+def plain_rule(name: str) -> tuple[Callable[..., torch.optim.Optimizer], set[str]]:
+    """Return the plain optimizer of an update rule, and the names of the settings that it takes."""
+    if name in RULES:
+        return RULES[name].plain, RULES[name].hyperparameters
+    # Their epsilons are no epsilons of Adam's kind.
+    return PLAIN_ONLY[name], set(inspect.signature(PLAIN_ONLY[name]).parameters) - {"params", "lr", "eps"}
+
+
 __all__ = [
     "PLAIN_ONLY",
-    "REFUSED",
     "RULES",
+    "WITHOUT_MULTIPLIERS",
+    "BranchOptimizer",
+    "HeldBranches",
     "Implementation",
     "OptimizerPair",
     "RepAdam",
@@ -81,4 +98,5 @@ __all__ = [
     "RepRMSprop",
     "RepSGD",
     "clip_grad_norm_",
+    "plain_rule",
 ]

@@ -62,8 +62,10 @@ def test_signed_scales_under_adamw_break_it(monkeypatch):
 
 def test_the_script_says_so(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["check_equivalency.py"])
-    monkeypatch.setattr(check_equivalency, "cases", lambda *_, **__: [("a", "sgd", "mixed", lambda: 1e-15)])
+    monkeypatch.setattr(check_equivalency, "cases", lambda *_, **__: [("a", "held", "sgd", "mixed", lambda: 1e-15)])
     assert check_equivalency.main() == 0
-    monkeypatch.setattr(check_equivalency, "cases", lambda *_, **__: [("a", "sgd", "mixed", lambda: float("nan"))])
+    monkeypatch.setattr(
+        check_equivalency, "cases", lambda *_, **__: [("a", "held", "sgd", "mixed", lambda: float("nan"))]
+    )
     assert check_equivalency.main() == 1
     assert "NOT EQUAL" in capsys.readouterr().out

@@ -122,8 +122,8 @@ def test_epochs_after_which_the_place_in_the_training_is_saved(tmp_path, monkeyp
 def test_scales_that_are_not_finite_do_not_replace_good_ones(tmp_path, monkeypatch):
     state = make_state(network())
     (tmp_path / "scales.pth").write_bytes(b"good")
-    monkeypatch.setattr("train.trainer.extract_scales", lambda model: {"s": model[1].bias.detach()})
-    training = trainer(state, folder=tmp_path, searched=True, TRAIN__EPOCHS=2)
+    training = trainer(state, folder=tmp_path, TRAIN__EPOCHS=2)
+    monkeypatch.setattr(training, "searched_scales", lambda: {"s": state.model[1].bias.detach()})
     monkeypatch.setattr(training, "train_epoch", lambda: nn.init.constant_(state.model[1].bias, float("nan")))
     with pytest.raises(UserError, match="not finite any more"):
         training.fit()

@@ -61,8 +61,8 @@ class Task(ABC):
         return COLUMNS[self.cfg.TASK][0].title
 
     @abstractmethod
-    def network(self) -> nn.Module:
-        """Return the network that the configuration describes, freshly initialized."""
+    def network(self, mode: str | None = None) -> nn.Module:
+        """Return the network that the configuration describes, freshly initialized, in its mode or another one."""
 
     def checked_network(self) -> nn.Module:
         """Return a fresh network, which takes the images.

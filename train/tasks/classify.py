@@ -42,9 +42,9 @@ class Classify(Task):
         return values | {"DATA.TEST_SIZE": test_size or values.get("DATA.IMG_SIZE", cfg.DATA.IMG_SIZE)}
 
     @override
-    def network(self) -> nn.Module:
+    def network(self, mode: str | None = None) -> nn.Module:
         return repopt.create_model(
-            self.arch.model, mode=self.arch.mode, num_classes=self.cfg.MODEL.NUM_CLASSES, **self.of_backbone()
+            self.arch.model, mode=mode or self.arch.mode, num_classes=self.cfg.MODEL.NUM_CLASSES, **self.of_backbone()
         )
 
     @override

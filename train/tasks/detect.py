@@ -34,10 +34,10 @@ class Detect(Task):
         return {"TRAIN.COMPILE": "off"} | agreed(cfg, given, "MODEL.NUM_CLASSES", classes)
 
     @override
-    def network(self) -> nn.Module:
+    def network(self, mode: str | None = None) -> nn.Module:
         return detection.create_detector(
             self.arch.model,
-            mode=self.arch.mode,
+            mode=mode or self.arch.mode,
             num_classes=self.cfg.MODEL.NUM_CLASSES,
             head=self.cfg.DETECT.HEAD,
             neck=self.cfg.DETECT.NECK,

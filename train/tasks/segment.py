@@ -41,10 +41,10 @@ class Segment(Task):
         return agreed(cfg, given, "MODEL.NUM_CLASSES", len(_images(cfg).class_names))
 
     @override
-    def network(self) -> nn.Module:
+    def network(self, mode: str | None = None) -> nn.Module:
         return segmentation.create_segmenter(
             self.arch.model,
-            mode=self.arch.mode,
+            mode=mode or self.arch.mode,
             num_classes=self.cfg.MODEL.NUM_CLASSES,
             channels=self.cfg.MODEL.CHANNELS,
             **self.of_backbone(),

@@ -1,0 +1,375 @@
+"""Branches that the optimizer holds: the model is plain, and any update rule follows the multi-branch network.
+
+A block's branches enter the network through ``W = sum_k s_k A_k w_k`` alone, so the gradient G of the plain kernel has
+all of theirs (`Block.branch_gradients`). A step derives them, lets the rule update kernels and scales as it would those
+of the multi-branch network, and writes W. Nothing is asked of the rule: it may couple entries, layers, or all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from repopt.csla import Block
+from repopt.errors import UserError
+from repopt.optim.base import Implementation, NamedParams
+from repopt.optim.sgd import RepSGD
+from repopt.optim.update import GRAD_SCALER_KEYS
+
+
+@dataclass(eq=False)
+class HeldBranches:
+    """The branches of one plain kernel.
+
+    Attributes:
+        block: their declaration.
+        kernels: w_k by the names of the declaration.
+        scales: s_k, (O,) each, by name.
+        searched: whether the scales are trained, as in a hyper-search; else they are constants.
+    """
+
+    block: Block
+    kernels: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    searched: bool
+
+    def values(self, name: str) -> Tensor:
+        """Return the kernel or scale of a declared name."""
+        return (self.kernels | self.scales)[name]
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return what the rule updates, by name."""
+        return self.kernels | self.scales if self.searched else dict(self.kernels)
+
+    def undecayed(self) -> set[str]:
+        """Return the names of what is not decayed: scales, and in a search the kernels whose declaration says so."""
+        kept = {b.kernel for b in self.block.branches if b.scale is None and not b.decay_in_search}
+        return {*self.scales, *(kept if self.searched else ())}
+
+    def find(self, entry: str) -> tuple[Tensor | None, str]:
+        """Return the kernel or scale that an entry of the plain kernel's state belongs to, and the rule's name for it.
+
+        The name is empty where the entry is the kernel or scale itself; the tensor is None where there is none.
+        """
+        own, _, key = entry.partition("/")
+        return (self.kernels | self.scales).get(own), key
+
+    def merged(self) -> Tensor:
+        """Return the plain kernel, (O, I, *k)."""
+        return self.block.merge(self.kernels, self.scales)
+
+    def derive(self, gradient: Tensor | None) -> None:
+        """Set the gradients of what is trained, from that of the plain kernel."""
+        of_branches: dict[str, Tensor] = {}
+        if gradient is not None:
+            like = next(iter(self.kernels.values()))
+            of_branches = self.block.branch_gradients(
+                gradient.to(like.dtype), self.kernels, self.scales, with_scales=self.searched
+            )
+        for name, tensor in self.trained().items():
+            tensor.grad = of_branches.get(name)
+
+
+class BranchOptimizer(torch.optim.Optimizer):
+    """Any update rule on the multi-branch network that a plain model stands for.
+
+    Its groups are the model's own parameters, whose hyper-parameters (and schedulers' changes of them) hold for the
+    branches, too: kernels are decayed as the plain kernel is, scales are not.
+
+    Args:
+        params: named parameters, as ``model.named_parameters()`` or groups of them (`repopt.param_groups`) give them.
+        rule: ``rule(groups, **settings)`` is an optimizer: a class of torch.optim, or what is called like one.
+        branches: by the names of the plain kernels; the other parameters are updated by the rule as they are. A group
+            that is added later brings its own under the key "branches".
+        max_norm: bound of the 2-norm over all gradients of the multi-branch network, to which they are clipped in every
+            step; None = no clipping.
+        settings: hyper-parameters of the rule.
+
+    Attributes:
+        branches: as given.
+        norm: of the multi-branch network's gradients in the last step, before they were clipped; None without
+            ``max_norm``. Nothing waits for the device.
+
+    Raises:
+        UserError: parameters without names, or branches of names or shapes that are not among them.
+    """
+
+    _step_supports_amp_scaling: ClassVar[bool] = True  # by which GradScaler knows it
+    _inner: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        params: NamedParams,
+        rule: Callable[..., torch.optim.Optimizer],
+        branches: Mapping[str, HeldBranches],
+        *,
+        max_norm: float | None = None,
+        **settings: Any,
+    ) -> None:
+        self.branches: dict[str, HeldBranches] = {}
+        self.max_norm = max_norm
+        self.norm: Tensor | None = None
+        self._rule, self._settings = rule, settings
+        self._kernels: dict[str, Tensor] = {}  # the plain ones
+        self._unclaimed = dict(branches)
+        super().__init__(params, {})
+        _refuse_unclaimed(self._unclaimed)
+        self.defaults = self._inner.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer` does; "branches" are those of the group's kernels."""
+        group = dict(param_group)
+        own = group.pop("branches", None)
+        branches = self._unclaimed if own is None else dict(own)
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        if "param_names" not in group:
+            self.param_groups.pop()
+            raise UserError("a BranchOptimizer takes named parameters: model.named_parameters() or repopt.param_groups")
+        found = {
+            name: (param, branches.pop(name))
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+            if name in branches
+        }
+        if own is not None:
+            _refuse_unclaimed(branches)
+        for name, (param, held) in found.items():
+            if param.shape != held.block.target.shape:
+                raise UserError(
+                    f"the branches of {name!r} add up to {held.block.target.shape}, not {tuple(param.shape)}"
+                )
+            self.branches[name], self._kernels[name] = held, param
+        decayed, rest = self._inner_groups(group)
+        if len(self.param_groups) == 1:
+            self._inner = self._rule([decayed], **self._settings)
+        else:
+            self._inner.add_param_group(decayed)
+        self._inner.add_param_group(rest)
+        group.update(_hyper(self._inner.param_groups[-2]))
+
+    def _inner_groups(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the rule's two groups for one of ours: what has its weight decay, and what is not decayed."""
+        decayed: list[Tensor] = []
+        rest: list[Tensor] = []
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            held = self.branches.get(name)
+            if held is None:
+                decayed.append(param)
+                continue
+            without = held.undecayed()
+            for own, tensor in held.trained().items():
+                (rest if own in without else decayed).append(tensor)
+        return _hyper(group) | {"params": decayed}, _hyper(group) | {"params": rest, "weight_decay": 0.0}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step of the multi-branch network, and write the plain kernels that it has then.
+
+        A `torch.amp.GradScaler` (or a training loop) says by the attributes ``found_inf`` and ``grad_scale``, as to
+        torch's fused optimizers, whether it is skipped. Where the rule knows them too, nothing waits for the device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf, grad_scale = (getattr(self, name, None) for name in GRAD_SCALER_KEYS)
+        for name, kernel in self._kernels.items():
+            self.branches[name].derive(kernel.grad)
+        gradients = {param: param.grad for param in self._params() if param.grad is not None}
+        if grad_scale is not None:
+            _scale_gradients([*gradients], 1 / grad_scale)
+        if self.max_norm is not None:
+            self.norm = nn.utils.get_total_norm([param.grad for param in gradients if param.grad is not None])
+            _scale_gradients([*gradients], (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0))
+        self._step_rule(found_inf)
+        for param, gradient in gradients.items():  # those of the model are as they were
+            param.grad = gradient
+        for name, kernel in self._kernels.items():
+            if kernel.grad is not None:
+                kernel.copy_(self.branches[name].merged())
+            self.branches[name].derive(None)
+        return loss
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self._inner.param_groups for param in group["params"]]
+
+    def _step_rule(self, found_inf: Tensor | None) -> None:
+        for group, (decayed, rest) in self._grouped():
+            decayed.update(_hyper(group))
+            rest.update(_hyper(group) | {"weight_decay": rest["weight_decay"]})
+        if found_inf is None:
+            self._inner.step()
+        elif getattr(self._inner, "_step_supports_amp_scaling", False):
+            told = {"found_inf": found_inf, "grad_scale": None}
+            vars(self._inner).update(told)
+            self._inner.step()
+            for name in told:
+                delattr(self._inner, name)
+        elif not found_inf:
+            self._inner.step()
+
+    def _grouped(self) -> Iterator[tuple[dict[str, Any], tuple[dict[str, Any], ...]]]:
+        """Yield every group with the two that the rule has for it."""
+        return zip(self.param_groups, zip(*[iter(self._inner.param_groups)] * 2, strict=True), strict=True)
+
+    @torch.no_grad()
+    def write_kernels(self) -> None:
+        """Write the plain kernels, W = sum_k s_k A_k w_k, where branches have been changed from outside."""
+        for name, kernel in self._kernels.items():
+            kernel.copy_(self.branches[name].merged())
+
+    def freeze_scales(self) -> None:
+        """End the search: the scales are constants from now on, and all kernels go on with their state, decayed."""
+        scales = {scale for held in self.branches.values() for scale in held.scales.values()}
+        for _, (decayed, rest) in self._grouped():
+            decayed["params"] += [param for param in rest["params"] if param not in scales]
+            rest["params"] = []
+        for scale in scales:
+            self._inner.state.pop(scale, None)
+        for held in self.branches.values():
+            held.searched = False
+
+    @property
+    def searching(self) -> bool:
+        """Return whether scales are trained."""
+        return any(held.searched for held in self.branches.values())
+
+    def collapsed(self, *, implementation: Implementation = "auto") -> RepSGD:
+        """Return the RepSGD that goes on from here, for which nothing of the branches is held but their multipliers.
+
+        Kernels and momenta are merged by the same sum. With constant scales SGD is linear, so the path is the same.
+        It does not clip: `repopt.clip_grad_norm_` does, by the same norm.
+
+        Raises:
+            UserError: the scales are still searched, or the rule is not SGD.
+        """
+        if not isinstance(self._inner, torch.optim.SGD):
+            raise UserError(
+                f"only SGD's branches can be merged with their state, not those of {type(self._inner).__name__}: under "
+                "rules that normalise gradients, the state of the sum is not the sum of the states"
+            )
+        if self.searching:
+            raise UserError("scales are searched still: freeze_scales() makes constants of them")
+        mults = {
+            name: held.block.grad_mult({own: s.detach().double() for own, s in held.scales.items()}, degree=1).to_like(
+                self._kernels[name]
+            )
+            for name, held in self.branches.items()
+        }
+        taken = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "initial_lr")
+        groups = [
+            {key: group[key] for key in taken if key in group}
+            | {"params": list(zip(group["param_names"], group["params"], strict=True))}
+            for group in self.param_groups
+        ]
+        plain = RepSGD(
+            groups, **{key: self.defaults[key] for key in taken[:-1]}, grad_mults=mults, implementation=implementation
+        )
+        for name, param in ((n, p) for group in groups for n, p in group["params"]):
+            buffers = self._momenta(name, param)
+            if buffers is not None:
+                plain.state[param]["momentum_buffer"] = buffers
+        return plain
+
+    def _momenta(self, name: str, param: Tensor) -> Tensor | None:
+        held = self.branches.get(name)
+        if held is None:
+            return self._inner.state.get(param, {}).get("momentum_buffer")
+        momenta = {
+            own: self._inner.state.get(kernel, {}).get("momentum_buffer") for own, kernel in held.kernels.items()
+        }
+        if any(momentum is None for momentum in momenta.values()):
+            return None
+        return held.block.merge(momenta, held.scales).detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the groups, and by parameter the rule's state; a plain kernel's holds its branches and theirs."""
+        content = self.pack(self._inner.state)
+        for saved, (group, (decayed, _)) in zip(content["param_groups"], self._grouped(), strict=True):
+            saved["rule"] = {key: value for key, value in _hyper(decayed).items() if key not in group}
+        return content
+
+    def pack(self, of_rule: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a state dict of what a rule keeps of the multi-branch network's parameters."""
+        self.state.clear()
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                held = self.branches.get(name)
+                state = dict(of_rule.get(param, {})) if held is None else {}
+                for own, tensor in () if held is None else (held.kernels | held.scales).items():
+                    state[own] = tensor.detach()
+                    state |= {f"{own}/{key}": value for key, value in of_rule.get(tensor, {}).items()}
+                if state:
+                    self.state[param] = state
+        content = super().state_dict()
+        self.state.clear()
+        return content
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, and write the plain kernels.
+
+        Raises:
+            UserError: the state is of other parameters or branches.
+        """
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        own_of_rule = [group.pop("rule", {}) for group in groups]
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        states = {
+            name: state_dict["state"].get(index, {})
+            for name, index in zip(names, (i for group in groups for i in group["params"]), strict=True)
+        }
+        params = dict(zip(names, (p for group in self.param_groups for p in group["params"]), strict=True))
+        of_rule: dict[Tensor, dict[str, Any]] = {}
+        for name, param in params.items():
+            held = self.branches.get(name)
+            if held is None:
+                of_rule[param] = states[name]
+                continue
+            for own, tensor in (held.kernels | held.scales).items():
+                if own not in states[name] or states[name][own].shape != tensor.shape:
+                    raise UserError(
+                        f"the optimizer's state lacks the branch {own!r} of {name!r}, or it has another shape"
+                    )
+                tensor.copy_(states[name][own])
+                prefix = f"{own}/"
+                of_rule[tensor] = {
+                    key.removeprefix(prefix): value for key, value in states[name].items() if key.startswith(prefix)
+                }
+        inner = self._inner.state_dict()
+        for number, group in enumerate(inner["param_groups"]):
+            group.update(copy.deepcopy(own_of_rule[number // 2]))
+        order = (i for group in inner["param_groups"] for i in group["params"])
+        inner["state"] = {i: of_rule[param] for i, param in zip(order, self._params(), strict=True) if of_rule[param]}
+        self._inner.load_state_dict(inner)
+        self.write_kernels()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("branches", "max_norm", "norm", "_rule", "_settings", "_kernels", "_inner", "_unclaimed")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+
+def _scale_gradients(params: Sequence[Tensor], factor: Tensor) -> None:
+    """Give parameters new gradients: theirs times a number, which may be on another device."""
+    on_device: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        on_device.setdefault(param.device, []).append(param)
+    for device, members in on_device.items():
+        scaled = torch._foreach_mul([param.grad for param in members if param.grad is not None], factor.to(device))
+        for param, gradient in zip(members, scaled, strict=True):
+            param.grad = gradient
+
+
+def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _refuse_unclaimed(branches: Mapping[str, HeldBranches]) -> None:
+    if branches:
+        raise UserError(f"there are branches for {next(iter(branches))!r}, but no parameter of that name")
