@@ -6,6 +6,7 @@ repopt.initialize(model, scales)
 optimizer = repopt.build_optimizer("sgd", model, scales, lr=0.1, momentum=0.9, weight_decay=4e-5, nesterov=True)
 """
 
+from repopt.blocks import declared_blocks
 from repopt.branches import hold_branches, share_branches
 from repopt.checkpoint import load_weights
 from repopt.convert import Declaration, convert_model, register_block
@@ -25,19 +26,16 @@ from repopt.optim import (
     RepSGD,
     clip_grad_norm_,
 )
-from repopt.reparam import (
+from repopt.reparam import build_optimizer, grad_mults, initialize, param_groups
+from repopt.scales import (
     BoundScales,
     bind,
-    build_optimizer,
     constant_scales,
-    declared_blocks,
     extract_scales,
     fit_scales,
-    grad_mults,
-    initialize,
-    param_groups,
+    load_scales,
+    save_scales,
 )
-from repopt.scales import load_scales, save_scales
 
 __version__ = "0.2.0"
 

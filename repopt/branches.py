@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repopt.blocks import declared_blocks, trained_kernels, unwrapped
 from repopt.csla import Block
 from repopt.errors import UserError
 from repopt.optim.held import BranchOptimizer, HeldBranches
-from repopt.reparam import IdentityInit, Scales, bind, declared_blocks, param_groups, trained_kernels, unwrapped
+from repopt.reparam import param_groups
+from repopt.scales import IdentityInit, Scales, bind
 
 
 @torch.no_grad()

@@ -2,11 +2,11 @@
 
     python scripts/check_equivalency.py [--model ghost | --model timm/repvgg_a0] [--steps 3]
 
-Both are trained on the same random images, in float64: the plain one by the RepOptimizer ("compact": it keeps
-multipliers; "held": it keeps the branches, under any rule), the other branch by branch,
-every branch a convolution of its own, by torch's optimizer. What is printed is the relative difference of the kernels
-afterwards. The exit code is 1 if one is above 1e-10. Training a deep network amplifies rounding (43 blocks of timm's
-mobileone_s0 by about a thousand a step): `--steps 1` then tells it from an error.
+Both are trained on the same random images, in float64: the plain one by an optimizer that keeps multipliers ("compact")
+or the branches ("held", any rule), the other branch by branch, every branch a convolution of its own, by the plain
+rule. What is printed is the relative difference of the kernels afterwards. The exit code is 1 if one is above 1e-10.
+Training a deep network amplifies rounding (43 blocks of timm's mobileone_s0 by about a thousand a step): `--steps 1`
+then tells it from an error.
 """
 
 from __future__ import annotations

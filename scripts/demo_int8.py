@@ -24,7 +24,7 @@ from workers import Run, run_side_by_side
 
 from repopt.errors import UserError
 from train.command import run_command
-from train.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
+from train.file_names import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
 
 METHODS = ("ptq", "qat")
 

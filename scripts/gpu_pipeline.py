@@ -33,7 +33,7 @@ from data import glyphs
 from repopt.errors import UserError
 from repopt.quantization import PRESETS
 from train.command import run_command
-from train.files import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
+from train.file_names import ARTIFACTS, RESULTS, SIGNAL_TO_NOISE
 
 MODES = {"search": "hs", "target": "target", "repvgg": "repvgg", "sgd": "target-norepopt"}
 QUANTIZED = ("target", "repvgg")

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import repopt
 from repopt import detection, segmentation
+from repopt.blocks import key_of
 from repopt.errors import UserError
 from repopt.models import list_archs
-from repopt.reparam import key_of
 from train.command import run_command
 
 

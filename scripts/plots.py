@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 import repopt
-from repopt.reparam import key_of
+from repopt.blocks import key_of
 
 
 class Range(NamedTuple):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import _root
 
 from train.command import MAIN, Program, run_program
-from train.files import ARTIFACTS, SIGNAL_TO_NOISE
+from train.file_names import ARTIFACTS, SIGNAL_TO_NOISE
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode

@@ -34,12 +34,14 @@ from torch import Tensor
 import repopt
 from repopt.errors import UserError, one_line, shown
 from repopt.models import parse_arch, zoo
-from train import config, files, trained
+from train import config, file_names, trained
 from train.command import run_command
-from train.files import CONFIG, PREDICTIONS, Column
+from train.file_names import CONFIG, PREDICTIONS, Column
 from train.keys import KEYS
 
-RESULTS, SIGNAL_TO_NOISE = (f"{files.ARTIFACTS}/{name}" for name in (files.RESULTS, files.SIGNAL_TO_NOISE))
+RESULTS, SIGNAL_TO_NOISE = (
+    f"{file_names.ARTIFACTS}/{name}" for name in (file_names.RESULTS, file_names.SIGNAL_TO_NOISE)
+)
 IMAGES = Column("images", "images", 0, "")
 MAX_POINTS = 400  # of a curve by step; more are not seen
 STYLE = """<meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -12,7 +12,7 @@ import _root  # noqa: F401
 
 from repopt.errors import UserError, one_line
 from train import config
-from train.files import COLUMNS, CONFIG, RUN, Column
+from train.file_names import COLUMNS, CONFIG, RUN, Column
 from train.keys import CLASSIFY
 
 METRICS = "metrics.jsonl"

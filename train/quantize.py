@@ -22,7 +22,7 @@ from train.checkpoint import RunFolder
 from train.command import Program
 from train.distributed import run_on_main
 from train.evaluation.base import Result
-from train.files import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
+from train.file_names import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
 from train.keys import CLASSIFY, DETECT
 from train.logging import as_json, logger
 from train.placement import to_device

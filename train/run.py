@@ -23,7 +23,7 @@ from train.build import clipping, distribute, plain_form, training_state
 from train.checkpoint import RunFolder
 from train.command import MAIN, Program
 from train.distributed import run_on_main, world
-from train.files import THROUGHPUT
+from train.file_names import THROUGHPUT
 from train.interruption import Interrupted
 from train.keys import CLASSIFY, DETECT
 from train.logging import logger, start_log

@@ -12,7 +12,7 @@ import torch
 import repopt
 from train import config
 from train.checkpoint import RunFolder
-from train.files import CONFIG, RUN
+from train.file_names import CONFIG, RUN
 from train.tasks.base import Task
 
 

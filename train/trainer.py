@@ -18,8 +18,7 @@ from tqdm import tqdm
 from data import Loader, seeding
 from repopt.errors import UserError
 from repopt.optim import BranchOptimizer
-from repopt.reparam import bind, extract_scales
-from repopt.scales import save_scales
+from repopt.scales import bind, extract_scales, save_scales
 from train import config
 from train.build import clipping
 from train.checkpoint import RunFolder

@@ -15,13 +15,13 @@ from torchao.quantization import pt2e
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 from typing_extensions import override
 
+from repopt.blocks import declared_blocks
 from repopt.checkpoint import load_weights
 from repopt.deploy import deploy
 from repopt.errors import UserError, one_line, unknown
 from repopt.layers import ModuleWrapper
 from repopt.quantization import graph as graphs
 from repopt.quantization.presets import AVERAGED_BATCHES, FakeQuantizedActivation, find_preset
-from repopt.reparam import declared_blocks
 
 MAX_BATCH = 65_535  # images in a batch of an exported network: with more, a GPU computes batch norms in another way
 _METHODS = ("ptq", "qat")

@@ -19,7 +19,7 @@ import repopt
 from repopt import checkpoint, segmentation
 from train import tasks
 from train.distributed import World
-from train.files import PREDICTIONS
+from train.file_names import PREDICTIONS
 from train.keys import DETECT
 from train.placement import to_device
 from train.tasks.base import source_of

@@ -21,7 +21,7 @@ from repopt.models.network import Network
 from reproduction.paper import PaperTable
 from reproduction.run import ExperimentRun, Training
 from train import config, trained
-from train.files import CONFIG
+from train.file_names import CONFIG
 
 
 class Cell(NamedTuple):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 import repopt
+from repopt.blocks import key_of
 from repopt.layers import RepConv2d
 from repopt.models import parse_arch
-from repopt.reparam import key_of
 from reproduction.experiment import kernels
 from reproduction.run import ExperimentRun
 

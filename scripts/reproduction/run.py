@@ -16,9 +16,9 @@ from downstream import detect, segment
 from runs import epochs_of
 
 from repopt.errors import UserError, shown
-from train import config, files
+from train import config, file_names
 from train.command import MAIN, Program
-from train.files import ARTIFACTS, CONFIG, RESULTS
+from train.file_names import ARTIFACTS, CONFIG, RESULTS
 
 # Data sets whose folder is found in an environment variable; the others come with a package.
 FOLDERS = {
@@ -58,7 +58,7 @@ SEGMENT = Kind("scripts/downstream/segment.py", program=segment.PROGRAM, flags=(
 DETECT = Kind("scripts/downstream/detect.py", program=detect.PROGRAM, flags=("--backbone",))
 PTQ = Kind("scripts/quantize.py", QUANTIZED, quantize.PROGRAM, ("--method", "ptq", "--resume"))
 QAT = Kind("scripts/quantize.py", QUANTIZED, quantize.PROGRAM, ("--method", "qat", "--resume"))
-THROUGHPUT = Kind("main_repopt.py", files.THROUGHPUT, alone=True)  # of the deployed network
+THROUGHPUT = Kind("main_repopt.py", file_names.THROUGHPUT, alone=True)  # of the deployed network
 SPEED = Kind("scripts/benchmark.py", "speed.json", alone=True)  # of training
 
 

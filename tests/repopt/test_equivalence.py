@@ -12,6 +12,7 @@ CASES = {
     "-".join(names): measure
     for model in ("RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x")
     for *names, measure in check_equivalency.cases(model, steps=20)
+    if model == "RepOpt-VGG-nano" or names[0] == model  # blocks once
 }
 
 
@@ -64,8 +65,7 @@ def test_the_script_says_so(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["check_equivalency.py"])
     monkeypatch.setattr(check_equivalency, "cases", lambda *_, **__: [("a", "held", "sgd", "mixed", lambda: 1e-15)])
     assert check_equivalency.main() == 0
-    monkeypatch.setattr(
-        check_equivalency, "cases", lambda *_, **__: [("a", "held", "sgd", "mixed", lambda: float("nan"))]
-    )
+    not_a_number = ("a", "held", "sgd", "mixed", lambda: float("nan"))
+    monkeypatch.setattr(check_equivalency, "cases", lambda *_, **__: [not_a_number])
     assert check_equivalency.main() == 1
     assert "NOT EQUAL" in capsys.readouterr().out

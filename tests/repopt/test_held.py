@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from check_equivalency import BLOCKS, OneBlock
 
 import repopt
+from repopt.blocks import declared_blocks
 from repopt.branches import held_state, hold_branches, share_branches
 from repopt.optim.held import BranchOptimizer
-from repopt.reparam import declared_blocks, param_groups
+from repopt.reparam import param_groups
 
 # The rule, its settings; whether it takes vectors and matrices alike.
 RULES = {

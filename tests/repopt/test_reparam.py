@@ -143,7 +143,7 @@ def test_scales_are_bound_once(scales, monkeypatch):
     bound = repopt.bind(torch.compile(model), scales | {"linear.bias": torch.ones(10)})
     assert bound.model is model
     assert bound.scales.keys() == scales.keys()
-    monkeypatch.setattr("repopt.reparam.invalid_reason", None)  # cannot be called
+    monkeypatch.setattr("repopt.scales.invalid_reason", None)  # cannot be called
     assert repopt.bind(model, bound) is bound
     assert repopt.bind(model, bound).scales == bound.scales
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ from train.distributed import World
 from train.evaluation.classification import Evaluation
 from train.evaluation.detection import Detection
 from train.evaluation.segmentation import Segmentation
-from train.files import COLUMNS
+from train.file_names import COLUMNS
 from train.keys import CLASSIFY, DENSE, KEYS, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from repopt.models import parse_arch
 from train import config
 from train.distributed import World
 from train.evaluation.base import Evaluate
-from train.files import COLUMNS
+from train.file_names import COLUMNS
 from train.keys import KEYS
 from train.placement import memory_format_of
 
