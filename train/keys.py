@@ -144,7 +144,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.LR_SCHEDULER.POWER": Key(0.9, "Power of the poly schedule."),
     "TRAIN.OPTIMIZER.NAME": Key(
         "sgd",
-        "Update rule: sgd, adamw, adam, rmsprop or lion; without a RepOptimizer also adafactor.",
+        "Update rule: sgd, adamw, adam, rmsprop, lion; muon, lars, lamb or adafactor, for which branches are held.",
         immutable_on_resume=True,
     ),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, "Epsilon of AdamW, Adam and RMSprop."),
