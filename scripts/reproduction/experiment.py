@@ -104,12 +104,12 @@ def throughput(training: Training) -> Cell:
     return Cell(training, lambda run: json.loads(run.result.read_text())["images_per_second"], decimals=0)
 
 
-def training_speed(training: Training, of: str, column: str) -> Cell:
+def training_speed(training: Training, method: str, column: str) -> Cell:
     """Return a cell with a column of what benchmark.py has measured of "RepOpt" or "RepVGG"."""
 
     def value(run: ExperimentRun) -> Any:
         rows = next(iter(json.loads(run.result.read_text())["tables"].values()))
-        (found,) = (row[column] for row in rows if row["training"] == of)
+        (found,) = (row[column] for row in rows if row["training"] == method)
         return found
 
     return Cell(training, value, decimals=0)

@@ -68,12 +68,12 @@ class Training:
 
     Attributes:
         name: of its runs.
-        arch: of main_repopt.py; empty: that of `of`.
+        arch: of main_repopt.py; empty: that of `base`.
         cfg: recipe.
         kind: how it is run.
         settings: keys and values over the recipe.
         scales: training whose scales it takes.
-        of: training whose network is quantized, or is the backbone.
+        base: training whose network is quantized, or is the backbone.
         gpus: at full scale.
         once: whether all seeds share one run, of the first seed.
         arguments: further ones of the command line.
@@ -85,7 +85,7 @@ class Training:
     kind: Kind = TRAIN
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     scales: Training | None = None
-    of: Training | None = None
+    base: Training | None = None
     gpus: int = 1
     once: bool = False
     arguments: tuple[str, ...] = ()
@@ -103,14 +103,14 @@ class ExperimentRun:
         training: what is done.
         seed: of everything random in it.
         output: below which all runs are.
-        scales, of: the runs whose scales it takes and whose network it goes out from.
+        scales, base: the runs whose scales it takes and whose network it goes out from.
     """
 
     training: Training
     seed: int
     output: Path
     scales: ExperimentRun | None = None
-    of: ExperimentRun | None = None
+    base: ExperimentRun | None = None
 
     @classmethod
     def plan(cls, training: Training, seeds: Sequence[int], output: Path) -> list[ExperimentRun]:
@@ -118,8 +118,8 @@ class ExperimentRun:
 
         def run(training: Training, seed: int) -> ExperimentRun:
             seed = seeds[0] if training.once else seed
-            scales, of = (run(before, seed) if before else None for before in (training.scales, training.of))
-            return cls(training, seed, output, scales, of)
+            scales, base = (run(before, seed) if before else None for before in (training.scales, training.base))
+            return cls(training, seed, output, scales, base)
 
         return list(dict.fromkeys(run(training, seed) for seed in seeds))
 
@@ -136,12 +136,12 @@ class ExperimentRun:
     @property
     def needs(self) -> list[ExperimentRun]:
         """Runs that come before it."""
-        return [run for run in (self.scales, self.of) if run is not None]
+        return [run for run in (self.scales, self.base) if run is not None]
 
     @property
     def arch(self) -> str:
         """The architecture, as main_repopt.py names it."""
-        return self.training.arch or (self.of.arch if self.of else "")
+        return self.training.arch or (self.base.arch if self.base else "")
 
     @property
     def tag(self) -> str:
@@ -165,8 +165,8 @@ class ExperimentRun:
             return [*self.training.arguments, "--json", str(self.result)]
         arguments = ["--cfg", self.training.cfg] if self.training.cfg else []
         arguments += ["--arch", self.arch, "--tag", self.tag, "--output", str(self.output)]
-        if self.of is not None:
-            arguments += [*self.kind.flags, str(self.of.folder / "latest.pth")]
+        if self.base is not None:
+            arguments += [*self.kind.flags, str(self.base.folder / "latest.pth")]
         if self.kind is THROUGHPUT:
             arguments += ["--throughput"]
         if self.scales is not None:

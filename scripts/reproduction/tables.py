@@ -79,8 +79,8 @@ def quantization(full: bool, kind: Kind) -> tuple[Training, Training]:
     """Return the quantization of the plain network and that of the baseline."""
     name, gpus = ("ptq", 1) if kind is PTQ else ("qat", 8)
     cfg = f"configs/{'imagenet' if full else 'digits'}/quantize.yaml"
-    own = Training(name, cfg=cfg, kind=kind, of=target(full), gpus=gpus)
-    return own, own.but(f"{name}-repvgg", of=repvgg(full))
+    own = Training(name, cfg=cfg, kind=kind, base=target(full), gpus=gpus)
+    return own, own.but(f"{name}-repvgg", base=repvgg(full))
 
 
 def _table1(full: bool) -> Experiment:
@@ -188,35 +188,33 @@ def _table4(full: bool) -> Experiment:
         settings = {f"TRAIN.OPTIMIZER.{key.upper()}": value for key, value in {"name": name, **more}.items()}
         return plain(full).but(name, settings | {"TRAIN.BASE_LR": rate if full else demo_rate})
 
+    def ablation(name: str, key: str, value: bool | str, **fields: Any) -> Training:
+        return tuned.but(name, {f"TRAIN.{key}": value}, **fields)
+
     tuned = target(full).but("tuned", {} if full else {"TRAIN.BASE_LR": 0.12})
     rep, searched = "RepOptimizer", "Hyper-Search"
-    rows = {
+    trainings = {
         ("SGD", None, False, False): plain(full) if full else plain(full).but("sgd", {"TRAIN.BASE_LR": 0.04}),
         ("RMSprop", None, False, False): other("rmsprop", 0.001, 0.004, momentum=0.0),
         ("Adam", None, False, False): other("adam", 0.001, 0.004),
         ("AdamW", None, False, False): other("adamw", 0.001, 0.012),
         ("Adafactor", None, False, False): other("adafactor", 0.01, 0.12),
         (rep, searched, True, True): target(full) if full else tuned,
-        (rep, searched, False, True): tuned.but("old-initialization", {"TRAIN.CHANGE_INITIALIZATION": False}),
-        (rep, searched, True, False): tuned.but("old-gradients", {"TRAIN.CHANGE_GRADIENTS": False}),
-        (rep, "all 1", True, True): tuned.but("ones", {"TRAIN.CONSTANTS": "one"}, scales=None),
-        (rep, "same as HS initialization", True, True): tuned.but(
-            "initial", {"TRAIN.CONSTANTS": "initial"}, scales=None
-        ),
-        (rep, "average across channels", True, True): tuned.but("channel-mean", {"TRAIN.CONSTANTS": "channel-mean"}),
+        (rep, searched, False, True): ablation("old-initialization", "CHANGE_INITIALIZATION", False),
+        (rep, searched, True, False): ablation("old-gradients", "CHANGE_GRADIENTS", False),
+        (rep, "all 1", True, True): ablation("ones", "CONSTANTS", "one", scales=None),
+        (rep, "same as HS initialization", True, True): ablation("initial", "CONSTANTS", "initial", scales=None),
+        (rep, "average across channels", True, True): ablation("channel-mean", "CONSTANTS", "channel-mean"),
     }
+    rows = [Row(labels, {"top1": score(training)}) for labels, training in trainings.items()]
     note = (
         "The paper gives no settings of the other optimizers: they have common defaults here."
         if full
         else "Learning rates are the best of five on a seed that is not shown, for every optimizer; the ablations have "
         "the RepOptimizer's."
     )
-    return Experiment(
-        "Which part of the RepOptimizer does what (RepOpt-VGG-B1 on ImageNet)",
-        (note,),
-        paper.read("table4_ablation_b1"),
-        [Row(labels, {"top1": score(training)}) for labels, training in rows.items()],
-    )
+    title = "Which part of the RepOptimizer does what (RepOpt-VGG-B1 on ImageNet)"
+    return Experiment(title, (note,), paper.read("table4_ablation_b1"), rows)
 
 
 def _table5(full: bool) -> Experiment:
@@ -272,12 +270,12 @@ def _table7(full: bool) -> Experiment:
             ours[1]: ("-plain", plain(full), plain(full)),
         }
     rows = []
-    for label, (suffix, mode, of) in networks.items():
+    for label, (suffix, mode, base) in networks.items():
         detector, segmenter = (
-            Training(f"{name}{suffix}", mode.arch, f"configs/{data[kind]}/{name}.yaml", kind, of=of, gpus=gpus)
+            Training(f"{name}{suffix}", mode.arch, f"configs/{data[kind]}/{name}.yaml", kind, base=base, gpus=gpus)
             for kind, name, gpus in ((DETECT, "detect", 8), (SEGMENT, "segment", 4))
         )
-        int8 = Training(f"int8{suffix}", cfg=f"configs/{data[SEGMENT]}/quantize.yaml", kind=PTQ, of=segmenter)
+        int8 = Training(f"int8{suffix}", cfg=f"configs/{data[SEGMENT]}/quantize.yaml", kind=PTQ, base=segmenter)
         cells = {
             "COCO box mAP (Cascade Mask R-CNN, 1x)": score(detector, "box_map"),
             "mask mAP": score(detector, "mask_map"),
@@ -358,17 +356,15 @@ def _table12(full: bool) -> Experiment:
         return training.but(name, arch=f"ghost-{mode}", cfg=cfg, **fields)
 
     searched = ghost(search(full), "search-ghost", "hs", "hyper_search/ghost")
-    target_ghost = ghost(target(full), "target-ghost", "target", "imagenet/ghost_target", scales=searched)
-    rows = {
+    trainings = {
         "RepGhostNet-0.5x + SGD": ghost(repvgg(full), "repghost", "rep", "imagenet/ghost_rep"),
-        "RepOpt-GhostNet-0.5x + RepOptimizer": target_ghost,
+        "RepOpt-GhostNet-0.5x + RepOptimizer": ghost(
+            target(full), "target-ghost", "target", "imagenet/ghost_target", scales=searched
+        ),
     }
-    return Experiment(
-        "RepGhostNet-0.5x",
-        ("The release notes print 66.51 and 66.50 for the two.",),
-        paper.read("table12_repghost_0_5x"),
-        [Row((label,), {"ImageNet top1": score(training)}) for label, training in rows.items()],
-    )
+    rows = [Row((label,), {"ImageNet top1": score(training)}) for label, training in trainings.items()]
+    note = "The release notes print 66.51 and 66.50 for the two."
+    return Experiment("RepGhostNet-0.5x", (note,), paper.read("table12_repghost_0_5x"), rows)
 
 
 def _figure3(full: bool) -> Experiment:

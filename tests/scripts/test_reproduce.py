@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import reproduce
 import torch
-from reproduction import experiment, figures, paper, result, tables
+from reproduction import execute, experiment, figures, paper, result, tables
 from reproduction.experiment import Experiment, Row, score
 from reproduction.run import FOLDERS, SPEED, ExperimentRun, Training, with_needs
 from reproduction.tables import EXPERIMENTS
@@ -82,7 +82,7 @@ def test_backbones_are_those_of_the_classifiers():
     """Of table 7: what is trained on them begins with the checkpoints that the other tables are of."""
     runs = {run.folder.name: run for name, run in every_run("full") if name == "table 7"}
     for name, classifier in (("segment-seed1", "target-seed1"), ("detect-repvgg-seed2", "repvgg-seed2")):
-        assert runs[name].of == runs[classifier]
+        assert runs[name].base == runs[classifier]
         assert str(runs[classifier].folder / "latest.pth") == runs[name].cfg.MODEL.BACKBONE
     assert str(runs["segment-seed0"].folder / "latest.pth") == runs["int8-seed0"].cfg.MODEL.RESUME
     assert runs["int8-seed0"].cfg.TASK == "segment"
@@ -111,14 +111,14 @@ def test_the_papers_setting():
 def test_hours_are_the_papers_speed():
     runs = {run.folder.name: run for name, run in every_run("full") if name in ("table 2", "table 3", "table 12")}
     epochs_of_images = 120 * 1_281_167 / 3600
-    assert reproduce.gpu_hours(runs["target-seed0"]) == pytest.approx(epochs_of_images / 380)
-    assert reproduce.gpu_hours(runs["repvgg-l2-seed0"]) == pytest.approx(epochs_of_images / 82)
+    assert execute.gpu_hours(runs["target-seed0"]) == pytest.approx(epochs_of_images / 380)
+    assert execute.gpu_hours(runs["repvgg-l2-seed0"]) == pytest.approx(epochs_of_images / 82)
     vgg16 = experiment.multiply_adds("torchvision/vgg16_bn") / experiment.multiply_adds("RepOpt-VGG-B1-target")
-    assert reproduce.gpu_hours(runs["vgg16-seed0"]) == pytest.approx(epochs_of_images / 380 * vgg16)
+    assert execute.gpu_hours(runs["vgg16-seed0"]) == pytest.approx(epochs_of_images / 380 * vgg16)
     small = (32 / 224) ** 2
-    assert reproduce.gpu_hours(runs["search-seed0"]) == pytest.approx(240 * 50_000 / 3600 / 380 * small, rel=0.02)
-    assert reproduce.gpu_hours(runs["target-ghost-seed0"]) is None
-    assert reproduce.gpu_hours(runs["speed-seed0"]) is None
+    assert execute.gpu_hours(runs["search-seed0"]) == pytest.approx(240 * 50_000 / 3600 / 380 * small, rel=0.02)
+    assert execute.gpu_hours(runs["target-ghost-seed0"]) is None
+    assert execute.gpu_hours(runs["speed-seed0"]) is None
 
 
 @pytest.mark.parametrize("name", ["RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2"])
