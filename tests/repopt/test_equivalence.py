@@ -12,7 +12,8 @@ CASES = {
     "-".join(names): measure
     for model in ("RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x")
     for *names, measure in check_equivalency.cases(model, steps=20)
-    if model == "RepOpt-VGG-nano" or names[0] == model  # blocks once
+    # Blocks once, and GhostNet, which takes long, under held branches by one rule.
+    if model == "RepOpt-VGG-nano" or (names[0] == model and names[1:3] in (["compact", names[2]], ["held", "sgd"]))
 }
 
 
