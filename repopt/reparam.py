@@ -132,7 +132,8 @@ def build_optimizer(
     arguments |= {key: value for key, value in settings.items() if key in hyperparameters}
     try:
         if branches is not None:
-            return BranchOptimizer(groups, plain, branches, max_norm=max_norm, **arguments)
+            order = [name for name, _ in unwrapped(model).named_parameters()]
+            return BranchOptimizer(groups, plain, branches, max_norm=max_norm, order=order, **arguments)
         return plain(groups, **arguments)
     except ValueError as error:
         raise UserError(f"optimizer {name!r}: {error}") from None

@@ -43,8 +43,13 @@ class HeldBranches:
         return (self.kernels | self.scales)[name]
 
     def trained(self) -> dict[str, Tensor]:
-        """Return what the rule updates, by name."""
-        return self.kernels | self.scales if self.searched else dict(self.kernels)
+        """Return what the rule updates, by name: of one branch after the other the kernel, then the scale."""
+        found: dict[str, Tensor] = {}
+        for branch in self.block.branches:
+            found[branch.kernel] = self.kernels[branch.kernel]
+            if self.searched and branch.scale is not None:
+                found[branch.scale] = self.scales[branch.scale]
+        return found
 
     def undecayed(self) -> set[str]:
         """Return the names of what is not decayed: scales, and in a search the kernels whose declaration says so."""
@@ -88,6 +93,8 @@ class BranchOptimizer(torch.optim.Optimizer):
             that is added later brings its own under the key "branches".
         max_norm: bound of the 2-norm over all gradients of the multi-branch network, to which they are clipped in every
             step; None = no clipping.
+        order: names of all parameters, in the order in which the norm adds them up; None = that of the groups. In the
+            model's order it is rounded as `torch.nn.utils.clip_grad_norm_` rounds that of the multi-branch network.
         settings: hyper-parameters of the rule.
 
     Attributes:
@@ -109,13 +116,15 @@ class BranchOptimizer(torch.optim.Optimizer):
         branches: Mapping[str, HeldBranches],
         *,
         max_norm: float | None = None,
+        order: Sequence[str] | None = None,
         **settings: Any,
     ) -> None:
         self.branches: dict[str, HeldBranches] = {}
         self.max_norm = max_norm
         self.norm: Tensor | None = None
         self._rule, self._settings = rule, settings
-        self._kernels: dict[str, Tensor] = {}  # the plain ones
+        self._params: dict[str, Tensor] = {}  # of the model
+        self._order = order
         self._unclaimed = dict(branches)
         super().__init__(params, {})
         _refuse_unclaimed(self._unclaimed)
@@ -143,7 +152,8 @@ class BranchOptimizer(torch.optim.Optimizer):
                 raise UserError(
                     f"the branches of {name!r} add up to {held.block.target.shape}, not {tuple(param.shape)}"
                 )
-            self.branches[name], self._kernels[name] = held, param
+            self.branches[name] = held
+        self._params |= zip(group["param_names"], group["params"], strict=True)
         decayed, rest = self._inner_groups(group)
         if len(self.param_groups) == 1:
             self._inner = self._rule([decayed], **self._settings)
@@ -178,9 +188,9 @@ class BranchOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = (getattr(self, name, None) for name in GRAD_SCALER_KEYS)
-        for name, kernel in self._kernels.items():
-            self.branches[name].derive(kernel.grad)
-        gradients = {param: param.grad for param in self._params() if param.grad is not None}
+        for name, held in self.branches.items():
+            held.derive(self._params[name].grad)
+        gradients = {param: param.grad for param in self._trained() if param.grad is not None}
         if grad_scale is not None:
             _scale_gradients([*gradients], 1 / grad_scale)
         if self.max_norm is not None:
@@ -189,14 +199,20 @@ class BranchOptimizer(torch.optim.Optimizer):
         self._step_rule(found_inf)
         for param, gradient in gradients.items():  # those of the model are as they were
             param.grad = gradient
-        for name, kernel in self._kernels.items():
-            if kernel.grad is not None:
-                kernel.copy_(self.branches[name].merged())
-            self.branches[name].derive(None)
+        for name, held in self.branches.items():
+            if self._params[name].grad is not None:
+                self._params[name].copy_(held.merged())
+            held.derive(None)
         return loss
 
-    def _params(self) -> list[Tensor]:
-        return [param for group in self._inner.param_groups for param in group["params"]]
+    def _trained(self) -> Iterator[Tensor]:
+        """Yield what the rule updates, in the order of the multi-branch network's parameters."""
+        ordered = [name for name in self._order or () if name in self._params]
+        for name in dict.fromkeys([*ordered, *self._params]):
+            if name in self.branches:
+                yield from self.branches[name].trained().values()
+            else:
+                yield self._params[name]
 
     def _step_rule(self, found_inf: Tensor | None) -> None:
         for group, (decayed, rest) in self._grouped():
@@ -220,8 +236,8 @@ class BranchOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def write_kernels(self) -> None:
         """Write the plain kernels, W = sum_k s_k A_k w_k, where branches have been changed from outside."""
-        for name, kernel in self._kernels.items():
-            kernel.copy_(self.branches[name].merged())
+        for name, held in self.branches.items():
+            self._params[name].copy_(held.merged())
 
     def freeze_scales(self) -> None:
         """End the search: the scales are constants from now on, and all kernels go on with their state, decayed."""
@@ -257,7 +273,7 @@ class BranchOptimizer(torch.optim.Optimizer):
             raise UserError("scales are searched still: freeze_scales() makes constants of them")
         mults = {
             name: held.block.grad_mult({own: s.detach().double() for own, s in held.scales.items()}, degree=1).to_like(
-                self._kernels[name]
+                self._params[name]
             )
             for name, held in self.branches.items()
         }
@@ -325,9 +341,8 @@ class BranchOptimizer(torch.optim.Optimizer):
             name: state_dict["state"].get(index, {})
             for name, index in zip(names, (i for group in groups for i in group["params"]), strict=True)
         }
-        params = dict(zip(names, (p for group in self.param_groups for p in group["params"]), strict=True))
         of_rule: dict[Tensor, dict[str, Any]] = {}
-        for name, param in params.items():
+        for name, param in self._params.items():
             held = self.branches.get(name)
             if held is None:
                 of_rule[param] = states[name]
@@ -342,16 +357,17 @@ class BranchOptimizer(torch.optim.Optimizer):
                 of_rule[tensor] = {
                     key.removeprefix(prefix): value for key, value in states[name].items() if key.startswith(prefix)
                 }
-        inner = self._inner.state_dict()
+        inner = self._inner.state_dict() | {"state": {}}
         for number, group in enumerate(inner["param_groups"]):
             group.update(copy.deepcopy(own_of_rule[number // 2]))
-        order = (i for group in inner["param_groups"] for i in group["params"])
-        inner["state"] = {i: of_rule[param] for i, param in zip(order, self._params(), strict=True) if of_rule[param]}
+        for saved, group in zip(inner["param_groups"], self._inner.param_groups, strict=True):
+            indices = zip(saved["params"], group["params"], strict=True)
+            inner["state"] |= {index: of_rule[param] for index, param in indices if of_rule[param]}
         self._inner.load_state_dict(inner)
         self.write_kernels()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("branches", "max_norm", "norm", "_rule", "_settings", "_kernels", "_inner", "_unclaimed")
+        own = ("branches", "max_norm", "norm", "_rule", "_settings", "_params", "_order", "_inner", "_unclaimed")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
 

@@ -85,12 +85,11 @@ def test_any_rule_is_exact(block, rule, mode):
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 def test_clipping_takes_the_norm_of_the_multi_branch_network(rule):
     branched, plain, branches = pair()
-    make, settings = RULES[rule]
-    reference = make(param_groups(branched, DECAY), **settings)
-    optimizer = BranchOptimizer(param_groups(plain, DECAY), make, branches, max_norm=0.01, **settings)
-    train(branched, reference, max_norm=0.01)
-    train(plain, optimizer)
-    assert difference(branched, plain) < 1e-14
+    settings = {**RULES[rule][1], "weight_decay": DECAY}
+    reference = repopt.build_optimizer(rule, branched, **settings)
+    optimizer = repopt.build_optimizer(rule, plain, branches=branches, max_norm=0.01, **settings)
+    assert train(branched, reference, max_norm=0.01) == train(plain, optimizer)
+    assert difference(branched, plain) == 0  # bit for bit
     squares = sum(param.grad.square().sum() for param in branched.parameters()) ** 0.5
     assert optimizer.norm > 0.01 and torch.isclose(squares, torch.tensor(0.01).double(), rtol=1e-4)
 

@@ -85,7 +85,7 @@ def test_mistakes(tmp_path, capsys, arguments, message):
 
 def test_the_hyper_search_computes_as_the_network_with_branches(monkeypatch, tmp_path):
     """Its losses and weights are bit for bit those of the network whose every pass adds up its branches."""
-    options = ("--opts", *DIGITS, "TRAIN.EPOCHS", 2, "DATA.BATCH_SIZE", 100)
+    options = ("--opts", *DIGITS, "TRAIN.EPOCHS", 2, "DATA.BATCH_SIZE", 100, "TRAIN.CLIP_GRAD", 2.0)
     assert main("--arch", HS, "--tag", "held", "--output", tmp_path, *options) == 0
     monkeypatch.setattr("train.run.plain_form", lambda task, model, scales: (model, None))
     assert main("--arch", HS, "--tag", "apart", "--output", tmp_path, *options) == 0
