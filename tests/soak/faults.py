@@ -25,6 +25,7 @@ from soak.training import Bench, SurvivalError, Training, free_port, workers_of
 MISTAKE, INTERRUPTED = 2, 75  # exit codes of main_repopt.py
 # Images on the device, and images that worker processes decode and vary.
 DIGITS = ["DATA.DATASET", "digits", "DATA.BATCH_SIZE", 20]
+SEARCHING = [*DIGITS, "TRAIN.SEARCH_EPOCHS", 1]
 FILES = ["DATA.DATASET", "folder", "DATA.BATCH_SIZE", 8, "DATA.IMG_SIZE", 32, "DATA.NUM_WORKERS", 2]
 
 
@@ -77,6 +78,19 @@ def kill_while_it_writes(training: Training, rng: random.Random) -> None:
         if not running:
             training.faults -= 1
             break
+    training.finish()
+
+
+def kill_at_the_freeze(training: Training, rng: random.Random) -> None:
+    """Kill the process shortly before or after the scales that it has searched become constants."""
+    with training.fault():
+        process, log = training.start(), training.files / "log_rank0.txt"
+        said = rng.choice(["epoch 1 ema", "scales are constants"])
+        while process.poll() is None and not (log.is_file() and said in log.read_text()):
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        training.wait(process)
     training.finish()
 
 
@@ -236,6 +250,7 @@ class Fault:
 FAULTS: dict[str, Fault] = {
     "kill -9": Fault(functools.partial(interrupt_again_and_again, number=signal.SIGKILL), 20),
     "kill -9 while a checkpoint is written": Fault(kill_while_it_writes, 8),
+    "kill -9 where scales become constants": Fault(kill_at_the_freeze, 6, (SEARCHING,)),
     "SIGTERM": Fault(functools.partial(interrupt_again_and_again, number=signal.SIGTERM), 6),
     "SIGUSR1": Fault(functools.partial(interrupt_again_and_again, number=signal.SIGUSR1), 4),
     "latest.pth cut off": Fault(functools.partial(damage, spoil=truncate), 10, (DIGITS,)),

@@ -76,7 +76,9 @@ class Training:
             command += ["-m", "torch.distributed.run", f"--nproc_per_node={self.processes}"]
             command += map(str, launcher or ["--standalone"])
         command += [str(ROOT / "main_repopt.py"), "--arch", ARCH, "--output", str(self.folder)]
-        command += ["--scales-path", str(self.bench.scales), "--data-path", str(self.bench.images)]
+        if "TRAIN.SEARCH_EPOCHS" not in self.options:
+            command += ["--scales-path", str(self.bench.scales)]
+        command += ["--data-path", str(self.bench.images)]
         command += ["--opts", *map(str, [*RECIPE, *self.options])]
         variables = os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()}
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it is the process's as long as that runs)
