@@ -277,15 +277,14 @@ class BranchOptimizer(torch.optim.Optimizer):
             )
             for name, held in self.branches.items()
         }
-        taken = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "initial_lr")
+        taken = ("lr", "momentum", "weight_decay", "nesterov", "initial_lr")
         groups = [
             {key: group[key] for key in taken if key in group}
+            | {"dampening": float(group["dampening"])}  # torch's default is the integer 0
             | {"params": list(zip(group["param_names"], group["params"], strict=True))}
             for group in self.param_groups
         ]
-        plain = RepSGD(
-            groups, **{key: self.defaults[key] for key in taken[:-1]}, grad_mults=mults, implementation=implementation
-        )
+        plain = RepSGD(groups, grad_mults=mults, implementation=implementation)
         for name, param in ((n, p) for group in groups for n, p in group["params"]):
             buffers = self._momenta(name, param)
             if buffers is not None:
