@@ -113,7 +113,7 @@ def build_optimizer(
         raise unknown("optimizer", name, (*RULES, *PLAIN_ONLY))
     if scales is not None and name in WITHOUT_MULTIPLIERS:
         raise UserError(
-            f"optimizer {name!r} has no form with multipliers: {WITHOUT_MULTIPLIERS[name]}; with branches that it "
+            f"optimizer {name!r} cannot be re-parameterized: {WITHOUT_MULTIPLIERS[name]}; with branches that it "
             "holds it is exact (branches=repopt.hold_branches(model, scales))"
         )
     if scales is not None and branches is not None:

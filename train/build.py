@@ -45,9 +45,10 @@ def plain_form(
         plain = to_device(task.network("target"), task.world)
         return plain, share_branches(model, plain)
     rule = cfg.TRAIN.OPTIMIZER.NAME
-    if task.arch.repopt and (
-        scales is None or rule in WITHOUT_MULTIPLIERS or (cfg.TRAIN.SEARCH_EPOCHS and rule != "sgd")
-    ):
+    held = scales is None or rule in WITHOUT_MULTIPLIERS or (cfg.TRAIN.SEARCH_EPOCHS and rule != "sgd")
+    if task.arch.repopt and cfg.TRAIN.CHANGE_GRADIENTS and held:
+        if not cfg.TRAIN.CHANGE_INITIALIZATION:
+            raise UserError(f"optimizer {rule!r} holds branches, which make the initial kernels: leave that switch out")
         return model, hold_branches(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
     return model, None
 

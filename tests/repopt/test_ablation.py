@@ -146,7 +146,11 @@ def test_without_either_rule(tmp_path, searched, scale_file):
         (f"{NANO}-target-norepopt", ("TRAIN.CHANGE_GRADIENTS", False), "trained without: leave it out"),
         (f"{NANO}-hs", ("TRAIN.CONSTANTS", "one"), "trained without: leave it out"),
         (f"{NANO}-target", ("TRAIN.CONSTANTS", "channel-mean"), "needs searched scales"),
-        (f"{NANO}-target", ("TRAIN.OPTIMIZER.NAME", "adafactor", "TRAIN.CONSTANTS", "one"), "whole rows and columns"),
+        (
+            f"{NANO}-target",
+            ("TRAIN.OPTIMIZER.NAME", "adafactor", "TRAIN.CONSTANTS", "one", "TRAIN.CHANGE_INITIALIZATION", False),
+            "holds branches, which make the initial kernels",
+        ),
         (f"{NANO}-hs", ("MODEL.STRIDES", "(2, 2, 2, 2, 4)"), "1 or 2 each"),
     ],
 )

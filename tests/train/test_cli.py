@@ -161,7 +161,7 @@ def test_what_a_command_line_makes(monkeypatch, search, tmp_path, identity):
     assert (schedule.t_initial, schedule.warmup_t) == (6 * 4, 2 * 4)  # 10 batches an epoch are 4 steps
     assert trainer.task.criterion.label_smoothing == 0.2
     assert state.ema.decay == pytest.approx(1 - 0.001 * 90 * 4 / 6)
-    assert not trainer.searched
+    assert trainer.searched_scales() is None
     scales = repopt.load_scales(scales_path)
     torch.manual_seed(5)
     expected = repopt.create_model("RepOpt-VGG-nano", mode="target", num_classes=10)
@@ -204,10 +204,10 @@ def test_adamw_search_and_evaluation_settings(monkeypatch, tmp_path):
     assert (calls["image_size"], calls["crop"], calls["batch_size"]) == (96, True, 3)
     assert (calls["interpolation"], calls["num_classes"], calls["source"].root) == ("bicubic", 2, str(root))
     group = trainer.state.optimizer.param_groups[0]
-    assert type(trainer.state.optimizer) is torch.optim.AdamW
+    assert type(trainer.state.optimizer) is repopt.BranchOptimizer
     assert (group["eps"], group["betas"]) == (1e-6, (0.8, 0.9))
     assert trainer.task.criterion.label_smoothing == 0.0  # mixup's targets are smoothed already
-    assert trainer.searched
+    assert trainer.searched_scales()
     assert trainer.clip is None
 
 

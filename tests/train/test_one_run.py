@@ -71,6 +71,16 @@ def test_another_number_of_epochs_is_refused_after_the_freeze(tmp_path, capsys, 
     assert one_run(tmp_path, "two", "TRAIN.SEARCH_EPOCHS", 2) == 0
 
 
+@pytest.mark.parametrize("rule", ["muon", "adafactor"])
+def test_rules_that_no_multiplier_follows_hold_the_branches(tmp_path, rule):
+    options = ("TRAIN.CONSTANTS", "initial", "TRAIN.SEARCH_EPOCHS", 0, "TRAIN.OPTIMIZER.NAME", rule, "TRAIN.EPOCHS", 2)
+    assert one_run(tmp_path, "constant", *options) == 0
+    held = latest(tmp_path, "constant")["optimizer"]["state"][0]
+    assert {"conv", "conv_1x1", "scale_conv", "scale_1x1"} <= held.keys()
+    scale = latest(tmp_path, "constant")["scales"]["stage0.scale_conv.weight"]
+    assert torch.equal(held["scale_conv"], scale)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
