@@ -247,3 +247,9 @@ class TestTrainingLoop:
     def test_it_learns(self, documented):
         assert documented["found"] > 0.9
         assert documented["accuracy"] > 0.9
+
+    def test_one_run_does_too(self, documented):
+        assert type(documented["optimizer"]).__name__ == "RepSGD"
+        images, labels, test = (documented[name] for name in ("images", "labels", "test"))
+        with torch.no_grad():
+            assert (documented["model"].eval()(images[test]).argmax(1) == labels[test]).float().mean() > 0.9
