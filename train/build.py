@@ -30,13 +30,13 @@ MAX_GRAPH_PIXELS = 2**19  # of a batch that is small: 128 images of 64 x 64
 
 
 def plain_form(
-    task: Task, model: nn.Module, scales: BoundScales | None
+    task: Task, model: nn.Module, scales: BoundScales | None, *, keep_weights: bool
 ) -> tuple[nn.Module, dict[str, HeldBranches] | None]:
     """Return the network that computes in a training, and the branches that the optimizer holds for it.
 
     A hyper-search computes with the plain network, which shares everything else with `model`: what a checkpoint holds
     is the network with branches. A target holds branches while its scales are searched, and longer under rules whose
-    state does not merge with the kernels.
+    state does not merge with the kernels; they begin with new kernels, or with `keep_weights` so that the model's stay.
     """
     cfg = task.cfg
     if cfg.QUANT.METHOD:
@@ -49,7 +49,7 @@ def plain_form(
     if task.arch.repopt and cfg.TRAIN.CHANGE_GRADIENTS and held:
         if not cfg.TRAIN.CHANGE_INITIALIZATION:
             raise UserError(f"optimizer {rule!r} holds branches, which make the initial kernels: leave that switch out")
-        return model, hold_branches(model, scales, identity=cfg.TRAIN.IDENTITY_INIT)
+        return model, hold_branches(model, scales, identity=cfg.TRAIN.IDENTITY_INIT, keep_weights=keep_weights)
     return model, None
 
 

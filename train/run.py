@@ -17,7 +17,6 @@ import repopt
 from repopt import checkpoint
 from repopt.errors import UserError, shown
 from repopt.models import parse_arch
-from repopt.optim import BranchOptimizer
 from train import backbone, config, run_record, tasks
 from train.build import clipping, distribute, plain_form, training_state
 from train.checkpoint import RunFolder
@@ -167,7 +166,11 @@ def prepare(
     train_loader, val_loader = task.train_loader(), task.eval_loader()
     if goes_on(content) and content.get("data") not in (None, train_loader.fingerprint):
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
-    plain, branches = plain_form(task, model, scales)
+    weights = content if content is not None and not goes_on(content) else None  # of another training
+    if weights is not None:
+        repopt.load_weights(model, checkpoint.state_dict_of(weights))
+    trained = weights is not None or (content is None and bool(cfg.MODEL.BACKBONE))
+    plain, branches = plain_form(task, model, scales, keep_weights=trained)
     state: TrainingState = training_state(
         task, model, scales, batches=len(train_loader), plain=plain, branches=branches
     )
@@ -175,8 +178,6 @@ def prepare(
     if content is not None:
         state.load_state_dict(content, rank=world.rank, processes=world.size)
         logger.info(f"goes on after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
-        if isinstance(state.optimizer, BranchOptimizer):
-            state.optimizer.write_kernels()
     sizes = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_images": train_loader.num_images,

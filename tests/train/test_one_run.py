@@ -55,6 +55,18 @@ def test_what_it_writes_is_a_targets(tmp_path):
     assert main(*again, "--opts", *DIGITS, "TRAIN.EPOCHS", 1) == 0
 
 
+def test_weights_that_are_given_stay(tmp_path):
+    assert one_run(tmp_path, "first", "TRAIN.EPOCHS", 1) == 0
+    weights = checkpoint.state_dict_of(latest(tmp_path, "first"))
+    torch.save(weights, tmp_path / "weights.pth")
+    command = ("--arch", TARGET, "--tag", "second", "--output", tmp_path, "--resume", tmp_path / "weights.pth")
+    assert main(*command, "--opts", *DIGITS, *SHORT, "TRAIN.BASE_LR", 0.0, "TRAIN.EPOCHS", 2) == 0
+    after = checkpoint.state_dict_of(latest(tmp_path, "second"))
+    for name in weights:
+        if weights[name].dim() == 4:
+            assert torch.allclose(after[name], weights[name], rtol=1e-5, atol=1e-7), name
+
+
 def test_a_search_of_all_epochs_is_the_hyper_search(tmp_path):
     """The same loss from the same branches, whatever stands in the files."""
     assert one_run(tmp_path, "one", "TRAIN.SEARCH_EPOCHS", 3) == 0
@@ -97,7 +109,7 @@ def test_the_hyper_search_computes_as_the_network_with_branches(monkeypatch, tmp
     """Its losses and weights are bit for bit those of the network whose every pass adds up its branches."""
     options = ("--opts", *DIGITS, "TRAIN.EPOCHS", 2, "DATA.BATCH_SIZE", 100, "TRAIN.CLIP_GRAD", 2.0)
     assert main("--arch", HS, "--tag", "held", "--output", tmp_path, *options) == 0
-    monkeypatch.setattr("train.run.plain_form", lambda task, model, scales: (model, None))
+    monkeypatch.setattr("train.run.plain_form", lambda task, model, scales, **_: (model, None))
     assert main("--arch", HS, "--tag", "apart", "--output", tmp_path, *options) == 0
     held, apart = (checkpoint.read(tmp_path / HS / tag / "latest.pth")["model"] for tag in ("held", "apart"))
     assert_equal(held, apart)
