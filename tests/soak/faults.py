@@ -250,9 +250,9 @@ class Fault:
 FAULTS: dict[str, Fault] = {
     "kill -9": Fault(functools.partial(interrupt_again_and_again, number=signal.SIGKILL), 20),
     "kill -9 while a checkpoint is written": Fault(kill_while_it_writes, 8),
-    "kill -9 where scales become constants": Fault(kill_at_the_freeze, 6, (SEARCHING,)),
     "SIGTERM": Fault(functools.partial(interrupt_again_and_again, number=signal.SIGTERM), 6),
     "SIGUSR1": Fault(functools.partial(interrupt_again_and_again, number=signal.SIGUSR1), 4),
+    "kill -9 where scales become constants": Fault(kill_at_the_freeze, 6, (SEARCHING,)),
     "latest.pth cut off": Fault(functools.partial(damage, spoil=truncate), 10, (DIGITS,)),
     "a bit of latest.pth flipped": Fault(functools.partial(damage, spoil=flip), 10, (DIGITS,)),
     "disk full": Fault(fill_the_disk, 8, (DIGITS,), compares=False),
