@@ -357,19 +357,16 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        of_kernels: list[Tensor | None] = []
-        of_scales: list[Tensor | None] = []
-        count = len(ctx.block.branches)
-        for index, (branch, kernel, scale) in enumerate(_branches_with_params(ctx.block, ctx.saved_tensors)):
-            share = branch.scatter_view(gradient, ctx.block.target).reshape(kernel.shape)
-            of_kernel = of_scale = None
-            if ctx.needs_input_grad[1 + index]:
-                of_kernel = share.clone() if scale is None else _scaled(share, scale)
-            if ctx.needs_input_grad[1 + count + index]:
-                of_scale = torch.linalg.vecdot(*(t.reshape(len(kernel), -1) for t in (share, kernel)))
-            of_kernels.append(of_kernel)
-            of_scales.append(of_scale)
-        return None, *of_kernels, *of_scales
+        branches, needed = ctx.block.branches, ctx.needs_input_grad[1:]
+        kernels: dict[str, Tensor] = {}
+        scales: dict[str, Tensor] = {}
+        for branch, kernel, scale in _branches_with_params(ctx.block, ctx.saved_tensors):
+            kernels[branch.kernel] = kernel
+            if branch.scale is not None and scale is not None:
+                scales[branch.scale] = scale
+        found = ctx.block.branch_gradients(gradient, kernels, scales, with_scales=any(needed[len(branches) :]))
+        names = [*(branch.kernel for branch in branches), *(branch.scale or "" for branch in branches)]
+        return None, *(found[name] if wanted else None for name, wanted in zip(names, needed, strict=True))
 
 
 def _branches_with_params(block: Block, tensors: Sequence[Any]) -> Iterator[tuple[Branch, Tensor, Tensor | None]]:
