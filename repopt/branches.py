@@ -47,11 +47,10 @@ def hold_branches(
         given = {} if constants is None else constants.block_scales(path, module)
         start = {b.scale: kernel.new_full(kernel.shape[:1], b.initial) for b in block.branches if b.scale is not None}
         start = {own: given.get(own, initial).to(kernel) for own, initial in start.items()}
-        kernels = (
-            _split(block, path, kernel, start)
-            if keep_weights
-            else block.init_kernels(given if identity == "searched" else {})
-        )
+        if keep_weights:
+            kernels = _split(block, path, kernel, start)
+        else:
+            kernels = block.init_kernels(given if identity == "searched" else {})
         held[name] = HeldBranches(
             block,
             {own: _parameter(value, kernel) for own, value in kernels.items()},
@@ -72,7 +71,8 @@ def share_branches(branched: nn.Module, plain: nn.Module) -> dict[str, HeldBranc
 
     Args:
         branched: in hs mode (the scales are searched) or csla mode (they are constants).
-        plain: the same network in target mode, on the same device; changed in place.
+        plain: the same network in target mode, on the same device; changed in place, so an optimizer's groups are made
+            of it afterwards.
 
     Returns:
         By the names of the plain kernels, as `BranchOptimizer` takes them.
@@ -80,14 +80,12 @@ def share_branches(branched: nn.Module, plain: nn.Module) -> dict[str, HeldBranc
     blocks = dict(declared_blocks(branched, "hs", "csla"))
     held = {}
     for name, path, module in trained_kernels(plain):
-        names = [branch.kernel for branch in module.block.branches]
-        scales = [branch.scale for branch in module.block.branches if branch.scale is not None]
-        values = {own: blocks[path].values(own) for own in (*names, *scales)}
+        other, branches = blocks[path], module.block.branches
         held[name] = HeldBranches(
             module.block,
-            {own: values[own] for own in names},
-            {own: values[own] for own in scales},
-            searched=blocks[path].mode == "hs",
+            {branch.kernel: other.values(branch.kernel) for branch in branches},
+            {branch.scale: other.values(branch.scale) for branch in branches if branch.scale is not None},
+            searched=other.mode == "hs",
         )
         module.kernel().copy_(held[name].merged())
     for path, module in unwrapped(plain).named_modules():
@@ -111,10 +109,11 @@ def held_state(optimizer: BranchOptimizer, branched: nn.Module, state_dict: Mapp
         ValueError, KeyError: the state is of other parameters.
     """
     of_rule: dict[Tensor, Mapping[str, Any]] = {}
-    for group, saved in zip(param_groups(branched, 0.0), state_dict["param_groups"], strict=True):
+    groups = state_dict["param_groups"]
+    for group, saved in zip(param_groups(branched, 0.0), groups, strict=True):
         for (_, param), index in zip(group["params"], saved["params"], strict=True):
             of_rule[param] = state_dict["state"].get(index, {})
-    return optimizer.pack(of_rule)
+    return optimizer.pack(of_rule, groups)
 
 
 def _split(block: Block, path: str, kernel: Tensor, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:

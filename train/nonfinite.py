@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from repopt.optim.update import step_unless
+
 
 class NonFiniteGuard:
     """Does the steps of an optimizer, and skips those that would spoil the weights.
@@ -28,7 +30,6 @@ class NonFiniteGuard:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self._optimizer = optimizer
-        self._decides_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # in all, and in a row
         of_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in model.buffers():
@@ -52,14 +53,7 @@ class NonFiniteGuard:
             gradients = [param.grad for param in self._parameters() if param.grad is not None]
             norm = nn.utils.get_total_norm(gradients, math.inf)
         bad = ~torch.isfinite(norm)
-        if self._decides_itself:
-            told = {"found_inf": bad.float(), "grad_scale": None}  # as attributes, as torch's GradScaler does
-            vars(self._optimizer).update(told)
-            self._optimizer.step()
-            for name in told:
-                delattr(self._optimizer, name)
-        elif not bad:
-            self._optimizer.step()
+        step_unless(self._optimizer, bad.float())
         for buffers in self._buffers:
             buffers.commit_or_restore(bad)
         self._counts += bad

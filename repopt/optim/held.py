@@ -19,7 +19,7 @@ from repopt.csla import Block
 from repopt.errors import UserError
 from repopt.optim.base import Implementation, NamedParams
 from repopt.optim.sgd import RepSGD
-from repopt.optim.update import GRAD_SCALER_KEYS
+from repopt.optim.update import GRAD_SCALER_KEYS, step_unless
 
 
 @dataclass(eq=False)
@@ -220,14 +220,8 @@ class BranchOptimizer(torch.optim.Optimizer):
             rest.update(_hyper(group) | {"weight_decay": rest["weight_decay"]})
         if found_inf is None:
             self._inner.step()
-        elif getattr(self._inner, "_step_supports_amp_scaling", False):
-            told = {"found_inf": found_inf, "grad_scale": None}
-            vars(self._inner).update(told)
-            self._inner.step()
-            for name in told:
-                delattr(self._inner, name)
-        elif not found_inf:
-            self._inner.step()
+        else:
+            step_unless(self._inner, found_inf)
 
     def _grouped(self) -> Iterator[tuple[dict[str, Any], tuple[dict[str, Any], ...]]]:
         """Yield every group with the two that the rule has for it."""
@@ -304,13 +298,10 @@ class BranchOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the groups, and by parameter the rule's state; a plain kernel's holds its branches and theirs."""
-        content = self.pack(self._inner.state)
-        for saved, (group, (decayed, _)) in zip(content["param_groups"], self._grouped(), strict=True):
-            saved["rule"] = {key: value for key, value in _hyper(decayed).items() if key not in group}
-        return content
+        return self.pack(self._inner.state, [decayed for _, (decayed, _) in self._grouped()])
 
-    def pack(self, of_rule: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Any]:
-        """Return a state dict of what a rule keeps of the multi-branch network's parameters."""
+    def pack(self, of_rule: Mapping[Tensor, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a state dict of what a rule keeps of the multi-branch network's parameters, and in their groups."""
         self.state.clear()
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -323,6 +314,8 @@ class BranchOptimizer(torch.optim.Optimizer):
                     self.state[param] = state
         content = super().state_dict()
         self.state.clear()
+        for saved, own_group, of_rules in zip(content["param_groups"], self.param_groups, groups, strict=True):
+            saved["rule"] = {key: value for key, value in _hyper(of_rules).items() if key not in own_group}
         return content
 
     @torch.no_grad()
