@@ -118,6 +118,8 @@ def build_optimizer(
         )
     if scales is not None and branches is not None:
         raise UserError("an optimizer multiplies gradients by constants of scales or holds branches, not both")
+    if max_norm is not None and branches is None:
+        raise UserError("max_norm clips where an optimizer holds branches; else repopt.clip_grad_norm_ does")
     known = set().union(*(rule.hyperparameters for rule in RULES.values()))
     for key in settings:
         if key not in known:
