@@ -36,7 +36,12 @@ def to_values(data: bytes) -> np.ndarray:
     Raises:
         OSError: as `to_pillow`.
     """
-    return _decoded(data, lambda image: np.array(image.copy()))  # the copy is decoded, or its error is Pillow's
+
+    def values(image: Image.Image) -> np.ndarray:
+        image.load()  # its error is Pillow's
+        return np.array(image)
+
+    return _decoded(data, values)
 
 
 def _decoded(data: bytes, decode: Callable[[Image.Image], T]) -> T:

@@ -156,11 +156,8 @@ class DetectionDataset(ImageDataset):
     """
 
     def __init__(self, split: coco.Split, which: np.ndarray, seed: int) -> None:
-        self._file, self._sizes, self._ids = (
-            str(split.file),
-            split.sizes[which],
-            torch.from_numpy(split.image_ids[which]),
-        )
+        self._file, self._sizes = str(split.file), split.sizes[which]
+        self._ids = torch.from_numpy(split.image_ids[which])
         images = Files(split.folder, [str(split.folder / split.names[k]) for k in which.tolist()])
         super().__init__(images, self._ids, seed)
 

@@ -215,7 +215,7 @@ def measured(cell: Mapping[str, Any]) -> tuple[str, str]:
 
 def configuration(settings: Mapping[str, Mapping[str, Any]]) -> Blocks:
     """Yield configurations by name: first the keys that are not as they are by default, then the rest."""
-    columns = {name: dict(flat(found)) for name, found in settings.items() if found}
+    columns = {name: dict(config.flatten(found)) for name, found in settings.items() if found}
     if not columns:
         return
     changed, rest = [], []
@@ -230,15 +230,6 @@ def configuration(settings: Mapping[str, Mapping[str, Any]]) -> Blocks:
     yield "Keys that have other values than by default:"
     yield table(("key", "default", *columns, "meaning"), changed)
     yield folded(f"{len(rest)} keys that have their defaults", table(("key", "default", "meaning"), rest))
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested settings by dotted key."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def written(setting: object) -> str:

@@ -73,13 +73,13 @@ def training_state(
     cfg, world = task.cfg, task.world
     images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
     scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
-    rule = cfg.TRAIN.OPTIMIZER
+    rule, max_norm = cfg.TRAIN.OPTIMIZER, cfg.TRAIN.CLIP_GRAD or None
     optimizer = repopt.build_optimizer(
         rule.NAME,
         plain,
         scales_of_gradients(task, scales) if branches is None else None,
         branches=branches,
-        max_norm=cfg.TRAIN.CLIP_GRAD or None if branches is not None else None,
+        max_norm=None if branches is None else max_norm,
         lr=cfg.TRAIN.BASE_LR * scaling,
         weight_decay=cfg.TRAIN.WEIGHT_DECAY,
         momentum=rule.MOMENTUM,

@@ -43,7 +43,7 @@ class Settings(NamedTuple):
         Raises:
             UserError: A value is not one of its key's.
         """
-        flat = dict(_flatten(self.cfg)) | {name: _coerce(name, value) for name, value in values.items()}
+        flat = dict(flatten(self.cfg)) | {name: _coerce(name, value) for name, value in values.items()}
         return Settings(_nest(flat), self.given)
 
     def with_defaults(self, values: Mapping[str, Any]) -> Settings:
@@ -205,7 +205,7 @@ def _recipe_and_bases(path: Path, above: tuple[Path, ...], done: set[Path]) -> I
     for base in map(path.parent.joinpath, filter(None, bases)):
         yield from _recipe_and_bases(base, (*above, path), done)
     given = set()
-    for old, value in _flatten(content):
+    for old, value in flatten(content):
         name = _current_name(old)
         if name not in KEYS:
             raise UserError(f"{unknown('config key', name, KEYS)} in {shown(str(path))}")
@@ -250,9 +250,10 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested values by dotted key."""
     for name, value in content.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

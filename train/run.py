@@ -166,11 +166,11 @@ def prepare(
     train_loader, val_loader = task.train_loader(), task.eval_loader()
     if goes_on(content) and content.get("data") not in (None, train_loader.fingerprint):
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
-    weights = content if content is not None and not goes_on(content) else None  # of another training
-    if weights is not None:
-        repopt.load_weights(model, checkpoint.state_dict_of(weights))
-    trained = weights is not None or (content is None and bool(cfg.MODEL.BACKBONE))
-    plain, branches = plain_form(task, model, scales, keep_weights=trained)
+    given = content is not None and not goes_on(content)  # weights alone, of which branches are made, so before them
+    if content is not None and given:
+        repopt.load_weights(model, checkpoint.state_dict_of(content))
+    given = given or (content is None and bool(cfg.MODEL.BACKBONE))
+    plain, branches = plain_form(task, model, scales, keep_weights=given)
     state: TrainingState = training_state(
         task, model, scales, batches=len(train_loader), plain=plain, branches=branches
     )

@@ -173,7 +173,7 @@ class _OptimizerState:
 
     def load_state_dict(self, state_dict: Any) -> None:
         groups = self._optimizer.param_groups
-        branches = getattr(self._optimizer, "branches", {})
+        branches = self._optimizer.branches if isinstance(self._optimizer, BranchOptimizer) else {}
         configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             if not isinstance(state_dict, Mapping):

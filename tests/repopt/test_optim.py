@@ -251,7 +251,7 @@ def test_a_users_own_rule():
         (1, lambda g, state, hyper: g.sign() * state["m"].copy_(torch.maximum(state["m"], g.abs()))),  # not linear
     ],
 )
-def test_rules_that_break_the_law_are_refused(degree, compute_update, monkeypatch):
+def test_rules_that_break_the_equivalence_are_refused(degree, compute_update, monkeypatch):
     monkeypatch.setattr(_Rule, "degree", degree)
     monkeypatch.setattr(_Rule, "compute_update", staticmethod(compute_update))
     monkeypatch.setattr(_Rule, "state_names", lambda self, group: ("m",))
@@ -261,7 +261,7 @@ def test_rules_that_break_the_law_are_refused(degree, compute_update, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["muon", "lars", "lamb", "adafactor"])
-def test_known_rules_that_break_the_law_are_refused_by_name(name):
+def test_known_rules_that_break_the_equivalence_are_refused_by_name(name):
     with pytest.raises(UserError, match="cannot be re-parameterized: it"):
         repopt.build_optimizer(name, network(), {}, lr=0.1)
 
