@@ -186,6 +186,11 @@ def test_frozen_branches_are_those_of_constant_scales(rule):
     assert difference(plain, other) == 0
 
 
+def test_a_clip_that_nothing_would_do_is_refused():
+    with pytest.raises(repopt.UserError, match="clips where an optimizer holds branches"):
+        repopt.build_optimizer("sgd", pair()[1], max_norm=1.0, lr=0.1)
+
+
 def test_weights_are_kept_where_that_is_asked_for():
     _, plain, _ = pair()
     before = copy.deepcopy(plain.state_dict())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_cli import DIGITS, HS, TARGET, assert_equal, main
+from test_cli import DIGITS, HS, TARGET, assert_equal, main, run
 
 import repopt
 from repopt import checkpoint
@@ -34,6 +34,19 @@ def test_stopped_after_every_checkpoint_it_is_the_uninterrupted_one(tmp_path, st
     whole, part = latest(tmp_path, "whole"), latest(tmp_path, "part")
     for key in ("model", "ema", "optimizer", "scales", "max_accuracy"):
         assert_equal(part[key], whole[key])
+
+
+def test_two_processes_are_one_that_accumulates(tmp_path):
+    """Each process holds branches of its own, which stay the same in both: so do kernels and scales, to rounding."""
+    options = [*DIGITS, *SHORT, "DATA.BATCH_SIZE", 25, "TRAIN.EPOCHS", 2, "TRAIN.BASE_LR", 0.1, "TRAIN.CLIP_GRAD", 1.0]
+    for processes, accumulation in ((0, 2), (2, 1)):
+        common = ("--arch", TARGET, "--tag", f"by{processes}", "--output", tmp_path)
+        run(*common, "--accumulation-steps", accumulation, "--opts", *options, processes=processes)
+    one, two = (latest(tmp_path, f"by{processes}") for processes in (0, 2))
+    for key in ("model", "scales"):
+        for name, value in one[key].items():
+            if "running" not in name and "tracked" not in name:
+                assert torch.allclose(value, two[key][name], rtol=1e-3, atol=1e-3), name
 
 
 def test_what_it_writes_is_a_targets(tmp_path):
