@@ -42,7 +42,7 @@ prepare() { # MODULE[=PACKAGE]...: install the wheels; end, with one line, where
       --target "$WORK/site" .whl/*.whl || exit
     export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
   fi
-  machine=$("$PYTHON" scripts/gpu_machine.py "$DEVICE" torch yacs timm torchvision simplejpeg lazy_loader=lazy-loader tqdm \
+  machine=$("$PYTHON" scripts/gpu_machine.py "$DEVICE" torch yacs timm torchvision simplejpeg tqdm \
     tensorboard matplotlib "$@") || exit 2
   say "$setting; $machine"
 }

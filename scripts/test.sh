@@ -6,8 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 .venv/bin/ruff format --check .
 if [ "${1:-}" = fast ]; then
   shift
-  set -- tests/repopt/test_{csla,reparam,models,families,equivalence,optim}.py tests/train/test_{config,command,engine,saving}.py \
-    tests/data/test_data_{sampler,transforms}.py tests/test_{import_layers,examples}.py "$@"
+  set -- --dist load tests/repopt/test_{csla,reparam,families,equivalence,optim,held}.py \
+    tests/train/test_{config,command,engine,saving}.py tests/data/test_data_sampler.py "$@"
 else
   .venv/bin/mypy
 fi
