@@ -121,6 +121,8 @@ def _coerce(name: str, value: Any) -> Any:
         raise unknown("config key", name, KEYS)
     key = KEYS[name]
     kind = key.type or type(key.default)
+    if value in key.words:
+        return value
     if isinstance(value, str) and kind is not str:
         value = _literal(value)
     elif value == "None" and key.default is None:
@@ -130,7 +132,8 @@ def _coerce(name: str, value: Any) -> Any:
     if kind in (tuple, list) and isinstance(value, (tuple, list)):
         value = kind(value)
     if type(value) is not kind and not (value is None and key.default is None):
-        raise UserError(f"{name} takes a value of type {kind.__name__}, not {shown(value)}")
+        words = "".join(f" or {word!r}" for word in key.words)
+        raise UserError(f"{name} takes a value of type {kind.__name__}{words}, not {shown(value)}")
     if value is not None:
         _check_range(name, key, value)
     if key.choices and value not in key.choices:

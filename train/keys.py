@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 CLASSIFY, SEGMENT, DETECT = TASKS = ("classify", "segment", "detect")
 DENSE = (SEGMENT, DETECT)
+AUTO = "auto"  # the word of a key that finds its value itself
 
 
 class Key(NamedTuple):
@@ -20,6 +21,7 @@ class Key(NamedTuple):
         help: What the key means.
         type: The type of the value where the default is None.
         choices: All values that are allowed.
+        words: Words that may stand instead of a value.
         flag: The flag of the command line that sets it; a bool key's flag takes no value and sets True.
         minimum, maximum: Bounds of a number, or of each number of a tuple (`minimum`).
         length: The length of a tuple.
@@ -34,6 +36,7 @@ class Key(NamedTuple):
     help: str
     type: type | None = None
     choices: tuple[Any, ...] | None = None
+    words: tuple[str, ...] = ()
     flag: str | None = None
     minimum: int = 0
     maximum: float = sys.maxsize
@@ -164,8 +167,9 @@ KEYS: dict[str, Key] = {
     ),
     "TRAIN.SEARCH_EPOCHS": Key(
         0,
-        "Epochs at whose end the scales, searched in the training of the -target itself, become constants; 0: they "
-        "come from TRAIN.SCALES_PATH.",
+        "Epochs at whose end the scales, searched in the training of the -target itself, become constants; auto: when "
+        "they have settled, after a tenth of the epochs at the latest; 0: they come from TRAIN.SCALES_PATH.",
+        words=(AUTO,),
     ),
     "TRAIN.CONSTANTS": Key(
         "searched",

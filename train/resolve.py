@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 from repopt.errors import UserError
 from repopt.models import Arch, parse_arch
 from train import config, tasks
-from train.keys import KEYS
+from train.keys import AUTO, KEYS
 from train.resume import needs_scales
 
 
@@ -62,7 +62,7 @@ def _check_search(cfg: CfgNode, arch: Arch) -> None:
         raise UserError(f"TRAIN.SEARCH_EPOCHS is of a -target that a RepOptimizer trains, not of {cfg.MODEL.ARCH}")
     if cfg.TRAIN.SCALES_PATH:
         raise UserError("the scales come from --scales-path or from TRAIN.SEARCH_EPOCHS, not from both")
-    if cfg.TRAIN.SEARCH_EPOCHS > cfg.TRAIN.EPOCHS:
+    if cfg.TRAIN.SEARCH_EPOCHS != AUTO and cfg.TRAIN.SEARCH_EPOCHS > cfg.TRAIN.EPOCHS:
         raise UserError(f"TRAIN.SEARCH_EPOCHS {cfg.TRAIN.SEARCH_EPOCHS} is more than TRAIN.EPOCHS {cfg.TRAIN.EPOCHS}")
     if cfg.QUANT.METHOD:
         raise UserError("TRAIN.SEARCH_EPOCHS is of a training from the beginning, not of one for INT8: leave it out")

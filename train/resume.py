@@ -75,7 +75,7 @@ def check_same_run(cfg: CfgNode, content: Mapping[str, Any]) -> None:
         if KEYS[key].immutable_on_resume:
             raise UserError(f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now")
         if key == "TRAIN.SEARCH_EPOCHS" and "scales" in content:
-            raise UserError(f"cannot resume: the scales are constants since epoch {then} of {key}, and it is {now} now")
+            raise UserError(f"cannot resume: the scales are constants since {key} {then} ended, and it is {now} now")
         if key not in OF_A_START:
             logger.info(f"{key} was {shown(then)} before this start and is {now!r} now")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class TrainingState:
         skipped: steps that were skipped because something was not finite.
         max_accuracy, max_ema_accuracy: best score so far (top-1 of a classifier), in percent.
         data: fingerprint of the training images; None where it is not known.
+        searched: the scales of a search at the end of the last epoch; empty without, or in the first epoch.
+        settled: whether they have settled then.
     """
 
     model: nn.Module
@@ -48,6 +50,8 @@ class TrainingState:
     max_accuracy: float = 0.0
     max_ema_accuracy: float = 0.0
     data: str | None = None
+    searched: Mapping[str, Tensor] = field(default_factory=dict)
+    settled: bool = False
 
     def models(self) -> dict[str, nn.Module]:
         """Return what is evaluated: the model ("val"), and its moving average ("ema") where there is one."""
@@ -82,6 +86,8 @@ class TrainingState:
             "data": self.data,
             "seen": list(self.seen),
         }
+        if self.searched:
+            content["search"] = {"scales": dict(self.searched), "settled": self.settled}
         return content if self.scales is None else content | {"scales": dict(self.scales)}
 
     def load_state_dict(self, content: Mapping[str, Any], *, rank: int = 0, processes: int = 1) -> None:
@@ -109,6 +115,8 @@ class TrainingState:
         self.max_accuracy = _number(content, "max_accuracy", 0.0, minimum=0, maximum=100)
         self.max_ema_accuracy = _number(content, "max_ema_accuracy", 0.0, minimum=0, maximum=100)
         self.seen = content.get("seen", ())
+        if isinstance(search := content.get("search"), Mapping):
+            self.searched, self.settled = state_dict_of(search, "scales"), search.get("settled") is True
         try:
             if content.get("scaler", {}) != {}:
                 parts["scaler"].load_state_dict(dict(content["scaler"]))

@@ -28,6 +28,7 @@ from train.interruption import Interrupted, Request, stop_requests
 from train.logging import Metrics, logger
 from train.nonfinite import NonFiniteGuard
 from train.parallel import average_statistics
+from train.search import movement, problems, search_is_over, start_of_search
 from train.state import TrainingState, count_steps
 from train.tasks.base import Task
 
@@ -102,7 +103,7 @@ class Trainer:
         )
         with stop_requests() as self._request, self.metrics, self._bar:
             while state.epoch < cfg.TRAIN.EPOCHS:
-                if 0 < cfg.TRAIN.SEARCH_EPOCHS <= state.epoch:
+                if search_is_over(cfg, state.epoch, settled=state.settled):
                     self.freeze_scales()
                 self.fit_epoch()
         self.folder.wait()
@@ -125,7 +126,7 @@ class Trainer:
             return
         assert isinstance(state.optimizer, BranchOptimizer)
         state.optimizer.freeze_scales()
-        state.scales = scales
+        state.scales, state.searched = scales, {}
         if self.cfg.TRAIN.OPTIMIZER.NAME == "sgd":
             state.optimizer = state.optimizer.collapsed(implementation=self.cfg.TRAIN.OPTIMIZER.IMPLEMENTATION)
             state.schedule.optimizer = state.optimizer
@@ -135,6 +136,20 @@ class Trainer:
         if self.world.is_main:
             save_scales(scales, self.folder.path / "scales.pth")
         logger.info(f"scales are constants from epoch {state.epoch + 1} on")
+
+    def _observe_search(self, scales: Mapping[str, Tensor], fall: float | None) -> dict[str, Any]:
+        """Keep the scales that an epoch has found, warn where they look wrong, and return what is recorded of them."""
+        cfg, state = self.cfg, self.state
+        start = start_of_search(state.model)
+        moved = movement(start, state.searched, scales)
+        state.searched, state.settled = scales, moved.settled
+        over = state.epoch == cfg.TRAIN.EPOCHS or search_is_over(cfg, state.epoch, settled=state.settled)
+        for problem in problems(start, scales, fall=fall, over=moved if over else None):
+            logger.warning(problem)
+        if self.world.is_main:
+            save_scales(scales, self.folder.path / "scales.pth")
+        means = {name: values.mean().item() for name, values in scales.items()}
+        return {"scales": means, "search": moved._asdict()}
 
     def fit_epoch(self) -> None:
         """Train what is left of an epoch, evaluate, and save."""
@@ -152,21 +167,20 @@ class Trainer:
             for averaged in state.models().values():
                 average_statistics(averaged)
         last = state.epoch + 1 == cfg.TRAIN.EPOCHS
-        names = []
+        names, fall = [], None
         if (state.epoch + 1) % cfg.TEST.PERIOD == 0 or last:
             results = self.evaluate()
             if results is None:
                 self._stop(position, buffers)
             numbers |= {key: result.numbers() for key, result in results.items()}
+            fall = state.max_accuracy - results["val"].score
             names = state.new_bests({key: result.score for key, result in results.items()})
         state.epoch, state.seen = state.epoch + 1, ()
         if state.epoch % cfg.SAVE_FREQ == 0 or last:
             names.append(f"ckpt_epoch_{state.epoch - 1}.pth")
         self._check_finite()
         if scales := self.searched_scales():
-            numbers["scales"] = {name: values.mean().item() for name, values in scales.items()}
-            if self.world.is_main:
-                save_scales(scales, self.folder.path / "scales.pth")
+            numbers |= self._observe_search(scales, fall)
         self.metrics.write(state.epoch * self._steps_per_epoch, state.epoch * loader.num_images, **numbers)
         if names or decision == SAVE or not cfg.SAVE_EVERY_MINUTES:
             self._save(names)
@@ -245,8 +259,11 @@ class Trainer:
                 f"the training diverged in epoch {epoch + 1}: loss or gradients were not finite in {in_a_row} steps in "
                 f"a row, up to step {step}; {self._last_good()}"
             )
-        rate = self.state.optimizer.param_groups[0]["lr"]
+        optimizer = self.state.optimizer
+        rate = optimizer.param_groups[0]["lr"]
         numbers = {"loss": loss, "learning_rate": rate, "images_per_second": speed}
+        if cfg.TRAIN.SEARCH_EPOCHS:
+            numbers["searching"] = int(isinstance(optimizer, BranchOptimizer) and optimizer.searching)
         numbers["skipped_steps"] = skipped = self._skipped_before + skipped
         notes = f" skipped {skipped}" if skipped else ""
         if self.norm is not None:

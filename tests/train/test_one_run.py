@@ -90,7 +90,7 @@ def test_a_search_of_all_epochs_is_the_hyper_search(tmp_path):
 def test_another_number_of_epochs_is_refused_after_the_freeze(tmp_path, capsys, stopping):
     assert one_run(tmp_path, "one") == 0
     assert one_run(tmp_path, "one", "TRAIN.SEARCH_EPOCHS", 2) == 2
-    assert "the scales are constants since epoch 1 of TRAIN.SEARCH_EPOCHS, and it is 2 now" in capsys.readouterr().err
+    assert "the scales are constants since TRAIN.SEARCH_EPOCHS 1 ended, and it is 2 now" in capsys.readouterr().err
     with stopping():
         assert one_run(tmp_path, "two", "SAVE_EVERY_STEPS", 1) == EXIT_INTERRUPTED
     assert one_run(tmp_path, "two", "TRAIN.SEARCH_EPOCHS", 2) == 0
