@@ -67,6 +67,24 @@ def plot_scores(curves: Mapping[str, Sequence[Mapping[int, float]]], path: Path,
     figure.savefig(path, dpi=150)
 
 
+def plot_values(values: Mapping[str, Sequence[float]], path: Path, *, measure: str) -> None:
+    """Draw what several runs of each setup gave, a dot each, and their mean as a line across.
+
+    Args:
+        values: by name of the setup.
+        path: of the picture.
+        measure: what they are.
+    """
+    figure, ((axes,),) = _subplots(1, 1, (7, 0.8 + 0.32 * len(values)))
+    for place, numbers in enumerate(values.values()):
+        axes.plot(numbers, [place] * len(numbers), "o", color="C0", alpha=0.5)
+        axes.plot([np.mean(numbers)] * 2, [place - 0.35, place + 0.35], color="C1", linewidth=2)
+    axes.set(xlabel=measure)
+    axes.set_yticks(range(len(values)), [*values])
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
 def plot_lines(panels: Mapping[str, Mapping[str, Mapping[int, float | None]]], path: Path, *, x: str) -> None:
     """Draw curves over steps, epochs or the like: a panel per quantity, one below the other.
 

@@ -2,6 +2,7 @@
 
     python scripts/reproduce.py --table 4 [6 9 ...] [--scale demo|full] [--seeds 0 1 2] [--dry-run]
     python scripts/reproduce.py --figure 6
+    python scripts/reproduce.py --study one-run-nano-digits
 
 `demo` is the same experiment with small networks on images that come with scikit-learn, minutes on a CPU; `full` is the
 paper's own setting, on GPUs, with the data sets in the folders that the environment variables IMAGENET, CIFAR, CALTECH,
@@ -29,16 +30,16 @@ from train.command import EXIT_DONE, EXIT_INTERRUPTED, run_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; 0, 2 after a mistake of the user, 75 where it was interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for kind in ("table", "figure"):
-        parser.add_argument(f"--{kind}", nargs="+", default=[], metavar="N", help=f"{kind}s of the paper")
+    for kind, of, name in (("table", "the paper", "N"), ("figure", "the paper", "N"), ("study", "ours", "NAME")):
+        parser.add_argument(f"--{kind}", nargs="+", default=[], metavar=name, help=f"of {of}")
     parser.add_argument("--scale", choices=("full", "demo"), default="demo", help="default: %(default)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--output", type=Path, default=Path("output/reproduce"), help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
     arguments = parser.parse_args(argv)
-    names = [f"{kind} {number}" for kind in ("table", "figure") for number in getattr(arguments, kind)]
+    names = [f"{kind} {number}" for kind in ("table", "figure", "study") for number in getattr(arguments, kind)]
     if not names:
-        parser.error("what? --table N or --figure N")
+        parser.error("what? --table N, --figure N or --study NAME")
     os.chdir(_root.ROOT)
 
     def command() -> int:

@@ -58,6 +58,8 @@ class Experiment:
         ours: labels and columns of rows that the paper has not.
         draw: draws a figure into a file, from the first seed's runs of what it shows.
         shown: trainings that a figure shows, by what they are called there.
+        label_names: columns that say what a row is, where there is no table of the paper.
+        draw_rows: draws the rows, as a result holds them, into a file.
     """
 
     title: str
@@ -67,6 +69,8 @@ class Experiment:
     ours: Sequence[str] = ()
     draw: Callable[[Mapping[str, ExperimentRun], Path], None] | None = None
     shown: Mapping[str, Training] = field(default_factory=dict)
+    label_names: Sequence[str] = ()
+    draw_rows: Callable[[Sequence[Mapping[str, Any]], Path], None] | None = None
 
     @property
     def trainings(self) -> list[Training]:
@@ -77,7 +81,7 @@ class Experiment:
     @property
     def labels(self) -> list[str]:
         """Columns that say what a row is."""
-        return list(self.table.columns[: len(self.rows[0].labels)]) if self.table else []
+        return list(self.table.columns[: len(self.rows[0].labels)]) if self.table else [*self.label_names]
 
     def of_paper(self, row: Row, column: str) -> Any:
         """Return what the paper has in a cell; None where it has none."""
@@ -97,6 +101,16 @@ def score(training: Training, name: str = "top1") -> Cell:
 def quantized(training: Training, network: str, name: str = "top1") -> Cell:
     """Return a cell with a number of a quantized network ("fp32", "INT8" or "INT8, onnxruntime"), in percent."""
     return Cell(training, lambda run: json.loads(run.result.read_text())[network][name])
+
+
+def training_seconds(training: Training) -> Cell:
+    """Return a cell with the seconds that a run has trained, and those of the search whose scales it takes."""
+
+    def value(run: ExperimentRun) -> float:
+        runs = [run] if run.scales is None else [run.scales, run]
+        return sum(record["train_seconds"] for each in runs for record in epochs_of(each.folder))
+
+    return Cell(training, value, decimals=0, ordered=False)
 
 
 def throughput(training: Training) -> Cell:

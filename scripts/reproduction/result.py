@@ -41,17 +41,19 @@ def build_result(
     for row in experiment.rows:
         cells = [_cell(cell, column, experiment.of_paper(row, column), runs) for column, cell in row.cells.items()]
         rows.append({"labels": [*map(_words, row.labels)], "cells": cells})
-    pictures = []
+    pictures, file = [], f"{name.replace(' ', '')}.png"
     if experiment.draw:
-        file = f"{name.replace(' ', '')}.png"
         experiment.draw({label: runs[training][0] for label, training in experiment.shown.items()}, folder / file)
+    if experiment.draw_rows:
+        experiment.draw_rows(rows, folder / file)
+    if experiment.draw or experiment.draw_rows:
         pictures = [{"title": f"{name.capitalize()}: {experiment.title}", "file": file}]
     every = with_needs([run for of_training in runs.values() for run in of_training])
     return {
         "name": name,
         "title": experiment.title,
         "scale": scale,
-        "notes": [*experiment.notes, *([DEMO] if scale == "demo" and rows and runs else [])],
+        "notes": [*experiment.notes, *([DEMO] if scale == "demo" and experiment.table and runs else [])],
         "labels": experiment.labels,
         "rows": rows,
         "orderings": orderings(rows),
@@ -96,13 +98,19 @@ def side_by_side(
 ) -> tuple[Sequence[str], Sequence[Sequence[str | None]]]:
     """Return the columns and the rows of a table: the paper's numbers, and behind each what is shown of a cell.
 
+    Where the paper has no such table there are our numbers alone.
+
     Args:
         content: a result.
         shown: returns this run's number and its difference from the paper's.
     """
+    rows: list[list[str | None]]
     quantities = [cell["quantity"] for cell in content["rows"][0]["cells"]]
+    if all(cell["paper"] is None for row in content["rows"] for cell in row["cells"]):
+        rows = [[*row["labels"], *(shown(cell)[0] for cell in row["cells"])] for row in content["rows"]]
+        return [*content["labels"], *quantities], rows
     columns = [text for name in quantities for text in (f"{name}: paper", "this run", "difference")]
-    rows: list[list[str | None]] = []
+    rows = []
     for row in content["rows"]:
         rows.append([*row["labels"]])
         for cell in row["cells"]:

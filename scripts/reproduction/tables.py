@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from repopt.errors import unknown
+from repopt.errors import UserError, unknown
 from reproduction import figures, paper
 from reproduction.experiment import (
     Experiment,
@@ -29,6 +29,7 @@ from reproduction.experiment import (
     training_speed,
 )
 from reproduction.run import DETECT, PTQ, QAT, SEGMENT, SPEED, THROUGHPUT, Kind, Training
+from reproduction.studies import STUDIES
 
 MODELS = ("B1", "B2", "L1", "L2")
 SEARCHED_ON_DIGITS, TRAINED_ON_DIGITS = "configs/digits/search.yaml", "configs/digits/train.yaml"
@@ -406,11 +407,15 @@ EXPERIMENTS: dict[str, Callable[[bool], Experiment]] = {
 
 
 def load(name: str, scale: str) -> Experiment:
-    """Return the experiment of a table or figure ("table 4").
+    """Return the experiment of a table, a figure or a study of ours ("table 4").
 
     Raises:
         UserError: there is none of that name.
     """
+    if name in STUDIES:
+        if scale == "full":
+            raise UserError(f"{name!r} is of demo scale alone: leave --scale full out")
+        return STUDIES[name]()
     if name not in EXPERIMENTS:
-        raise unknown("table or figure", name, EXPERIMENTS)
+        raise unknown("table, figure or study", name, [*EXPERIMENTS, *STUDIES])
     return EXPERIMENTS[name](scale == "full")

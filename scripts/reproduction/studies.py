@@ -1,0 +1,72 @@
+"""Our own questions, asked in the form of the paper's tables, on images that come with scikit-learn or are drawn."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from plots import plot_values
+
+from reproduction.experiment import Experiment, Row, quantized, score, training_seconds
+from reproduction.run import PTQ, Training
+
+SHARES = {"5 %": 0.05, "10 %": 0.1, "25 %": 0.25, "50 %": 0.5, "100 %": 1.0}  # of the epochs that are the search
+NETWORKS = {"nano": ("RepOpt-VGG-nano", "repvgg"), "ghost": ("ghost", "rep")}  # and the mode of its baseline
+IMAGES = {"digits": ("digits", {}), "patches": ("digits", {"DATA.DATASET": "patches"}), "glyphs": ("glyphs", {})}
+
+
+def one_run(network: str, images: str) -> Experiment:
+    """Return the study of a search within the training: when it ends, beside two runs, and beside none.
+
+    Muon has the learning rates that are the best of five on a seed that is not shown.
+    """
+    (model, baseline), (recipes, settings) = NETWORKS[network], IMAGES[images]
+
+    def training(name: str, mode: str = "target", **keys: Any) -> Training:
+        own = {f"TRAIN.{key}": value for key, value in keys.items()}
+        return Training(f"{name}-{images}", f"{model}-{mode}", f"configs/{recipes}/train.yaml", settings=settings | own)
+
+    def muon(name: str, mode: str, **keys: Any) -> Training:
+        return training(name, mode, BASE_LR=0.08, **{"OPTIMIZER.NAME": "muon"}, **keys)
+
+    epochs = {"digits": 80, "glyphs": 8}[recipes]
+    search = replace(training("search", "hs"), cfg=f"configs/{recipes}/search.yaml")
+    trainings = {
+        "two runs": replace(training("two"), scales=search),
+        "one run without a search": training("none", CONSTANTS="initial"),
+        **{
+            f"one run, searching for {share}": training(f"share{number}", SEARCH_EPOCHS=max(1, round(part * epochs)))
+            for number, (share, part) in enumerate(SHARES.items())
+        },
+        "one run, auto": training("auto", SEARCH_EPOCHS="auto"),
+        "the baseline": training("baseline", baseline),
+        "plain SGD": training("plain", "target-norepopt"),
+        "plain Muon": muon("muon", "target-norepopt"),
+        "Muon, one run, auto": muon("muon-auto", "target", SEARCH_EPOCHS="auto"),
+    }
+    rows = []
+    for label, own in trainings.items():
+        int8 = Training(f"int8-{own.name}", cfg="configs/digits/quantize.yaml", kind=PTQ, base=own)
+        cells = {"top1": score(own), "INT8 top1": quantized(int8, "INT8"), "seconds": training_seconds(own)}
+        rows.append(Row((label,), cells))
+    return Experiment(
+        f"One run: {model} on {images}",
+        ("Seconds of training are of one thread beside another run; those of two runs count the search.",),
+        rows=rows,
+        label_names=("training",),
+        draw_rows=_draw,
+    )
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    plot_values({row["labels"][0]: row["cells"][0]["values"] for row in rows}, path, measure="top1 (%)")
+
+
+STUDIES: dict[str, Callable[[], Experiment]] = {
+    f"study one-run-{network}-{images}": functools.partial(one_run, network, images)
+    for network in NETWORKS
+    for images in IMAGES
+}
