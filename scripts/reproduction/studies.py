@@ -19,18 +19,12 @@ IMAGES = {"digits": ("digits", {}), "patches": ("digits", {"DATA.DATASET": "patc
 
 
 def one_run(network: str, images: str) -> Experiment:
-    """Return the study of a search within the training: when it ends, beside two runs, and beside none.
-
-    Muon has the learning rates that are the best of five on a seed that is not shown.
-    """
+    """Return the study of a search within the training: when it ends, beside two runs, and beside none."""
     (model, baseline), (recipes, settings) = NETWORKS[network], IMAGES[images]
 
     def training(name: str, mode: str = "target", **keys: Any) -> Training:
         own = {f"TRAIN.{key}": value for key, value in keys.items()}
         return Training(f"{name}-{images}", f"{model}-{mode}", f"configs/{recipes}/train.yaml", settings=settings | own)
-
-    def muon(name: str, mode: str, **keys: Any) -> Training:
-        return training(name, mode, BASE_LR=0.08, **{"OPTIMIZER.NAME": "muon"}, **keys)
 
     epochs = {"digits": 80, "glyphs": 8}[recipes]
     search = replace(training("search", "hs"), cfg=f"configs/{recipes}/search.yaml")
@@ -44,8 +38,6 @@ def one_run(network: str, images: str) -> Experiment:
         "one run, auto": training("auto", SEARCH_EPOCHS="auto"),
         "the baseline": training("baseline", baseline),
         "plain SGD": training("plain", "target-norepopt"),
-        "plain Muon": muon("muon", "target-norepopt"),
-        "Muon, one run, auto": muon("muon-auto", "target", SEARCH_EPOCHS="auto"),
     }
     rows = []
     for label, own in trainings.items():
