@@ -19,7 +19,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -252,13 +252,14 @@ class Block:
 
     target: Target
     branches: tuple[Branch, ...]
+    _whole: set[str] = field(init=False, repr=False, compare=False)  # kernels that are their own embedding
 
     def __post_init__(self) -> None:
         names = [name for b in self.branches for name in (b.kernel, b.scale) if name is not None]
         if not names or len(set(names)) < len(names):
             raise UserError(f"a block needs branches whose kernels and scales have names of their own, not {names}")
-        for branch in self.branches:
-            _check_embedding(branch, self.target)
+        whole = {branch.kernel for branch in self.branches if _check_embedding(branch, self.target)}
+        object.__setattr__(self, "_whole", whole)
 
     def init_kernels(self, searched: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return one new kernel per branch, by name, as the framework draws them by default, in the order declared.
@@ -281,7 +282,7 @@ class Block:
         tensors += [None if branch.scale is None else scales[branch.scale] for branch in self.branches]
         if torch.compiler.is_compiling():  # a compiler makes one loop of the sum
             scaled = ((b, _scaled(kernel, scale)) for b, kernel, scale in _branches_with_params(self, tensors))
-            wholes = (k if _is_full_view(b, k, self.target) else b.embed(k, self.target) for b, k in scaled)
+            wholes = (kernel if b.kernel in self._whole else b.embed(kernel, self.target) for b, kernel in scaled)
             return functools.reduce(torch.add, wholes)
         return _Merge.apply(self, *tensors)
 
@@ -339,7 +340,7 @@ class _Merge(torch.autograd.Function):
         whole: Tensor | None = None
         for branch, kernel, scale in _branches_with_params(block, tensors):
             scaled = _scaled(kernel, scale)
-            if whole is None and scale is not None and _is_full_view(branch, scaled, target):
+            if whole is None and scale is not None and branch.kernel in block._whole:
                 whole = scaled
                 continue
             whole = kernel.new_zeros(target.shape) if whole is None else whole
@@ -375,14 +376,6 @@ def _branches_with_params(block: Block, tensors: Sequence[Any]) -> Iterator[tupl
     return zip(block.branches, tensors[:count], tensors[count:], strict=True)
 
 
-def _is_full_view(branch: Branch, kernel: Tensor, target: Target) -> bool:
-    """Return whether a branch's kernel is a whole kernel as it lies in memory."""
-    if kernel.shape != target.shape:
-        return False
-    entries = branch.scatter_view(kernel, target)
-    return (entries.shape, entries.stride(), entries.storage_offset()) == (kernel.shape, kernel.stride(), 0)
-
-
 def _scaled(kernel: Tensor, scale: Tensor | None) -> Tensor:
     return kernel if scale is None else kernel * _per_filter(scale, kernel)
 
@@ -406,8 +399,12 @@ def _centre_entries(whole: Tensor) -> Tensor:
 
 
 @functools.cache
-def _check_embedding(branch: Branch, target: Target) -> None:
-    """Refuse a branch whose embedding does not copy every entry of its kernel to one place of its own."""
+def _check_embedding(branch: Branch, target: Target) -> bool:
+    """Refuse a branch whose embedding does not copy every entry of its kernel to one place of its own.
+
+    Returns:
+        Whether every kernel is its own embedding.
+    """
     branch.kernel_shape(target)
     # An embedding treats all channels and groups alike, so a few of them tell.
     out_channels, per_group, *size = target.shape
@@ -430,3 +427,4 @@ def _check_embedding(branch: Branch, target: Target) -> None:
     ones = constant.new_ones(shape) * constant.view(-1, *[1] * (len(shape) - 1))
     if not torch.equal(branch.grad_mult(constant, probe).dense(), branch.embed(ones, probe)):
         raise UserError(f"branch {branch.kernel!r}: its grad_mult is not its embedding of ones")
+    return branch.kernel_shape(target) == target.shape and torch.equal(placed, labels.view_as(placed))

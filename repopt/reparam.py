@@ -100,7 +100,7 @@ def build_optimizer(
         scales: from `load_scales`, `extract_scales` or `bind`: a RepOptimizer, which keeps their multipliers.
         lr: learning rate.
         weight_decay: of the decayed group (`param_groups`).
-        implementation: of a RepOptimizer's step (`RepOptimizer`).
+        implementation: of the step of a `RepOptimizer` or a `BranchOptimizer`.
         branches: from `hold_branches` or `share_branches`: the rule is on the multi-branch network (`BranchOptimizer`).
         max_norm: to which the gradients of the multi-branch network are clipped, where branches are given.
         settings: hyper-parameters of the rules (momentum, nesterov, betas, eps ...). Those of other rules are passed
@@ -135,7 +135,8 @@ def build_optimizer(
     try:
         if branches is not None:
             order = [name for name, _ in unwrapped(model).named_parameters()]
-            return BranchOptimizer(groups, plain, branches, max_norm=max_norm, order=order, **arguments)
+            own: dict[str, Any] = {"max_norm": max_norm, "order": order, "implementation": implementation}
+            return BranchOptimizer(groups, plain, branches, **own, **arguments)
         return plain(groups, **arguments)
     except ValueError as error:
         raise UserError(f"optimizer {name!r}: {error}") from None

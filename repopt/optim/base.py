@@ -65,9 +65,7 @@ class RepOptimizer(torch.optim.Optimizer):
             numbers = value if isinstance(value, (tuple, list)) else (value,)
             if any(isinstance(number, (int, float, Tensor)) and not number >= 0 for number in numbers):
                 raise UserError(f"{name} of an optimizer is not negative: {value}")
-        if implementation not in get_args(Implementation):
-            raise unknown("implementation", implementation, get_args(Implementation))
-        self.implementation = implementation
+        self.implementation = check_implementation(implementation)
         self._rule = Rule(self.compute_update, self.degree)
         self._constants = tuple(name for name in defaults if name != "lr")
         self._mults: dict[Tensor, tuple[str, GradMult]] = {}
@@ -303,6 +301,13 @@ class RepOptimizer(torch.optim.Optimizer):
             for name in self._constants:
                 group.setdefault(name, self.defaults[name])
         self._reset_caches()
+
+
+def check_implementation(name: Implementation) -> Implementation:
+    """Return the name of an implementation; raise UserError where it is none."""
+    if name not in get_args(Implementation):
+        raise unknown("implementation", name, get_args(Implementation))
+    return name
 
 
 def _memory(param: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> Memory:

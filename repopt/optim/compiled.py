@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -109,14 +109,42 @@ def _update(program: int, rule: Rule, entries: list[tuple[Any, ...]]) -> None:
         apply(rule, param, gradient, mult, state, {**constants, **scalars})
 
 
-def _compiled_copy(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a function under torch.compile, with code of its own, by which its programs are kept and freed."""
-    assert isinstance(function, FunctionType)
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    options: dict[str, Any] = {**OPTIONS, "guard_filter_fn": _keep_program_guard}
-    compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
-    weakref.finalize(compiled, remove_from_cache, own)  # a program and its code hold each other
-    return compiled
+class CompiledFunction:
+    """A function under torch.compile, whose programs are told apart by a key, and freed with it.
+
+    Args:
+        function: its first argument is the number of the program, which it has to read, so that it is guarded.
+        options: of torch.compile.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> None:
+        assert isinstance(function, FunctionType)
+        own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        settings: dict[str, Any] = {**(options or {}), "guard_filter_fn": _keep_program_guard}
+        self._compiled = torch.compile(own, fullgraph=True, dynamic=False, options=settings)
+        weakref.finalize(self, remove_from_cache, own)  # a program and its code hold each other
+        self._programs: dict[Any, int] = {}
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether there is a program for a key."""
+        return key in self._programs
+
+    def __call__(self, key: object, *arguments: Any) -> Any:
+        """Return what the function returns; nothing but the key may decide what it does.
+
+        Raises:
+            CompileError: there is no compiler, say, or there are too many keys; nothing has been done.
+        """
+        is_new = key not in self
+        if is_new:
+            if len(self._programs) == MAX_PROGRAMS:
+                raise CompileError("which parameters have gradients, or hyper-parameters, change again and again")
+            self._programs[key] = len(self._programs) + 1
+        try:
+            with torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS + 1) if is_new else nullcontext():
+                return self._compiled(self._programs[key], *arguments)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            raise CompileError(str(error).strip().splitlines()[0]) from error
 
 
 class CompiledUpdate:
@@ -125,8 +153,8 @@ class CompiledUpdate:
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
         self._flat_slots: dict[ParamSlot, _FlatSlot | None] = {}
-        self._known: dict[Any, tuple[int, _Scalars]] = {}
-        self._update = _compiled_copy(_update)
+        self._scalars: dict[Any, _Scalars] = {}
+        self._update = CompiledFunction(_update, OPTIONS)
 
     def __call__(self, updates: list[ParamUpdate]) -> list[ParamUpdate]:
         """Do the updates, and return those that it cannot do: of parameters neither contiguous nor channels_last.
@@ -141,22 +169,15 @@ class CompiledUpdate:
         if not ready:
             return left
         key = (*ready[0].scalars, *((u.slot, u.gradient.dtype, *u.constants.items()) for u in ready))
-        is_new = key not in self._known
-        if is_new:
-            if len(self._known) == MAX_PROGRAMS:
-                raise CompileError("which parameters have gradients, or hyper-parameters, change again and again")
-            self._known[key] = len(self._known) + 1, _Scalars(ready)
-        program, scalar_buffers = self._known[key]
+        if key not in self._update:
+            self._scalars[key] = _Scalars(ready)
+        scalar_buffers = self._scalars[key]
         scalar_buffers.set(ready)
         entries = []
         for update, flat, scalars in zip(ready, flat_slots, scalar_buffers.of_update, strict=True):
             gradient = _flat_view(in_layout_of(update.slot.param, update.gradient), flat.shape)
             entries.append((flat.param, gradient, flat.mult, flat.state, update.constants, scalars))
-        try:
-            with torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS + 1) if is_new else nullcontext():
-                self._update(program, self.rule, entries)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            raise CompileError(str(error).strip().splitlines()[0]) from error
+        self._update(key, self.rule, entries)
         return left
 
     def tensors(self) -> list[Tensor]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from repopt.csla import Block
 from repopt.errors import UserError
-from repopt.optim.base import Implementation, NamedParams
+from repopt.optim.base import COMPILE_FROM, Implementation, NamedParams, check_implementation, logger
+from repopt.optim.compiled import CompiledFunction, CompileError, in_layout_of
 from repopt.optim.sgd import RepSGD
 from repopt.optim.update import GRAD_SCALER_KEYS, step_unless
 
@@ -68,16 +69,17 @@ class HeldBranches:
         """Return the plain kernel, (O, I, *k)."""
         return self.block.merge(self.kernels, self.scales)
 
-    def derive(self, gradient: Tensor | None) -> None:
-        """Set the gradients of what is trained, from that of the plain kernel."""
-        of_branches: dict[str, Tensor] = {}
-        if gradient is not None:
-            like = next(iter(self.kernels.values()))
-            of_branches = self.block.branch_gradients(
-                gradient.to(like.dtype), self.kernels, self.scales, with_scales=self.searched
-            )
+    def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
+        """Return the gradients of what is trained, by name, from that of the plain kernel."""
+        like = next(iter(self.kernels.values()))
+        return self.block.branch_gradients(
+            gradient.to(like.dtype), self.kernels, self.scales, with_scales=self.searched
+        )
+
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Set the gradients of what is trained, by name; None where there is none."""
         for name, tensor in self.trained().items():
-            tensor.grad = of_branches.get(name)
+            tensor.grad = gradients.get(name)
 
 
 class BranchOptimizer(torch.optim.Optimizer):
@@ -95,6 +97,7 @@ class BranchOptimizer(torch.optim.Optimizer):
             step; None = no clipping.
         order: names of all parameters, in the order in which the norm adds them up; None = that of the groups. In the
             model's order it is rounded as `torch.nn.utils.clip_grad_norm_` rounds that of the multi-branch network.
+        implementation: how branches are merged and their gradients derived; as that of a `RepOptimizer`.
         settings: hyper-parameters of the rule.
 
     Attributes:
@@ -117,6 +120,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         *,
         max_norm: float | None = None,
         order: Sequence[str] | None = None,
+        implementation: Implementation = "auto",
         **settings: Any,
     ) -> None:
         self.branches: dict[str, HeldBranches] = {}
@@ -125,6 +129,8 @@ class BranchOptimizer(torch.optim.Optimizer):
         self._rule, self._settings = rule, settings
         self._params: dict[str, Tensor] = {}  # of the model
         self._order = order
+        self.implementation = check_implementation(implementation)
+        self._compiled: dict[Callable[..., Any], CompiledFunction] = {}
         self._unclaimed = dict(branches)
         super().__init__(params, {})
         _refuse_unclaimed(self._unclaimed)
@@ -188,8 +194,7 @@ class BranchOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = (getattr(self, name, None) for name in GRAD_SCALER_KEYS)
-        for name, held in self.branches.items():
-            held.derive(self._params[name].grad)
+        self._derive_gradients()
         gradients = {param: param.grad for param in self._trained() if param.grad is not None}
         if grad_scale is not None:
             _scale_gradients([*gradients], 1 / grad_scale)
@@ -199,11 +204,40 @@ class BranchOptimizer(torch.optim.Optimizer):
         self._step_rule(found_inf)
         for param, gradient in gradients.items():  # those of the model are as they were
             param.grad = gradient
-        for name, held in self.branches.items():
-            if self._params[name].grad is not None:
-                self._params[name].copy_(held.merged())
-            held.derive(None)
+        self._write_kernels([name for name in self.branches if self._params[name].grad is not None])
+        for held in self.branches.values():
+            held.set_gradients({})
         return loss
+
+    def _derive_gradients(self) -> None:
+        """Give the branches their gradients, where the plain kernel has one."""
+        names = [name for name in self.branches if self._params[name].grad is not None]
+        params = [self._params[name] for name in names]
+        plain = [in_layout_of(param, param.grad) for param in params if param.grad is not None]
+        found = dict(zip(names, self._run(_derive, names, plain), strict=True))
+        for name, held in self.branches.items():
+            held.set_gradients(found.get(name, {}))
+
+    def _write_kernels(self, names: Sequence[str]) -> None:
+        self._run(_merge, names, [self._params[name] for name in names])
+
+    def _run(self, function: Callable[..., Any], names: Sequence[str], tensors: list[Tensor]) -> Any:
+        """Run a function of the branches of these kernels and of tensors of theirs, compiled where that pays."""
+        held = [self.branches[name] for name in names]
+        if self.implementation == "auto":
+            entries = sum(self._params[name].numel() for name in self.branches)
+            self.implementation = "compiled" if entries >= COMPILE_FROM else "eager"
+        if self.implementation == "compiled" and held:
+            if function not in self._compiled:
+                on_gpu = tensors[0].device.type == "cuda"
+                self._compiled[function] = CompiledFunction(function, {"combo_kernels": True} if on_gpu else {})
+            kinds = [(t.device, t.dtype, t.stride(), h.searched) for h, t in zip(held, tensors, strict=True)]
+            try:
+                return self._compiled[function]((*names, *kinds), held, tensors)
+            except CompileError as error:
+                logger.warning(f"BranchOptimizer: not compiled any more, so steps are eager and slower: {error}")
+                self.implementation = "eager"
+        return function(1, held, tensors)
 
     def _trained(self) -> Iterator[Tensor]:
         """Yield what the rule updates, in the order of the multi-branch network's parameters."""
@@ -230,8 +264,7 @@ class BranchOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def write_kernels(self) -> None:
         """Write the plain kernels, W = sum_k s_k A_k w_k, where branches have been changed from outside."""
-        for name, held in self.branches.items():
-            self._params[name].copy_(held.merged())
+        self._write_kernels([*self.branches])
 
     def freeze_scales(self) -> None:
         """End the search: the scales are constants from now on, and all kernels go on with their state, decayed."""
@@ -359,8 +392,30 @@ class BranchOptimizer(torch.optim.Optimizer):
         self.write_kernels()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("branches", "max_norm", "norm", "_rule", "_settings", "_params", "_order", "_inner", "_unclaimed")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        own = (
+            "branches",
+            "max_norm",
+            "implementation",
+            "norm",
+            "_rule",
+            "_settings",
+            "_params",
+            "_order",
+            "_inner",
+            "_unclaimed",
+        )
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_compiled": {}}
+
+
+def _derive(program: int, held: Sequence[HeldBranches], gradients: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    assert program > 0  # see `CompiledFunction`
+    return [branches.gradients(gradient) for branches, gradient in zip(held, gradients, strict=True)]
+
+
+def _merge(program: int, held: Sequence[HeldBranches], kernels: Sequence[Tensor]) -> None:
+    assert program > 0
+    for branches, kernel in zip(held, kernels, strict=True):
+        kernel.copy_(branches.merged())
 
 
 def _scale_gradients(params: Sequence[Tensor], factor: Tensor) -> None:

@@ -99,11 +99,12 @@ def warnings(caplog, monkeypatch):
         yield caplog
 
 
-def test_where_compiling_fails_it_says_so_and_steps_eagerly(monkeypatch, warnings):
-    def broken(*_):
-        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nwas found")
+def without_a_compiler(*_):
+    raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nwas found")
 
-    monkeypatch.setattr("repopt.optim.compiled._compiled_copy", lambda function: broken)
+
+def test_where_compiling_fails_it_says_so_and_steps_eagerly(monkeypatch, warnings):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: without_a_compiler)
     model = network(False)
     optimizer = repopt.build_optimizer("sgd", model, scales_of(model), lr=0.1, momentum=0.9, implementation="compiled")
     for _ in range(3):
@@ -132,7 +133,7 @@ def test_gradients_come_and_go_and_hyperparameters_change(warnings):
                 optimizer.param_groups[0]["momentum"] = 0.9 - 0.01 * step
             optimizer.step()
             if step == 8 and implementation == "compiled":
-                assert len(optimizer._compiled_update._known) == 2
+                assert len(optimizer._compiled_update._update._programs) == 2
         found.append(torch.cat([param.detach().reshape(-1) for param in model.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-13, atol=0)
     (record,) = warnings.records
@@ -211,8 +212,47 @@ def test_what_was_compiled_is_freed_with_its_optimizer():
             layer(torch.ones(2, 3)).sum().backward()
             optimizer.step()
         assert optimizer.implementation == "compiled"
-        codes.append(weakref.ref(optimizer._compiled_update._update._torchdynamo_orig_callable.__code__))
+        codes.append(weakref.ref(optimizer._compiled_update._update._compiled._torchdynamo_orig_callable.__code__))
         optimizer.load_state_dict(optimizer.state_dict())
     del optimizer
     gc.collect()
     assert [code() for code in codes] == [None] * 3
+
+
+class TestHeldBranches:
+    """What is compiled of a step are the gradients of the branches and their sum, under any rule."""
+
+    @pytest.mark.parametrize("rule", ["sgd", "adamw", "lamb"])
+    def test_it_is_the_eager_one(self, rule):
+        found = []
+        for implementation in ("eager", "compiled"):
+            torch.manual_seed(0)
+            model = network(False)
+            settings = {"lr": 0.01, "weight_decay": 0.01, "momentum": 0.9, "implementation": implementation}
+            optimizer = repopt.build_optimizer(rule, model, branches=repopt.hold_branches(model), **settings)
+            for step in range(6):
+                if step == 3:
+                    optimizer.freeze_scales()
+                for param in model.parameters():
+                    param.grad = torch.randn_like(param)
+                if step == 1:
+                    next(iter(model.parameters())).grad = None
+                optimizer.step()
+            assert optimizer.implementation == implementation
+            found.append(torch.cat([param.detach().reshape(-1) for param in model.parameters()]))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+    def test_where_compiling_fails_it_says_so_and_steps_eagerly(self, monkeypatch, warnings):
+        monkeypatch.setattr(torch, "compile", lambda *_, **__: without_a_compiler)
+        model = network(False)
+        branches = repopt.hold_branches(model)
+        optimizer = repopt.build_optimizer("sgd", model, branches=branches, lr=0.1, implementation="compiled")
+        before = [param.detach().clone() for param in model.parameters()]
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert optimizer.implementation == "eager"
+        assert [record.message for record in warnings.records] == [
+            "BranchOptimizer: not compiled any more, so steps are eager and slower: no C++ compiler"
+        ]
+        assert not any(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))

@@ -77,7 +77,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, stopping):
     ]
     searches = [[record for record in records if record] for records in found]
     assert searches[0] == searches[1]
-    assert [record["change"] for record in searches[0]][0] == 1
+    assert searches[0][0]["change"] == 1
     assert len(searches[0]) == 3
 
 
