@@ -129,6 +129,9 @@ def _split(block: Block, path: str, kernel: Tensor, scales: Mapping[str, Tensor]
 
 
 def _parameter(value: Tensor, kernel: Tensor) -> nn.Parameter:
-    """Return a copy on the kernel's device, in its precision, but at least in float32."""
+    """Return a copy on the kernel's device, in its memory format and precision, but at least in float32."""
     dtype = torch.promote_types(kernel.dtype, torch.float32)
-    return nn.Parameter(value.detach().to(kernel.device, dtype, copy=True))
+    value = value.detach().to(kernel.device, dtype, copy=True)
+    if value.dim() == kernel.dim() > 3 and not kernel.is_contiguous():
+        value = value.contiguous(memory_format=torch.channels_last if kernel.dim() == 4 else torch.channels_last_3d)
+    return nn.Parameter(value)

@@ -72,9 +72,10 @@ class HeldBranches:
     def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
         """Return the gradients of what is trained, by name, from that of the plain kernel."""
         like = next(iter(self.kernels.values()))
-        return self.block.branch_gradients(
+        found = self.block.branch_gradients(
             gradient.to(like.dtype), self.kernels, self.scales, with_scales=self.searched
         )
+        return {name: _with_strides_of(self.values(name), value) for name, value in found.items()}
 
     def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Set the gradients of what is trained, by name; None where there is none."""
@@ -405,6 +406,12 @@ class BranchOptimizer(torch.optim.Optimizer):
             "_unclaimed",
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_compiled": {}}
+
+
+def _with_strides_of(param: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient with its parameter's strides, as torch's fused optimizers want it."""
+    gradient = in_layout_of(param, gradient)
+    return gradient if gradient.stride() == param.stride() else gradient.as_strided(param.shape, param.stride())
 
 
 def _derive(program: int, held: Sequence[HeldBranches], gradients: Sequence[Tensor]) -> list[dict[str, Tensor]]:

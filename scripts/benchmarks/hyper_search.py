@@ -1,11 +1,11 @@
-"""What a hyper-search costs: its step beside that of the plain network at the same size, branches merged into one
-convolution or one by one; and the whole search of CIFAR-100 beside the textbook's loop.
+"""What a hyper-search costs: its step beside that of the plain network at the same size, the branches held by the
+optimizer, merged into one convolution by the network, or one by one; and the whole search of CIFAR-100 beside the
+textbook's loop.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import os
 import types
@@ -92,6 +92,7 @@ def steps(arch: str, device: torch.device, mode: str, *, batch_size: int, image_
     }
     contenders = {
         "plain network, RepSGD": TrainingStep(arch, device, **shape),
+        "hyper-search, branches held": TrainingStep(arch, device, mode="search", **shape),
         "hyper-search, branches merged": TrainingStep(arch, device, mode="hs", **shape),
         "hyper-search, branch by branch": TrainingStep(arch, device, mode="hs", **shape),
     }
@@ -178,14 +179,14 @@ def textbook_search(arch: str, pixels: np.ndarray, device: torch.device, count: 
 def our_search(arch: str, pixels: np.ndarray, device: torch.device, count: int, mode: str) -> Step:
     """Return so many steps of `main_repopt.py`: its loader, loop, skipped steps, clipping and optimizer."""
     torch.manual_seed(0)
-    model = repopt.create_model(arch, mode="hs", num_classes=cifar.NUM_CLASSES)
+    model = repopt.create_model(arch, mode="target", num_classes=cifar.NUM_CLASSES)
     to_device(model, device)
     loader = resident_loader("cf100", pixels[: BATCH * count], device, batch_size=BATCH)
-    clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), RECIPE.TRAIN.CLIP_GRAD)
-    optimizer = repopt.build_optimizer("sgd", model, None, **SGD)
+    branches, max_norm = repopt.hold_branches(model), RECIPE.TRAIN.CLIP_GRAD
+    optimizer = repopt.build_optimizer("sgd", model, branches=branches, max_norm=max_norm, **SGD)
     schedule = build_schedule(optimizer, "cosine", steps_per_epoch=10**9, epochs=1, warmup_steps=0)  # constant
     state, task = TrainingState(model, optimizer, schedule, precision_on(device)), Classify(RECIPE, World(0, 1, device))
-    trainer = Trainer(task, state, loader, (), RunFolder(Path()), model=under(mode, model, device), clip=clip)
+    trainer = Trainer(task, state, loader, (), RunFolder(Path()), model=under(mode, model, device))
     epochs = itertools.count()
 
     def steps() -> None:

@@ -34,7 +34,8 @@ WARM_UP = 3  # steps, in which state is made and the optimizer's step compiled
 Training = tuple[str, str, repopt.optim.Implementation]
 """The mode of a network, the name of its optimizer, and how that computes its step."""
 TRAININGS: dict[str, Training] = {
-    "search, torch SGD": ("hs", "SGD", "auto"),
+    "search, branches in the network": ("hs", "SGD", "auto"),
+    "search, branches held": ("search", "SGD", "compiled"),
     "target, RepSGD eager": ("target", "SGD", "eager"),
     "target, RepSGD compiled": ("target", "SGD", "compiled"),
     "target, RepAdamW eager": ("target", "AdamW", "eager"),
@@ -102,7 +103,7 @@ def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torc
         with part("backward pass"):
             loss.backward()
         with part("clipping"):
-            norm = clip()
+            norm = clip() if clip else None
         optimizer.found_inf = torch.zeros((), device=device)
         with part("optimizer"):
             optimizer.step()
@@ -116,18 +117,24 @@ def parts_of_a_step(arch: str, training: Training, batch_size: int, device: torc
 
 def network(
     arch: str, mode: str, name: str, implementation: repopt.optim.Implementation, device: torch.device
-) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
-    """Return a network, its optimizer, and what clips its gradients."""
-    model = repopt.create_model(arch, mode=mode, num_classes=cifar.NUM_CLASSES)
+) -> tuple[nn.Module, Any, Callable[[], Tensor] | None]:
+    """Return a network, its optimizer, and what clips its gradients; None where the optimizer does it."""
+    model = repopt.create_model(arch, mode="target" if mode == "search" else mode, num_classes=cifar.NUM_CLASSES)
     scales = repopt.constant_scales(model, "initial") if mode == "target" else None
-    to_device(model, device)
-    optimizer = repopt.build_optimizer(name.lower(), model, scales, implementation=implementation, **SETTINGS[name])
+    to_device(model, device).train()
+    settings, max_norm = SETTINGS[name] | {"implementation": implementation}, RECIPE.TRAIN.CLIP_GRAD
+    if mode == "search":
+        branches = repopt.hold_branches(model)
+        return (
+            model,
+            repopt.build_optimizer(name.lower(), model, branches=branches, max_norm=max_norm, **settings),
+            None,
+        )
+    optimizer = repopt.build_optimizer(name.lower(), model, scales, **settings)
     if scales is None:
-        clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), RECIPE.TRAIN.CLIP_GRAD)
-    else:
-        mults = repopt.grad_mults(model, scales, degree=1)
-        clip = functools.partial(repopt.clip_grad_norm_, list(model.named_parameters()), RECIPE.TRAIN.CLIP_GRAD, mults)
-    return model.train(), optimizer, clip
+        return model, optimizer, functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), max_norm)
+    mults = repopt.grad_mults(model, scales, degree=1)
+    return model, optimizer, functools.partial(repopt.clip_grad_norm_, [*model.named_parameters()], max_norm, mults)
 
 
 def graphs(arch: str, device: torch.device) -> Iterator[Row]:

@@ -56,7 +56,8 @@ class TrainingStep:
     Args:
         arch: the model, whose initial weights are the same every time.
         device: where, and thereby in which number and memory format, it is trained.
-        mode: of the model; "target" is trained by RepSGD, the others by SGD.
+        mode: of the model; "target" is trained by RepSGD, the others by SGD. "search" is the plain network, too, for
+            which SGD holds the branches.
         batch_size, image_size: images are (batch_size, 3, image_size, image_size).
         num_classes: of the model.
         seed: of the images and labels.
@@ -86,7 +87,8 @@ class TrainingStep:
         self.device, self._reads_loss = device, textbook
         layout = torch.contiguous_format if textbook else memory_format_on(device)
         self._precision = Precision(device) if textbook else precision_on(device)
-        self.model = repopt.create_model(arch, mode=mode, num_classes=num_classes).to(device)
+        of_model = "target" if mode == "search" else mode
+        self.model = repopt.create_model(arch, mode=of_model, num_classes=num_classes).to(device)
         self.model.to(memory_format=layout)
         images = torch.randn(batch_size, 3, image_size, image_size, generator=source, device=device)
         self._images = images.contiguous(memory_format=layout)
@@ -96,7 +98,8 @@ class TrainingStep:
             self._optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
         else:
             scales = repopt.constant_scales(self.model, "initial") if mode == "target" else None
-            self._optimizer = repopt.build_optimizer("sgd", self.model, scales, **SGD)
+            branches = repopt.hold_branches(self.model) if mode == "search" else None
+            self._optimizer = repopt.build_optimizer("sgd", self.model, scales, branches=branches, **SGD)
 
     def backward(self) -> Tensor:
         """Do the forward pass, the backward pass and the exchange, and return the loss."""
