@@ -11,6 +11,7 @@ from repopt.branches import hold_branches, share_branches
 from repopt.checkpoint import load_weights
 from repopt.convert import Declaration, convert_model, register_block
 from repopt.csla import Block, Branch, ConvBranch, GradMult, IdentityBranch, Target
+from repopt.declare import declare
 from repopt.deploy import deploy
 from repopt.errors import UserError
 from repopt.layers import RepConv2d
@@ -64,6 +65,7 @@ __all__ = [
     "constant_scales",
     "convert_model",
     "create_model",
+    "declare",
     "declared_blocks",
     "deploy",
     "extract_scales",

@@ -3,13 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from repopt.csla import Block
 from repopt.errors import UserError
 from repopt.layers import Mode, ModuleWrapper, RepConv2d
+
+
+@dataclass(frozen=True, eq=False)
+class DeclaredConv:
+    """A convolution of any network, declared to have branches that an optimizer holds (`repopt.declare`).
+
+    Attributes:
+        block: the declaration.
+        conv: the convolution.
+    """
+
+    block: Block
+    conv: nn.Conv2d
+    mode: ClassVar[Mode] = "target"
+
+    _KEY: ClassVar[str] = "repopt_block"  # of the declaration in the convolution's attributes
+
+    @classmethod
+    def of(cls, module: nn.Module) -> DeclaredConv | None:
+        """Return what a module is declared to be, if it is."""
+        block = vars(module).get(cls._KEY)
+        return None if block is None or not isinstance(module, nn.Conv2d) else cls(block, module)
+
+    @classmethod
+    def mark(cls, conv: nn.Conv2d, block: Block) -> None:
+        """Declare a convolution."""
+        setattr(conv, cls._KEY, block)
+
+    @classmethod
+    def forget(cls, module: nn.Module) -> None:
+        """Take a declaration back, where there is one."""
+        vars(module).pop(cls._KEY, None)
+
+    def kernel(self) -> Tensor:
+        """Return the kernel, (O, I, kh, kw)."""
+        return self.conv.weight
+
+    def values(self, name: str) -> Tensor:
+        """Return the kernel by its declared name."""
+        assert name == self.block.target.name, f"a plain convolution has no {name}"
+        return self.conv.weight
+
+
+DeclaredBlock = RepConv2d | DeclaredConv
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -22,22 +69,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def declared_blocks(model: nn.Module, *modes: Mode) -> list[tuple[str, RepConv2d]]:
+def declared_blocks(model: nn.Module, *modes: Mode) -> list[tuple[str, DeclaredBlock]]:
     """Return every declared block of a model, with the path of its module.
 
     Raises:
         UserError: modes are asked for, and there is no block, or one in another mode.
     """
-    found = [(path, module) for path, module in unwrapped(model).named_modules() if isinstance(module, RepConv2d)]
+    found: list[tuple[str, DeclaredBlock]] = []
+    for path, module in unwrapped(model).named_modules():
+        block = module if isinstance(module, RepConv2d) else DeclaredConv.of(module)
+        if block is not None:
+            found.append((path, block))
     if modes and not found:
         raise UserError(f"{type(model).__name__} has no declared blocks: this needs one in {' or '.join(modes)} mode")
-    for path, module in found:
-        if modes and module.mode not in modes:
-            raise UserError(f"this needs a model in {' or '.join(modes)} mode, not {module.mode} ({path})")
+    for path, block in found:
+        if modes and block.mode not in modes:
+            raise UserError(f"this needs a model in {' or '.join(modes)} mode, not {block.mode} ({path})")
     return found
 
 
-def trained_kernels(model: nn.Module) -> Iterator[tuple[str, str, RepConv2d]]:
+def trained_kernels(model: nn.Module) -> Iterator[tuple[str, str, DeclaredBlock]]:
     """Yield the name of every trained kernel of a model in target mode, with the path of its block, and the block.
 
     Blocks that share a kernel yield the same name.

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from repopt import checkpoint
-from repopt.blocks import declared_blocks, key_of, trained_kernels, unwrapped
+from repopt.blocks import DeclaredBlock, declared_blocks, key_of, trained_kernels, unwrapped
 from repopt.csla import GradMult
 from repopt.errors import UserError, shown, unknown
-from repopt.layers import RepConv2d
 from repopt.optim import HeldBranches, clip_grad_norm_
 
 IdentityInit = Literal["searched", "one"]
@@ -80,7 +79,7 @@ class BoundScales:
     def _squares(self) -> dict[str, GradMult]:
         return self.grad_mults(degree=1)
 
-    def block_scales(self, path: str, module: RepConv2d) -> dict[str, Tensor]:
+    def block_scales(self, path: str, module: DeclaredBlock) -> dict[str, Tensor]:
         """Return a block's scales by the names of its declaration."""
         return {
             branch.searched_name: self.scales[key_of(path, branch.searched_name)] for branch in module.block.branches

@@ -108,6 +108,12 @@ KEYS: dict[str, Key] = {
         choices=("depth", "one"),
         backbone_argument="initial_scales",
     ),
+    "MODEL.PRIOR": Key(
+        "repvgg",
+        "Branches that the convolutions before batch norms of another library's network (timm/NAME-target) train with.",
+        choices=("repvgg", "acnet"),
+        immutable_on_resume=True,
+    ),
     "MODEL.BACKBONE": Key(
         "", "Checkpoint of a classifier, with whose weights the backbone begins.", flag="--backbone", tasks=DENSE
     ),

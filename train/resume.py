@@ -113,8 +113,8 @@ def find_scales(
     elif cfg.TRAIN.CONSTANTS in ("searched", "channel-mean"):
         raise UserError(
             f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
-            f"hyper-search ({task.arch.model}-target-norepopt trains with the plain optimizer, TRAIN.CONSTANTS "
-            "initial does without a search)"
+            "hyper-search (TRAIN.SEARCH_EPOCHS auto searches in the training itself, TRAIN.CONSTANTS initial does "
+            "without)"
         )
     else:
         searched = None

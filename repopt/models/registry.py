@@ -140,13 +140,13 @@ def _endings(family: Family) -> dict[str, tuple[str, bool]]:
 
 
 def parse_arch(arch: str) -> Arch:
-    """Return what an ``--arch`` stands for, one of `list_archs` or a name of `zoo`.
+    """Return what an ``--arch`` stands for: one of `list_archs`, or a name of `zoo`, with or without ``-target``.
 
     Raises:
         UserError: there is no such one; it names the nearest.
     """
-    if _is_of_library(arch):
-        return Arch(arch, zoo.MODE, repopt=False)
+    if _is_of_library(arch.removesuffix("-target")):
+        return _arch_of_library(arch)
     archs = list_archs()
     if arch in _families:
         raise _needs_mode(arch, arch)
@@ -157,7 +157,12 @@ def parse_arch(arch: str) -> Arch:
 
 def same_arch(name: str, arch: Arch) -> bool:
     """Return whether an ``--arch``, which may be any text, stands for this one: of ours there are aliases."""
-    return list_archs().get(name, Arch(name, zoo.MODE, repopt=False)) == arch
+    return list_archs().get(name, _arch_of_library(name)) == arch
+
+
+def _arch_of_library(name: str) -> Arch:
+    """Return a library's network, which a RepOptimizer trains where ``-target`` stands behind its name."""
+    return Arch(name.removesuffix("-target"), zoo.MODE, repopt=name.endswith("-target"))
 
 
 def _is_of_library(name: str) -> bool:

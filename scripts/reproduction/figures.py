@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 import repopt
-from repopt.blocks import key_of
+from repopt.blocks import DeclaredBlock, key_of
 from repopt.layers import RepConv2d
 from repopt.models import parse_arch
 from reproduction.experiment import kernels
@@ -109,7 +109,7 @@ def scales_by_epoch(runs: First, path: Path) -> None:
 def scales_by_depth(runs: First, path: Path) -> None:
     """Draw the mean of the scales that searches ended with, block by block (figure 7)."""
     panels: dict[str, dict[str, dict[str, Sequence[float | None]]]] = {}
-    blocks: dict[str, RepConv2d] = {}
+    blocks: dict[str, DeclaredBlock] = {}
     for name, run in runs.items():
         blocks = dict(repopt.declared_blocks(search_model(parse_arch(run.arch).model)))
         scales = repopt.load_scales(run.folder / "scales.pth")

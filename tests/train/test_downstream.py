@@ -208,6 +208,19 @@ def test_scales_are_searched_in_a_detector_and_train_its_plain_form(command, tmp
     assert content["scales"].keys() == names
 
 
+@pytest.mark.parametrize(("task", "options"), [("detect", ["DETECT.NECK", "declared"]), ("segment", [])])
+def test_scales_are_searched_in_the_one_training(command, tmp_path, task, options):
+    options = [*options, "TRAIN.SEARCH_EPOCHS", 1, "PRINT_FREQ", 1]
+    assert run(task, command(task, TARGET, epochs=2, options=options)) == 0
+    folder = tmp_path / TARGET / task
+    scales = repopt.load_scales(folder / "scales.pth")
+    assert {name.split(".")[1] for name in scales} >= ({"body", "fpn"} if task == "detect" else set())
+    assert checkpoint.read(folder / "latest.pth")["scales"].keys() == scales.keys()
+    searching = [record["train"]["searching"] for record in records(folder) if "train" in record]
+    assert searching == sorted(searching, reverse=True)
+    assert {*searching} == {0, 1}
+
+
 def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, in_one_line):
     assert run("segment", command("segment", PLAIN, epochs=1)) == 0
     latest = tmp_path / PLAIN / "segment" / "latest.pth"

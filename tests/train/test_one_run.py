@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from test_cli import DIGITS, HS, TARGET, assert_equal, main, run
 
@@ -110,6 +111,7 @@ def test_rules_that_no_multiplier_follows_hold_the_branches(tmp_path, rule):
     ("arguments", "message"),
     [
         (("--arch", HS), "is of a -target that a RepOptimizer trains, not of RepOpt-VGG-nano-hs"),
+        (("--arch", "timm/resnet10t"), "is of a -target that a RepOptimizer trains, not of timm/resnet10t"),
         (("--arch", TARGET, "--scales-path", "a.pth"), "from --scales-path or from TRAIN.SEARCH_EPOCHS, not from both"),
     ],
 )
@@ -127,3 +129,14 @@ def test_the_hyper_search_computes_as_the_network_with_branches(monkeypatch, tmp
     held, apart = (checkpoint.read(tmp_path / HS / tag / "latest.pth")["model"] for tag in ("held", "apart"))
     assert_equal(held, apart)
     assert all(torch.isfinite(value).all() for value in held.values())
+
+
+def test_a_network_of_another_library_is_trained_as_it_is(tmp_path):
+    """Under its own name and with its own weights; its branches are found before batch norms."""
+    arch = "timm/resnet10t-target"
+    command = ("--arch", arch, "--output", tmp_path, "--opts", *DIGITS, *SHORT, "TRAIN.EPOCHS", 2)
+    assert main(*command, "MODEL.PRIOR", "acnet") == 0
+    content = checkpoint.read(tmp_path / arch / "default" / "latest.pth")
+    assert set(content["model"]) == set(timm.create_model("resnet10t", num_classes=10).state_dict())
+    assert {name.split(".")[-2] for name in content["scales"]} == {"scale_conv", "scale_wide", "scale_high"}
+    assert main(*command, "MODEL.PRIOR", "repvgg", "TRAIN.EPOCHS", 3) == 2  # the branches are others
