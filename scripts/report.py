@@ -38,6 +38,7 @@ from train import config, file_names, trained
 from train.command import run_command
 from train.file_names import CONFIG, PREDICTIONS, Column
 from train.keys import KEYS
+from train.search import SETTLED
 
 RESULTS, SIGNAL_TO_NOISE = (
     f"{file_names.ARTIFACTS}/{name}" for name in (file_names.RESULTS, file_names.SIGNAL_TO_NOISE)
@@ -306,6 +307,12 @@ def searched_scales(runs: Runs, pictures: Pictures) -> Blocks:
                 if (mean := number(value)) is not None:
                     block, _, branch = label(key).removesuffix(".weight").rpartition(".")
                     curves.setdefault(branch, {}).setdefault(block, {})[record["epoch"]] = mean
+        searches = {record["epoch"]: record["search"] for record in run.epochs if "search" in record}
+        if searches:
+            titles = {"moved from the start": "way", f"change in the epoch (settled: {SETTLED})": "change"}
+            panels = {title: {"": {e: number(s.get(k)) for e, s in searches.items()}} for title, k in titles.items()}
+            caption = "all scales together: how far they moved, as a part of their size, and of that in each epoch"
+            yield pictures.draw(f"{name}: {caption}", plots.plot_lines, panels, x="epoch")
         if curves:
             caption = "how far the mean scale of every block moved since the first epoch (the deeper, the stronger)"
             yield pictures.draw(f"{name}: {caption}", plots.plot_scales_by_epoch, curves)
