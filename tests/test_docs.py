@@ -49,6 +49,7 @@ def test_every_document_is_tested():
         "glyphs",
         "equivalence",
         "index",
+        "one_run",
         "api",
         "caveats",
         "adding_a_model",
@@ -115,6 +116,13 @@ def test_reproduction_is_what_was_run(file):
     for part in (f"## {content['name'].capitalize()}: {content['title']}", table_of(content), *content["orderings"]):
         assert part in text
     assert content["name"] in EXPERIMENTS
+
+
+@pytest.mark.parametrize(
+    "file", sorted((DOCS.parent / "benchmarks" / "reproduction").glob("study*.json")), ids=lambda file: file.stem
+)
+def test_studies_are_what_was_run(file):
+    assert table_of(json.loads(file.read_text())) in (DOCS / "one_run.md").read_text()
 
 
 def test_quantization_names_every_preset():

@@ -27,8 +27,8 @@ def test_hyper_search(monkeypatch):
     monkeypatch.setattr(hyper_search, "SIZES", {32: 2})
     monkeypatch.setattr(hyper_search, "BATCH", 4)
     steps, search = run(hyper_search, "--arch", NANO, "--rounds", "1", "--steps", "2").values()
-    kinds = ["plain network, RepSGD", "hyper-search, branches merged", "hyper-search, branch by branch"]
-    assert [row["step"] for row in steps] == kinds
+    ways = ("branches held", "branches merged", "branch by branch")
+    assert [row["step"] for row in steps] == ["plain network, RepSGD", *(f"hyper-search, {way}" for way in ways)]
     assert steps[0]["time / plain network"] == 1
     textbook, ours = search
     assert textbook["speed / textbook"] == 1

@@ -310,8 +310,8 @@ def test_what_was_killed_goes_on(declare, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--table", "13"), "unknown table or figure 'table 13'"),
-        (("--figure", "8"), "unknown table or figure 'figure 8'"),
+        (("--table", "13"), "unknown table, figure or study 'table 13'"),
+        (("--figure", "8"), "unknown table, figure or study 'figure 8'"),
         (("--table", "4", "--scale", "full"), "where is the data set of 'plain'. Set IMAGENET to its folder"),
     ],
 )
