@@ -164,7 +164,7 @@ def test_which_architectures_are_the_same():
 
 MISTAKES = {
     "name": (["--arch", "timm/efficientnet_b22"], "did you mean 'timm/efficientnet_b2'"),
-    "name with a mode": (["--arch", "timm/efficientnet_b2-target"], "did you mean 'timm/efficientnet_b2'"),
+    "name with a mode": (["--arch", "timm/efficientnet_b2-hs"], "did you mean 'timm/efficientnet_b2'"),
     "name with pretrained weights": (["--arch", "timm/efficientnet_b2.ra_in1k"], "did you mean 'timm/efficientnet_b2'"),
     "name of torchvision": (["--arch", "torchvision/vgg16bn"], "did you mean 'torchvision/vgg16_bn'"),
     "library": (["--arch", "tim/vgg16"], r"library of networks 'tim'; did you mean 'timm'\? \(allowed: timm, "),
