@@ -7,7 +7,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from repopt.errors import UserError
-from repopt.models import Arch, parse_arch, zoo
+from repopt.models import Arch, parse_arch
 from train import config, tasks
 from train.keys import AUTO, KEYS
 from train.resume import needs_scales
@@ -32,7 +32,7 @@ def resolve(settings: config.Settings) -> CfgNode:
     ):
         if not takes_it and config.lookup(cfg, key) != KEYS[key].default:
             raise UserError(f"{key} is of a RepOptimizer, and {cfg.MODEL.ARCH} is trained without: leave it out")
-    if "MODEL.PRIOR" in given and not (arch.repopt and arch.mode == zoo.MODE):
+    if "MODEL.PRIOR" in given and not arch.takes_prior:
         raise UserError(f"MODEL.PRIOR is of another library's network (timm/NAME-target), not of {cfg.MODEL.ARCH}")
     if cfg.TRAIN.SEARCH_EPOCHS:
         _check_search(cfg, arch)

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 import repopt
 from repopt import checkpoint
 from repopt.errors import UserError, shown
-from repopt.models import parse_arch, zoo
+from repopt.models import parse_arch
 from train import backbone, config, run_record, tasks
 from train.build import clipping, distribute, plain_form, training_state
 from train.checkpoint import RunFolder
@@ -137,7 +137,7 @@ def report_evaluation(task: tasks.Task, folder: RunFolder) -> bool:
 def train(task: tasks.Task, folder: RunFolder) -> bool:
     """Train from the beginning, or on from a checkpoint; return whether it came to its end."""
     model = task.checked_network()
-    if task.arch.repopt and task.arch.mode == zoo.MODE:
+    if task.arch.takes_prior:
         prior = task.cfg.MODEL.PRIOR
         logger.info(f"MODEL.PRIOR {prior}: branches for {len(repopt.declare(model, prior))} convolutions")
     content = read_checkpoint(task.cfg, folder)

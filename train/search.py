@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -58,7 +58,7 @@ def movement(start: Mapping[str, Tensor], before: Mapping[str, Tensor], now: Map
     """Return how the scales that `start` names moved from there, and since an epoch before, where that was none."""
     way = _norm(now[name] - start[name] for name in start)
     change = _norm(now[name] - (before or start)[name] for name in start)
-    return Movement(way / _norm(start.values()), change / way if way else 0.0)
+    return Movement(way / _norm(start.values()) if way else 0.0, change / way if way else 0.0)
 
 
 def problems(
@@ -87,4 +87,4 @@ def problems(
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return torch.cat([tensor.double() for tensor in tensors]).norm().item()
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))

@@ -16,6 +16,7 @@ from repopt.branches import held_state
 from repopt.checkpoint import load_weights, state_dict_of
 from repopt.errors import UserError, one_line, shown
 from repopt.optim import BranchOptimizer
+from repopt.scales import bind
 from train.precision import Precision
 
 
@@ -116,7 +117,8 @@ class TrainingState:
         self.max_ema_accuracy = _number(content, "max_ema_accuracy", 0.0, minimum=0, maximum=100)
         self.seen = content.get("seen", ())
         if isinstance(search := content.get("search"), Mapping):
-            self.searched, self.settled = state_dict_of(search, "scales"), search.get("settled") is True
+            self.searched = bind(self.model, state_dict_of(search, "scales")).scales
+            self.settled = search.get("settled") is True
         try:
             if content.get("scaler", {}) != {}:
                 parts["scaler"].load_state_dict(dict(content["scaler"]))

@@ -39,6 +39,11 @@ class Arch(NamedTuple):
     mode: str
     repopt: bool
 
+    @property
+    def takes_prior(self) -> bool:
+        """Return whether it is a library's network, whose branches are yet to be declared (`repopt.declare`)."""
+        return self.repopt and self.mode == zoo.MODE
+
 
 _families: dict[str, Family] = {}
 default_cfgs: dict[str, Any] = {}  # timm looks for this name in the module of an entrypoint
@@ -145,8 +150,8 @@ def parse_arch(arch: str) -> Arch:
     Raises:
         UserError: there is no such one; it names the nearest.
     """
-    if _is_of_library(arch.removesuffix("-target")):
-        return _arch_of_library(arch)
+    if _is_of_library((of_library := _arch_of_library(arch)).model):
+        return of_library
     archs = list_archs()
     if arch in _families:
         raise _needs_mode(arch, arch)

@@ -262,9 +262,7 @@ class RepOptimizer(torch.optim.Optimizer):
         return leaders
 
     def _compiles(self) -> bool:
-        if self.implementation == "auto":
-            entries = sum(param.numel() for param in self._mults)
-            self.implementation = "compiled" if entries >= COMPILE_FROM else "eager"
+        self.implementation = choose_implementation(self.implementation, self._mults)
         return self.implementation == "compiled"
 
     def _compiled(self, updates: list[ParamUpdate]) -> list[ParamUpdate]:
@@ -272,8 +270,7 @@ class RepOptimizer(torch.optim.Optimizer):
         try:
             left = self._compiled_update(updates)
         except CompileError as error:
-            logger.warning(f"{type(self).__name__}: not compiled any more, so steps are eager and slower: {error}")
-            self.implementation = "eager"
+            self.implementation = give_up_compiling(self, error)
             return updates
         if left and not self._warned:
             self._warned = True
@@ -308,6 +305,19 @@ def check_implementation(name: Implementation) -> Implementation:
     if name not in get_args(Implementation):
         raise unknown("implementation", name, get_args(Implementation))
     return name
+
+
+def choose_implementation(name: Implementation, kernels: Iterable[Tensor]) -> Implementation:
+    """Return the implementation that "auto" means for these kernels, and any other as it is."""
+    if name != "auto":
+        return name
+    return "compiled" if sum(kernel.numel() for kernel in kernels) >= COMPILE_FROM else "eager"
+
+
+def give_up_compiling(optimizer: torch.optim.Optimizer, error: CompileError) -> Implementation:
+    """Return the implementation that is left where compiling has failed, with a warning that says so."""
+    logger.warning(f"{type(optimizer).__name__}: not compiled any more, so steps are eager and slower: {error}")
+    return "eager"
 
 
 def _memory(param: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> Memory:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from repopt.csla import Block
 from repopt.errors import UserError
-from repopt.optim.base import COMPILE_FROM, Implementation, NamedParams, check_implementation, logger
+from repopt.optim.base import (
+    Implementation,
+    NamedParams,
+    check_implementation,
+    choose_implementation,
+    give_up_compiling,
+)
 from repopt.optim.compiled import CompiledFunction, CompileError, in_layout_of
 from repopt.optim.sgd import RepSGD
 from repopt.optim.update import GRAD_SCALER_KEYS, step_unless
@@ -225,9 +231,8 @@ class BranchOptimizer(torch.optim.Optimizer):
     def _run(self, function: Callable[..., Any], names: Sequence[str], tensors: list[Tensor]) -> Any:
         """Run a function of the branches of these kernels and of tensors of theirs, compiled where that pays."""
         held = [self.branches[name] for name in names]
-        if self.implementation == "auto":
-            entries = sum(self._params[name].numel() for name in self.branches)
-            self.implementation = "compiled" if entries >= COMPILE_FROM else "eager"
+        kernels = (self._params[name] for name in self.branches)
+        self.implementation = choose_implementation(self.implementation, kernels)
         if self.implementation == "compiled" and held:
             if function not in self._compiled:
                 on_gpu = tensors[0].device.type == "cuda"
@@ -236,8 +241,7 @@ class BranchOptimizer(torch.optim.Optimizer):
             try:
                 return self._compiled[function]((*names, *kinds), held, tensors)
             except CompileError as error:
-                logger.warning(f"BranchOptimizer: not compiled any more, so steps are eager and slower: {error}")
-                self.implementation = "eager"
+                self.implementation = give_up_compiling(self, error)
         return function(1, held, tensors)
 
     def _trained(self) -> Iterator[Tensor]:
@@ -393,19 +397,10 @@ class BranchOptimizer(torch.optim.Optimizer):
         self.write_kernels()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = (
-            "branches",
-            "max_norm",
-            "implementation",
-            "norm",
-            "_rule",
-            "_settings",
-            "_params",
-            "_order",
-            "_inner",
-            "_unclaimed",
-        )
-        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_compiled": {}}
+        public = ("branches", "implementation", "max_norm", "norm")
+        private = ("_rule", "_settings", "_params", "_order", "_inner", "_unclaimed")
+        kept = {name: getattr(self, name) for name in (*public, *private)}
+        return super().__getstate__() | kept | {"_compiled": {}}  # made again when it is needed
 
 
 def _with_strides_of(param: Tensor, gradient: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from plots import plot_values
 
 from reproduction.experiment import Experiment, Row, quantized, score, training_seconds
 from reproduction.run import PTQ, Training
+from train import config
 
 SHARES = {"5 %": 0.05, "10 %": 0.1, "25 %": 0.25, "50 %": 0.5, "100 %": 1.0}  # of the epochs that are the search
 NETWORKS = {"nano": ("RepOpt-VGG-nano", "repvgg"), "ghost": ("ghost", "rep")}  # and the mode of its baseline
@@ -26,7 +27,7 @@ def one_run(network: str, images: str) -> Experiment:
         own = {f"TRAIN.{key}": value for key, value in keys.items()}
         return Training(f"{name}-{images}", f"{model}-{mode}", f"configs/{recipes}/train.yaml", settings=settings | own)
 
-    epochs = {"digits": 80, "glyphs": 8}[recipes]
+    epochs = config.parse(["--cfg", f"configs/{recipes}/train.yaml"]).cfg.TRAIN.EPOCHS
     search = replace(training("search", "hs"), cfg=f"configs/{recipes}/search.yaml")
     trainings = {
         "two runs": replace(training("two"), scales=search),

@@ -103,18 +103,22 @@ def without_a_compiler(*_):
     raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nwas found")
 
 
-def test_where_compiling_fails_it_says_so_and_steps_eagerly(monkeypatch, warnings):
+@pytest.mark.parametrize("name", ["RepSGD", "BranchOptimizer"])
+def test_where_compiling_fails_it_says_so_and_steps_eagerly(monkeypatch, warnings, name):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: without_a_compiler)
     model = network(False)
-    optimizer = repopt.build_optimizer("sgd", model, scales_of(model), lr=0.1, momentum=0.9, implementation="compiled")
+    form = {"scales": scales_of(model)} if name == "RepSGD" else {"branches": repopt.hold_branches(model)}
+    optimizer = repopt.build_optimizer("sgd", model, lr=0.1, momentum=0.9, implementation="compiled", **form)
+    before = [param.detach().clone() for param in model.parameters()]
     for _ in range(3):
         for param in model.parameters():
             param.grad = torch.ones_like(param)
         optimizer.step()
     assert optimizer.implementation == "eager"
     assert [record.message for record in warnings.records] == [
-        "RepSGD: not compiled any more, so steps are eager and slower: no C++ compiler"
+        f"{name}: not compiled any more, so steps are eager and slower: no C++ compiler"
     ]
+    assert not any(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
 
 
 def test_gradients_come_and_go_and_hyperparameters_change(warnings):
@@ -241,18 +245,3 @@ class TestHeldBranches:
             assert optimizer.implementation == implementation
             found.append(torch.cat([param.detach().reshape(-1) for param in model.parameters()]))
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
-
-    def test_where_compiling_fails_it_says_so_and_steps_eagerly(self, monkeypatch, warnings):
-        monkeypatch.setattr(torch, "compile", lambda *_, **__: without_a_compiler)
-        model = network(False)
-        branches = repopt.hold_branches(model)
-        optimizer = repopt.build_optimizer("sgd", model, branches=branches, lr=0.1, implementation="compiled")
-        before = [param.detach().clone() for param in model.parameters()]
-        for param in model.parameters():
-            param.grad = torch.ones_like(param)
-        optimizer.step()
-        assert optimizer.implementation == "eager"
-        assert [record.message for record in warnings.records] == [
-            "BranchOptimizer: not compiled any more, so steps are eager and slower: no C++ compiler"
-        ]
-        assert not any(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))

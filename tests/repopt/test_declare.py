@@ -12,6 +12,7 @@ from torch import nn
 import repopt
 from repopt.declare import PRIORS
 from repopt.reparam import param_groups
+from train.keys import KEYS
 
 RULES = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
@@ -179,6 +180,10 @@ class Untraceable(Plain):
 def test_mistakes(call, message):
     with pytest.raises(repopt.UserError, match=message):
         call()
+
+
+def test_the_command_line_offers_every_prior():
+    assert KEYS["MODEL.PRIOR"].choices == tuple(PRIORS)
 
 
 def test_names_of_an_untraceable_network_are_enough():

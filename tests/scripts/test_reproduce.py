@@ -16,6 +16,7 @@ import torch
 from reproduction import execute, experiment, figures, paper, result, tables
 from reproduction.experiment import Experiment, Row, score
 from reproduction.run import FOLDERS, SPEED, ExperimentRun, Training, with_needs
+from reproduction.studies import STUDIES
 from reproduction.tables import EXPERIMENTS
 from torch import nn
 
@@ -36,7 +37,7 @@ def runs_of(name, scale, seeds=(0, 1, 2)):
 
 
 def every_run(scale):
-    for name in EXPERIMENTS:
+    for name in [*EXPERIMENTS, *(STUDIES if scale == "demo" else ())]:
         yield from ((name, run) for run in with_needs([*runs_of(name, scale)]))
 
 

@@ -38,6 +38,7 @@ def test_how_far_the_scales_moved():
     assert movement(START, {}, now) == Movement(way=2.0, change=1.0)
     assert movement(START, before, now) == Movement(way=2.0, change=0.25)
     assert movement(START, {}, START) == Movement(way=0.0, change=0.0)
+    assert movement({}, {}, now) == Movement(way=0.0, change=0.0)  # identities alone have no scales
     assert [Movement(1.0, change).settled for change in (0.25, 0.19)] == [False, True]
 
 
@@ -90,3 +91,19 @@ def test_auto_ends_it_and_says_which_steps_were_of_it(tmp_path, capsys):
     assert "search" not in content
     assert main("--arch", TARGET, "--output", tmp_path, "--opts", *DIGITS, *SHORT, "TRAIN.SEARCH_EPOCHS", "often") == 2
     assert "TRAIN.SEARCH_EPOCHS takes a value of type int or 'auto', not 'often'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "not finite"])
+def test_a_damaged_record_of_it_is_one_line(tmp_path, capsys, stopping, damage):
+    options = ("TRAIN.SEARCH_EPOCHS", 3, "SAVE_EVERY_STEPS", 4)
+    with stopping():
+        one_run(tmp_path, "part", *options)
+    content = latest(tmp_path, "part")
+    scales = content["search"]["scales"]
+    name = next(iter(scales))
+    value = scales.pop(name)
+    if damage != "missing":
+        scales[name] = value[1:] if damage == "shape" else value * float("nan")
+    checkpoint.write(content, tmp_path / TARGET / "part" / "latest.pth")
+    assert one_run(tmp_path, "part", *options, "SAVE_KEEP", 1) == 2
+    assert "the scales do not fit the model" in capsys.readouterr().err
