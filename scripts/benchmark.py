@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py SUBJECT [--device cuda] [--help]
 
-Subjects: device, optimizer, launches, data, hyper-search, train, infer, scaling, start-up; `SUBJECT --help` says what
-each measures.
+Subjects: device, optimizer, launches, data, hyper-search, one-run, train, infer, scaling, start-up; `SUBJECT --help`
+says what each measures.
 
 What is compared takes turns, round after round, so that what else the machine does meets all alike; times are medians.
 Every table is printed when it is there, and again where it grows; all of them are written as JSON with the machine, the
@@ -21,7 +21,7 @@ import torch
 import torch._dynamo
 from benchmarks.report import Tables, as_table, environment, keep
 
-from benchmarks import data, device, hyper_search, infer, launches, optimizer, scaling, start_up, training
+from benchmarks import data, device, hyper_search, infer, launches, one_run, optimizer, scaling, start_up, training
 from repopt.errors import UserError, one_line
 
 SUBJECTS = {
@@ -30,6 +30,7 @@ SUBJECTS = {
     "launches": launches,
     "data": data,
     "hyper-search": hyper_search,
+    "one-run": one_run,
     "train": training,
     "infer": infer,
     "scaling": scaling,

@@ -103,16 +103,6 @@ def quantized(training: Training, network: str, name: str = "top1") -> Cell:
     return Cell(training, lambda run: json.loads(run.result.read_text())[network][name])
 
 
-def training_seconds(training: Training) -> Cell:
-    """Return a cell with the seconds that a run has trained, and those of the search whose scales it takes."""
-
-    def value(run: ExperimentRun) -> float:
-        runs = [run] if run.scales is None else [run.scales, run]
-        return sum(record["train_seconds"] for each in runs for record in epochs_of(each.folder))
-
-    return Cell(training, value, decimals=0, ordered=False)
-
-
 def throughput(training: Training) -> Cell:
     """Return a cell with the images per second of the deployed network."""
     return Cell(training, lambda run: json.loads(run.result.read_text())["images_per_second"], decimals=0)

@@ -10,7 +10,7 @@ from typing import Any
 
 from plots import plot_values
 
-from reproduction.experiment import Experiment, Row, quantized, score, training_seconds
+from reproduction.experiment import Experiment, Row, quantized, score
 from reproduction.run import PTQ, Training
 from train import config
 
@@ -43,11 +43,11 @@ def one_run(network: str, images: str) -> Experiment:
     rows = []
     for label, own in trainings.items():
         int8 = Training(f"int8-{own.name}", cfg="configs/digits/quantize.yaml", kind=PTQ, base=own)
-        cells = {"top1": score(own), "INT8 top1": quantized(int8, "INT8"), "seconds": training_seconds(own)}
+        cells = {"top1": score(own), "INT8 top1": quantized(int8, "INT8")}
         rows.append(Row((label,), cells))
     return Experiment(
         f"One run: {model} on {images}",
-        ("Seconds of training are of one thread beside another run; those of two runs count the search.",),
+        ("What it costs is measured by scripts/benchmark.py one-run.",),
         rows=rows,
         label_names=("training",),
         draw_rows=_draw,

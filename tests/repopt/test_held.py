@@ -94,6 +94,65 @@ def test_clipping_takes_the_norm_of_the_multi_branch_network(rule):
     assert optimizer.norm > 0.01 and torch.isclose(squares, torch.tensor(0.01).double(), rtol=1e-4)
 
 
+def accumulate(model, optimizer, images, labels):
+    optimizer.zero_grad()
+    for part in range(2):
+        F.cross_entropy(model(images[part::2]), labels[part::2]).backward()
+    optimizer.step()
+
+
+def by_closure(model, optimizer, images, labels):
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss
+
+    loss = F.cross_entropy(model(images), labels)
+    assert optimizer.step(closure) == loss
+
+
+def scale_the_loss(model, optimizer, images, labels):
+    """Every other step overflows, and is skipped."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+    for overflows in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(model(images), labels)).backward()
+        if overflows:
+            next(param for param in model.parameters() if param.grad is not None).grad.fill_(torch.inf)
+        before = copy.deepcopy(model.state_dict())
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(v, before[n]) for n, v in model.named_parameters()) is overflows
+    assert scaler.get_scale() == 2.0**5
+
+
+def compile_the_model(model, optimizer, images, labels):
+    optimizer.zero_grad()
+    F.cross_entropy(torch.compile(model, backend="aot_eager")(images), labels).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("way", [accumulate, by_closure, scale_the_loss, compile_the_model])
+@pytest.mark.parametrize("rule", RULES)
+def test_ways_of_training(rule, way):
+    branched, plain, branches = pair()
+    make, settings = RULES[rule]
+    reference = make(param_groups(branched, DECAY), **settings)
+    optimizer = BranchOptimizer(param_groups(plain, DECAY), make, branches, **settings)
+    average, kernel = torch.optim.swa_utils.AveragedModel(plain), 0
+    for step in range(4):
+        torch.manual_seed(step)
+        images = images_of(plain)
+        labels = torch.arange(8) % plain(images).shape[1]
+        way(branched, reference, images, labels)
+        way(plain, optimizer, images, labels)
+        average.update_parameters(plain)
+        kernel = kernel + branched.kernel().detach() / 4
+    assert difference(branched, plain) < 1e-13
+    torch.testing.assert_close(average.module.conv.weight, kernel, rtol=1e-12, atol=1e-14)
+
+
 def test_gradients_of_the_model_stay():
     _, plain, branches = pair()
     optimizer = BranchOptimizer(param_groups(plain, DECAY), torch.optim.SGD, branches, max_norm=1e-3, lr=0.1)

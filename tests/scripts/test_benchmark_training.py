@@ -11,7 +11,7 @@ from benchmarks.training_step import TrainingStep
 from reproduction import paper
 
 import repopt
-from benchmarks import hyper_search, training
+from benchmarks import hyper_search, one_run, training
 
 CPU = torch.device("cpu")
 NANO = "RepOpt-VGG-nano"
@@ -45,6 +45,13 @@ def test_parts_of_the_hyper_search(monkeypatch):
     ]
     (title,) = run(hyper_search, *few, "--only", "search", "--seconds", "0.001")
     assert title == f"The hyper-search of {NANO} on CIFAR-100: 1 steps of 4 images in a turn, 1 turns or 0.001 s"
+
+
+def test_one_run_and_two():
+    ((title, rows),) = run(one_run, "--epochs", "2", "--rounds", "1").items()
+    assert title == "Trainings of RepOpt-VGG-nano on digits, 2 epochs"
+    assert len(rows) == 4 and rows[0]["time / the target alone"] == 1
+    assert all(row["s"] > 0 for row in rows)
 
 
 def test_both_ways_of_searching_are_one_function():

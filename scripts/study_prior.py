@@ -1,0 +1,200 @@
+"""Which plain networks RepVGG's branches help: depth, shortcuts, learning rate, and where the scales begin.
+
+    python scripts/study_prior.py [--data digits patches glyphs] [--seeds 0 1 2] [--output output/prior.json]
+
+VGGs and ResNets of torchvision's parts, three stages of 16, 32 and 64 channels on images of 16 x 16, are trained as
+they are by SGD, and with the branches that `repopt.declare` says. Every training is one thread, and as many run at
+a time as there are cores. What is done is kept in the JSON file; the command goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import _root  # noqa: F401
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, pad
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vgg import make_layers
+from tqdm import tqdm
+
+import repopt
+from data import digits, glyphs, patches
+from repopt.csla import Block
+from repopt.declare import repvgg_prior
+
+WIDTHS = (16, 32, 64)
+STEPS, WARM_UP, BATCH = 300, 20, 32
+SIZE, SHIFT = 16, 1  # pixels of an image's side, and by which it is moved at random
+FEW = {"train": 5000, "val": 2000}  # of the glyphs
+
+
+class Run(NamedTuple):
+    """A training: a network, the images, the learning rate, the way, and the seed."""
+
+    network: str
+    images: str
+    rate: float
+    way: str
+    seed: int
+
+
+def plain(depth: int, classes: int) -> nn.Module:
+    """Return a VGG of so many convolutions after the first, a third of them in each stage."""
+    stages = [[width] * (depth // len(WIDTHS)) for width in WIDTHS]
+    layers = [WIDTHS[0], *stages[0], "M", *stages[1], "M", *stages[2]]
+    return nn.Sequential(make_layers(layers, batch_norm=True), *_head(classes))
+
+
+def residual(depth: int, classes: int) -> nn.Module:
+    """Return a ResNet of so many convolutions after the first, two in a block."""
+    layers: list[nn.Module] = [make_layers([WIDTHS[0]], batch_norm=True)]
+    before = WIDTHS[0]
+    for width in WIDTHS:
+        for block in range(depth // (2 * len(WIDTHS))):
+            stride = 2 if block == 0 and width != WIDTHS[0] else 1
+            shortcut = None
+            if before != width:
+                shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            layers.append(BasicBlock(before, width, stride, shortcut))
+            before = width
+    return nn.Sequential(*layers, *_head(classes))
+
+
+def _head(classes: int) -> tuple[nn.Module, ...]:
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], classes)
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "VGG, 6 convolutions": lambda classes: plain(6, classes),
+    "VGG, 12 convolutions": lambda classes: plain(12, classes),
+    "VGG, 24 convolutions": lambda classes: plain(24, classes),
+    "ResNet, 24 convolutions": lambda classes: residual(24, classes),
+}
+RATES = (0.02, 0.1, 0.4)
+
+
+def by_depth() -> Callable[[nn.Conv2d], Block | None]:
+    """Return RepVGG's prior with scales that begin at sqrt(2 / l) in the l-th convolution of a width (RepOpt-VGG's)."""
+    count: Counter[int] = Counter()
+
+    def prior(conv: nn.Conv2d) -> Block | None:
+        block = repvgg_prior(conv)
+        if block is None:
+            return None
+        count[conv.out_channels] += 1
+        initial = math.sqrt(2 / count[conv.out_channels])
+        return replace(block, branches=tuple(replace(branch, initial=initial) for branch in block.branches))
+
+    return prior
+
+
+WAYS = {  # what declares the branches, and whether their scales are searched
+    "SGD": None,
+    "scales 1": (lambda: repvgg_prior, False),
+    "searched from 1": (lambda: repvgg_prior, True),
+    "scales by depth": (by_depth, False),
+}
+
+
+def images_of(name: str, split: str) -> tuple[Tensor, Tensor]:
+    """Return normalised images (N, 3, SIZE, SIZE) and labels (N,) of 'train' or 'val'."""
+    source = {"digits": digits, "patches": patches, "glyphs": glyphs}[name]
+    images, labels = glyphs.load("", split) if name == "glyphs" else source.load(split)  # type: ignore[attr-defined]
+    if name == "glyphs":
+        images, labels = images[: FEW[split]], labels[: FEW[split]]
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (source.MEAN, source.STD))
+    return adaptive_avg_pool2d((images / 255 - mean) / std, SIZE), labels
+
+
+def train(run: Run) -> float:
+    """Return the top-1 accuracy (%) of a training's end on the val images."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    images, labels = images_of(run.images, "train")
+    model = NETWORKS[run.network](int(labels.max()) + 1)
+    settings = {"lr": run.rate, "momentum": 0.9, "weight_decay": 4e-5}
+    optimizer: torch.optim.Optimizer
+    if (way := WAYS[run.way]) is None:
+        optimizer = torch.optim.SGD(model.parameters(), **settings)
+    else:
+        prior, searched = way
+        repopt.declare(model, prior())
+        constants = None if searched else repopt.constant_scales(model, "initial")
+        optimizer = repopt.build_optimizer("sgd", model, branches=repopt.hold_branches(model, constants), **settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / STEPS)),
+    )
+    padded = pad(images, [SHIFT] * 4)
+    for _ in range(STEPS):
+        chosen = torch.randint(len(labels), (BATCH,))
+        y, x = torch.randint(2 * SHIFT + 1, (2,)).tolist()
+        loss = cross_entropy(model(padded[chosen, :, y : y + SIZE, x : x + SIZE]), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return evaluate(model.eval(), *images_of(run.images, "val"))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the top-1 accuracy (%)."""
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True))
+    return 100 * right / len(labels)
+
+
+def as_markdown(found: dict[Run, float]) -> str:
+    """Return the table of means and standard deviations over the seeds, a row for each network, images and rate."""
+    lines = [f"| network | images | rate | {' | '.join(WAYS)} |", "|---" * (3 + len(WAYS)) + "|"]
+    setups = dict.fromkeys((run.network, run.images, run.rate) for run in found)
+    for network, images, rate in sorted(setups, key=lambda s: ([*NETWORKS].index(s[0]), s[1], s[2])):
+        cells = []
+        for way in WAYS:
+            values = [v for run, v in found.items() if run[:4] == (network, images, rate, way)]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
+        lines.append(f"| {network} | {images} | {rate} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not done yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=["digits", "patches", "glyphs"], default=["digits", "patches"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--output", type=Path, default=Path("output/prior.json"), help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    found = {Run(*entry["run"]): entry["top1"] for entry in kept}
+    asked = itertools.product(arguments.seeds, NETWORKS, arguments.data, RATES, WAYS)
+    todo = [run for seed, *setup in asked if (run := Run(*setup, seed)) not in found]  # type: ignore[arg-type, misc]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        for run, top1 in tqdm(pool.imap_unordered(timed, todo), total=len(todo)):
+            found[run] = top1
+            arguments.output.write_text(json.dumps([{"run": [*run], "top1": value} for run, value in found.items()]))
+    print(as_markdown(found))
+    return 0
+
+
+def timed(run: Run) -> tuple[Run, float]:
+    """Return a run and its accuracy."""
+    return run, train(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
