@@ -245,6 +245,43 @@ def test_frozen_branches_are_those_of_constant_scales(rule):
     assert difference(plain, other) == 0
 
 
+def test_how_moments_forget_the_search():
+    """What a branch's moments are away from those of the plain gradient shrinks by beta1 and beta2 a step."""
+    _, plain, branches = pair()
+    settings = {"lr": 0.01, "betas": (0.9, 0.99)}
+    optimizer = BranchOptimizer(param_groups(plain, DECAY), torch.optim.AdamW, branches, **settings)
+    train(plain, optimizer)
+    optimizer.freeze_scales()
+    held = branches["conv.weight"]
+    moments = {"exp_avg": torch.zeros_like(plain.conv.weight), "exp_avg_sq": torch.zeros_like(plain.conv.weight)}
+
+    def away():
+        state = optimizer.state_dict()["state"][0]
+        powers = {"exp_avg": 1, "exp_avg_sq": 2}
+        scales = {own: scale.view(-1, 1, 1, 1) for own, scale in held.scales.items()}
+        return [
+            (
+                state[f"{b.kernel}/{name}"]
+                - scales[b.scale] ** power * b.scatter_view(moments[name], held.block.target)
+            ).norm()
+            for b in held.block.branches
+            if b.scale is not None
+            for name, power in powers.items()
+        ]
+
+    before = away()
+    for _ in range(3):
+        train(plain, optimizer, steps=1)
+        gradient = plain.conv.weight.grad
+        for name, beta, new in (("exp_avg", 0.9, gradient), ("exp_avg_sq", 0.99, gradient**2)):
+            moments[name] = beta * moments[name] + (1 - beta) * new
+        after = away()
+        torch.testing.assert_close(
+            torch.stack(after), torch.stack(before) * torch.tensor([0.9, 0.99]).double().repeat(2)
+        )
+        before = after
+
+
 def test_a_clip_that_nothing_would_do_is_refused():
     with pytest.raises(repopt.UserError, match="clips where an optimizer holds branches"):
         repopt.build_optimizer("sgd", pair()[1], max_norm=1.0, lr=0.1)
