@@ -155,6 +155,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, st
     """Train for some steps, to tell the images apart."""
     torch.manual_seed(3)  # of dropout
     for _ in range(steps):
+        optimizer.zero_grad()
         logits = model(images)
         F.cross_entropy(logits, torch.arange(len(images)) % logits.shape[1]).backward()
         optimizer.step()

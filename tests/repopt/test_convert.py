@@ -502,3 +502,26 @@ def test_from_a_search_to_a_deployed_network(tmp_path):
         expected = model.eval()(batch)
         assert torch.equal(again.eval()(batch), expected)
         torch.testing.assert_close(repopt.deploy(model)(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_run_of_a_converted_network(name):
+    """Held branches search as the network with branches does; frozen, they go on as multipliers."""
+    network, x, settings = create(name), images(4), {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
+    searched, plain = (repopt.convert_model(network, mode) for mode in ("hs", "target"))
+    branches = repopt.share_branches(copy.deepcopy(searched), plain)
+    optimizer = repopt.build_optimizer("sgd", plain, branches=branches, **settings)
+    for model, own in ((searched, repopt.build_optimizer("sgd", searched, **settings)), (plain, optimizer)):
+        check_equivalency.train(model, own, x, steps=3)
+    assert difference(searched, plain) < BOUND
+    optimizer.freeze_scales()
+    other, held = copy.deepcopy((plain, optimizer))
+    check_equivalency.train(plain, optimizer.collapsed(), x, steps=3)
+    check_equivalency.train(other, held, x, steps=3)
+    assert difference(other, plain) < BOUND
+
+
+@torch.no_grad()
+def difference(a, b):
+    pairs = zip(repopt.declared_blocks(a), repopt.declared_blocks(b), strict=True)
+    return max(float((x.kernel() - y.kernel()).norm() / y.kernel().norm()) for (_, x), (_, y) in pairs)
