@@ -1,9 +1,9 @@
 """Which plain networks RepVGG's branches help: depth, shortcuts, learning rate, and where the scales begin.
 
-    python scripts/study_prior.py [--data digits patches glyphs] [--seeds 0 1 2] [--output output/prior.json]
+    python scripts/study_prior.py [--data digits patches glyphs] [--rule sgd] [--output output/prior.json]
 
 VGGs and ResNets of torchvision's parts, three stages of 16, 32 and 64 channels on images of 16 x 16, are trained as
-they are by SGD, and with the branches that `repopt.declare` says. Every training is one thread, and as many run at
+they are, and with the branches that `repopt.declare` says. Every training is one thread, and as many run at
 a time as there are cores. What is done is kept in the JSON file; the command goes on there.
 """
 
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _root  # noqa: F401
 import torch
@@ -42,10 +42,11 @@ FEW = {"train": 5000, "val": 2000}  # of the glyphs
 
 
 class Run(NamedTuple):
-    """A training: a network, the images, the learning rate, the way, and the seed."""
+    """A training: a network, the images, the rule and its learning rate, the way, and the seed."""
 
     network: str
     images: str
+    rule: str
     rate: float
     way: str
     seed: int
@@ -102,7 +103,7 @@ def by_depth() -> Callable[[nn.Conv2d], Block | None]:
 
 
 WAYS = {  # what declares the branches, and whether their scales are searched
-    "SGD": None,
+    "no branches": None,
     "scales 1": (lambda: repvgg_prior, False),
     "searched from 1": (lambda: repvgg_prior, True),
     "scales by depth": (by_depth, False),
@@ -125,15 +126,14 @@ def train(run: Run) -> float:
     torch.manual_seed(run.seed)
     images, labels = images_of(run.images, "train")
     model = NETWORKS[run.network](int(labels.max()) + 1)
-    settings = {"lr": run.rate, "momentum": 0.9, "weight_decay": 4e-5}
-    optimizer: torch.optim.Optimizer
-    if (way := WAYS[run.way]) is None:
-        optimizer = torch.optim.SGD(model.parameters(), **settings)
-    else:
+    settings: dict[str, Any] = {"lr": run.rate, "momentum": 0.9, "weight_decay": 4e-5}
+    branches: dict[str, repopt.HeldBranches] = {}
+    if (way := WAYS[run.way]) is not None:
         prior, searched = way
         repopt.declare(model, prior())
         constants = None if searched else repopt.constant_scales(model, "initial")
-        optimizer = repopt.build_optimizer("sgd", model, branches=repopt.hold_branches(model, constants), **settings)
+        branches = repopt.hold_branches(model, constants)
+    optimizer = repopt.build_optimizer(run.rule, model, branches=branches, **settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / STEPS)),
@@ -159,15 +159,15 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def as_markdown(found: dict[Run, float]) -> str:
     """Return the table of means and standard deviations over the seeds, a row for each network, images and rate."""
-    lines = [f"| network | images | rate | {' | '.join(WAYS)} |", "|---" * (3 + len(WAYS)) + "|"]
-    setups = dict.fromkeys((run.network, run.images, run.rate) for run in found)
-    for network, images, rate in sorted(setups, key=lambda s: ([*NETWORKS].index(s[0]), s[1], s[2])):
+    lines = [f"| network | images | rule | rate | {' | '.join(WAYS)} |", "|---" * (4 + len(WAYS)) + "|"]
+    setups = {run[:4] for run in found}
+    for setup in sorted(setups, key=lambda s: ([*NETWORKS].index(s[0]), *s[1:])):
         cells = []
         for way in WAYS:
-            values = [v for run, v in found.items() if run[:4] == (network, images, rate, way)]
+            values = [v for run, v in found.items() if run[:5] == (*setup, way)]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {network} | {images} | {rate} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(str, (*setup, *cells)))} |")
     return "\n".join(lines)
 
 
@@ -175,13 +175,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not done yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=["digits", "patches", "glyphs"], default=["digits", "patches"])
+    parser.add_argument("--rule", default="sgd", help="update rule (default: %(default)s)")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help=f"default: {RATES}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--output", type=Path, default=Path("output/prior.json"), help="default: %(default)s")
     arguments = parser.parse_args(argv)
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     found = {Run(*entry["run"]): entry["top1"] for entry in kept}
-    asked = itertools.product(arguments.seeds, NETWORKS, arguments.data, RATES, WAYS)
-    todo = [run for seed, *setup in asked if (run := Run(*setup, seed)) not in found]  # type: ignore[arg-type, misc]
+    asked = [
+        Run(network, images, arguments.rule, rate, way, seed)
+        for seed, network, images, rate, way in itertools.product(
+            arguments.seeds, NETWORKS, arguments.data, arguments.rates, WAYS
+        )
+    ]
+    todo = [run for run in asked if run not in found]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool() as pool:
         for run, top1 in tqdm(pool.imap_unordered(timed, todo), total=len(todo)):
