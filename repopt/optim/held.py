@@ -235,8 +235,8 @@ class BranchOptimizer(torch.optim.Optimizer):
         self.implementation = choose_implementation(self.implementation, kernels)
         if self.implementation == "compiled" and held:
             if function not in self._compiled:
-                on_gpu = tensors[0].device.type == "cuda"
-                self._compiled[function] = CompiledFunction(function, {"combo_kernels": True} if on_gpu else {})
+                options = _one_kernel_for_many() if tensors[0].device.type == "cuda" else {}
+                self._compiled[function] = CompiledFunction(function, options)
             kinds = [(t.device, t.dtype, t.stride(), h.searched) for h, t in zip(held, tensors, strict=True)]
             try:
                 return self._compiled[function]((*names, *kinds), held, tensors)
@@ -418,6 +418,14 @@ def _merge(program: int, held: Sequence[HeldBranches], kernels: Sequence[Tensor]
     assert program > 0
     for branches, kernel in zip(held, kernels, strict=True):
         kernel.copy_(branches.merged())
+
+
+def _one_kernel_for_many() -> dict[str, Any]:
+    """Return the options of torch.compile under which all kernels' branches are derived and merged in a few launches."""
+    options: dict[str, Any] = {"combo_kernels": True}
+    if "combo_kernel_max_num_nodes" in torch._inductor.list_options():  # not in every torch
+        options["combo_kernel_max_num_nodes"] = 64
+    return options
 
 
 def _scale_gradients(params: Sequence[Tensor], factor: Tensor) -> None:
