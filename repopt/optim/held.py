@@ -421,7 +421,7 @@ def _merge(program: int, held: Sequence[HeldBranches], kernels: Sequence[Tensor]
 
 
 def _one_kernel_for_many() -> dict[str, Any]:
-    """Return the options of torch.compile under which all kernels' branches are derived and merged in a few launches."""
+    """Return the options of torch.compile by which the branches of many kernels share a launch."""
     options: dict[str, Any] = {"combo_kernels": True}
     if "combo_kernel_max_num_nodes" in torch._inductor.list_options():  # not in every torch
         options["combo_kernel_max_num_nodes"] = 64
