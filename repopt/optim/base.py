@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,7 +15,7 @@ from repopt.csla import GradMult
 from repopt.errors import UserError, unknown
 from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
 from repopt.optim.flat import FlatParams
-from repopt.optim.shards import local, local_gradient, local_mult
+from repopt.optim.shards import is_sharded, local, local_gradient, local_mult
 from repopt.optim.update import GRAD_SCALER_KEYS, Hyper, ParamSlot, ParamUpdate, Rule, State, check_degree, eager_update
 
 logger = logging.getLogger("repopt")
@@ -175,6 +175,7 @@ class RepOptimizer(torch.optim.Optimizer):
             amp_flags["found_inf"] = amp_flags["found_inf"] > 0
             if _on_host(amp_flags["found_inf"]) and amp_flags.pop("found_inf"):
                 return loss
+        self._follow_replacements()
         first: list[ParamUpdate] = []
         updates: list[ParamUpdate] = []
         for group in self.param_groups:
@@ -195,6 +196,21 @@ class RepOptimizer(torch.optim.Optimizer):
         eager_update(self._rule, updates)
         self._flat_params.unflatten()
         return loss
+
+    def _follow_replacements(self) -> None:
+        """Find the multipliers' parameters again where others have been put into the groups in their places.
+
+        Raises:
+            UserError: neither names nor shapes tell which they are: a step without a multiplier would be a plain one.
+        """
+        here = {param for group in self.param_groups for param in group["params"]}
+        if self._mults.keys() <= here:
+            return
+        named, found = named_in(self.param_groups), {}
+        for old, (name, mult) in self._mults.items():
+            found[replacement(name, old, named, self.state)] = name, mult
+        self._mults = found
+        self._reset_caches()
 
     def _slot(self, param: Tensor, names: tuple[str, ...]) -> tuple[bool, ParamSlot]:
         """Return whether it is a parameter's first update, and its slot; the state that is missing is made."""
@@ -298,6 +314,29 @@ class RepOptimizer(torch.optim.Optimizer):
             for name in self._constants:
                 group.setdefault(name, self.defaults[name])
         self._reset_caches()
+
+
+def named_in(groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return the parameters of an optimizer's groups by the names that they were given with, as far as both agree."""
+    matched = (group for group in groups if len(group.get("param_names", ())) == len(group["params"]))
+    return {name: param for group in matched for name, param in zip(group["param_names"], group["params"], strict=True)}
+
+
+def replacement(name: str, old: Tensor, named: Mapping[str, Tensor], state: MutableMapping[Tensor, Any]) -> Tensor:
+    """Return what an optimizer's groups hold in a parameter's place, which takes over its state.
+
+    Raises:
+        UserError: nothing of that name and shape.
+    """
+    new = named.get(name)
+    if new is None or new.shape != old.shape:
+        raise UserError(
+            f"the optimizer's groups have lost {name!r}: what was put into its place is not of its name and shape (a "
+            "flat partition of ZeRO or FSDP1, say). Shard with FSDP2's fully_shard, or train with DDP"
+        )
+    if new is not old and old in state and not is_sharded(new):
+        state[new] = state.pop(old)
+    return new
 
 
 def check_implementation(name: Implementation) -> Implementation:

@@ -23,9 +23,12 @@ from repopt.optim.base import (
     check_implementation,
     choose_implementation,
     give_up_compiling,
+    named_in,
+    replacement,
 )
 from repopt.optim.compiled import CompiledFunction, CompileError, in_layout_of
 from repopt.optim.sgd import RepSGD
+from repopt.optim.shards import is_sharded
 from repopt.optim.update import GRAD_SCALER_KEYS, step_unless
 
 
@@ -160,6 +163,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         }
         if own is not None:
             _refuse_unclaimed(branches)
+        _refuse_sharded({name: param for name, (param, _) in found.items()})
         for name, (param, held) in found.items():
             if param.shape != held.block.target.shape:
                 raise UserError(
@@ -201,6 +205,7 @@ class BranchOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = (getattr(self, name, None) for name in GRAD_SCALER_KEYS)
+        self._follow_replacements()
         self._derive_gradients()
         gradients = {param: param.grad for param in self._trained() if param.grad is not None}
         if grad_scale is not None:
@@ -215,6 +220,21 @@ class BranchOptimizer(torch.optim.Optimizer):
         for held in self.branches.values():
             held.set_gradients({})
         return loss
+
+    def _follow_replacements(self) -> None:
+        """Find the model's parameters again where others have been put into the groups in their places.
+
+        Raises:
+            UserError: neither names nor shapes tell which they are, or kernels with branches are sharded.
+        """
+        named = named_in(self.param_groups)
+        if all(named.get(name) is param for name, param in self._params.items()):
+            return
+        new = {old: replacement(name, old, named, self._inner.state) for name, old in self._params.items()}
+        self._params = {name: new[old] for name, old in self._params.items()}
+        _refuse_sharded({name: self._params[name] for name in self.branches})
+        for group in self._inner.param_groups:
+            group["params"] = [new.get(param, param) for param in group["params"]]
 
     def _derive_gradients(self) -> None:
         """Give the branches their gradients, where the plain kernel has one."""
@@ -441,6 +461,15 @@ def _scale_gradients(params: Sequence[Tensor], factor: Tensor) -> None:
 
 def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _refuse_sharded(kernels: Mapping[str, Tensor]) -> None:
+    for name, kernel in kernels.items():
+        if is_sharded(kernel):
+            raise UserError(
+                f"{name!r} is spread over processes, and a BranchOptimizer holds whole branches: train with DDP, or by "
+                "constant scales, whose RepOptimizers take FSDP2's parameters"
+            )
 
 
 def _refuse_unclaimed(branches: Mapping[str, HeldBranches]) -> None:

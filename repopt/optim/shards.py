@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 def local(tensor: Tensor) -> Tensor:
     """Return what of a tensor lies in this process; the tensor itself, if it is an ordinary one."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_gradient(param: Tensor) -> Tensor:
     """Return the gradient of `local` of a parameter, summed over processes where that is left to do."""
     gradient = param.grad
     assert gradient is not None
-    if _is_sharded(gradient) and _is_sharded(param) and gradient.placements != param.placements:
+    if is_sharded(gradient) and is_sharded(param) and gradient.placements != param.placements:
         gradient = gradient.redistribute(placements=param.placements)
     return local(gradient)
 
@@ -37,7 +37,7 @@ def local_mult(name: str, param: Tensor, mult: GradMult) -> GradMult:
         UserError: the parameter is not split into whole filters.
     """
     split = _split_dims(param)
-    if not _is_sharded(param) or not split:
+    if not is_sharded(param) or not split:
         return mult
     if len(split) > 1 or not param.placements[split[0]].is_shard(0):
         raise UserError(
@@ -51,15 +51,16 @@ def local_mult(name: str, param: Tensor, mult: GradMult) -> GradMult:
 
 def shard_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """Return the groups of processes over which a parameter is spread; none of an ordinary one."""
-    return tuple(param.device_mesh.get_group(dim) for dim in _split_dims(param)) if _is_sharded(param) else ()
+    return tuple(param.device_mesh.get_group(dim) for dim in _split_dims(param)) if is_sharded(param) else ()
 
 
 def _split_dims(param: Tensor) -> list[int]:
     """Return the dimensions of the mesh of processes along which a parameter is not the same everywhere."""
-    placements = param.placements if _is_sharded(param) else ()
+    placements = param.placements if is_sharded(param) else ()
     return [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
 
 
-def _is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
+def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
+    """Return whether a tensor is spread over processes, or the same in all of them, as a DTensor is."""
     module = sys.modules.get("torch.distributed.tensor")  # without it there is no DTensor
     return module is not None and isinstance(tensor, module.DTensor)

@@ -42,7 +42,8 @@ def one_run(network: str, images: str) -> Experiment:
     }
     rows = []
     for label, own in trainings.items():
-        int8 = Training(f"int8-{own.name}", cfg="configs/digits/quantize.yaml", kind=PTQ, base=own)
+        shown = {"DATA.DATASET": images}
+        int8 = Training(f"int8-{own.name}", cfg="configs/digits/quantize.yaml", kind=PTQ, base=own, settings=shown)
         cells = {"top1": score(own), "INT8 top1": quantized(int8, "INT8")}
         rows.append(Row((label,), cells))
     return Experiment(

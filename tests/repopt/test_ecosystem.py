@@ -112,6 +112,59 @@ def test_stopped_and_gone_on_is_never_stopped(rule, tmp_path):
         assert torch.equal(p, q)
 
 
+def of_form(form, rule, model, **settings):
+    """An optimizer that keeps multipliers ("compact") or the branches of constant scales ("held")."""
+    torch.manual_seed(0)
+    if form == "compact":
+        repopt.initialize(model, scales())
+        return repopt.build_optimizer(rule, model, scales(), **settings)
+    return repopt.build_optimizer(rule, model, branches=repopt.hold_branches(model, scales()), **settings)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize(("form", "steps_before"), [("compact", 0), ("held", 0), ("held", 2)])
+def test_master_copies_in_the_groups_are_the_parameters(form, rule, steps_before):
+    """As mixed precision and FSDP2 under Accelerate do it: others of the same names are stepped."""
+    a, b = net(), net()
+    plain, mastered = (of_form(form, rule, model, **SGD) for model in (a, b))
+    train(a, plain, batches(6))
+    train(b, mastered, batches(6)[:steps_before])
+    for group in mastered.param_groups:
+        group["params"] = [param.detach().clone().requires_grad_() for param in group["params"]]
+    masters = {n: p for g in mastered.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+    for x in batches(6)[steps_before:]:
+        b.zero_grad()
+        loss_of(b, x).backward()
+        for name, param in b.named_parameters():
+            masters[name].grad = param.grad
+        mastered.step()
+        with torch.no_grad():
+            for name, param in b.named_parameters():
+                param.copy_(masters[name])
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("change", ["flat", "gone", "without names"])
+@pytest.mark.parametrize("form", ["compact", "held"])
+def test_a_step_that_does_not_meet_a_multiplier_is_refused(form, change):
+    model = net()
+    optimizer = of_form(form, "sgd", model, **SGD)
+    before = copy.deepcopy(model.state_dict())
+    group = optimizer.param_groups[0]
+    if change == "flat":  # as ZeRO does it
+        group["params"] = [torch.cat([param.detach().flatten() for param in group["params"]]).requires_grad_()]
+    elif change == "gone":
+        group["params"], group["param_names"] = group["params"][1:], group["param_names"][1:]
+    else:
+        group["params"] = [param.detach().clone().requires_grad_() for param in group["params"]]
+        del group["param_names"]
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(UserError, match=r"the optimizer's groups have lost 'first\.conv\.weight'"):
+        optimizer.step()
+    for name, param in model.named_parameters():
+        assert torch.equal(param, before[name])
+
+
 def test_momentum_that_a_scheduler_changes():
     a, b = net(), net()
     for model, optimizer in (
