@@ -102,7 +102,7 @@ def build_optimizer(
         weight_decay: of the decayed group (`param_groups`).
         implementation: of the step of a `RepOptimizer` or a `BranchOptimizer`.
         branches: from `hold_branches` or `share_branches`: the rule is on the multi-branch network (`BranchOptimizer`).
-        max_norm: to which the gradients of the multi-branch network are clipped, where branches are given.
+        max_norm: to which a step clips the gradients of the multi-branch network, where scales or branches are given.
         settings: hyper-parameters of the rules (momentum, nesterov, betas, eps ...). Those of other rules are passed
             over, so that one set of settings serves every rule.
 
@@ -118,8 +118,10 @@ def build_optimizer(
         )
     if scales is not None and branches is not None:
         raise UserError("an optimizer multiplies gradients by constants of scales or holds branches, not both")
-    if max_norm is not None and branches is None:
-        raise UserError("max_norm clips where an optimizer holds branches; else repopt.clip_grad_norm_ does")
+    if max_norm is not None and scales is None and branches is None:
+        raise UserError(
+            "max_norm is of an optimizer with scales or branches; else torch.nn.utils.clip_grad_norm_ clips"
+        )
     known = set().union(*(rule.hyperparameters for rule in RULES.values()))
     for key in settings:
         if key not in known:
@@ -129,7 +131,8 @@ def build_optimizer(
         rule = RULES[name]
         arguments |= {key: value for key, value in settings.items() if key in rule.hyperparameters}
         mults = grad_mults(model, scales, degree=rule.rep.degree)
-        return rule.rep(groups, grad_mults=mults, implementation=implementation, **arguments)
+        optimizer = rule.rep(groups, grad_mults=mults, implementation=implementation, **arguments)
+        return optimizer if max_norm is None else optimizer.clip_to(max_norm, grad_mults(model, scales, degree=1))
     plain, hyperparameters = plain_rule(name)
     arguments |= {key: value for key, value in settings.items() if key in hyperparameters}
     try:

@@ -15,7 +15,7 @@ import repopt
 from repopt import BoundScales
 from repopt.branches import hold_branches, share_branches
 from repopt.errors import UserError
-from repopt.optim import WITHOUT_MULTIPLIERS, BranchOptimizer, HeldBranches
+from repopt.optim import WITHOUT_MULTIPLIERS, HeldBranches
 from train import compilation
 from train.distributed import World
 from train.keys import CLASSIFY
@@ -73,13 +73,13 @@ def training_state(
     cfg, world = task.cfg, task.world
     images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
     scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
-    rule, max_norm = cfg.TRAIN.OPTIMIZER, cfg.TRAIN.CLIP_GRAD or None
+    rule, multiplied = cfg.TRAIN.OPTIMIZER, scales_of_gradients(task, scales) if branches is None else None
     optimizer = repopt.build_optimizer(
         rule.NAME,
         plain,
-        scales_of_gradients(task, scales) if branches is None else None,
+        multiplied,
         branches=branches,
-        max_norm=None if branches is None else max_norm,
+        max_norm=None if branches is None and multiplied is None else cfg.TRAIN.CLIP_GRAD or None,
         lr=cfg.TRAIN.BASE_LR * scaling,
         weight_decay=cfg.TRAIN.WEIGHT_DECAY,
         momentum=rule.MOMENTUM,
@@ -116,20 +116,11 @@ def scales_of_gradients(task: Task, scales: BoundScales | None) -> BoundScales |
     return scales if task.arch.repopt and task.cfg.TRAIN.CHANGE_GRADIENTS else None
 
 
-def clipping(
-    task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, scales: BoundScales | None
-) -> Callable[[], Tensor] | None:
-    """Return what clips the gradients, by the norm of the equivalent CSLA network's under a RepOptimizer.
-
-    None where nothing is clipped, or the optimizer does it.
-    """
-    max_norm = task.cfg.TRAIN.CLIP_GRAD
-    if not max_norm or isinstance(optimizer, BranchOptimizer):
+def clipping(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor] | None:
+    """Return what clips the gradients; None where nothing is clipped, or the optimizer does it."""
+    max_norm = cfg.TRAIN.CLIP_GRAD
+    if not max_norm or getattr(optimizer, "max_norm", None) is not None:
         return None
-    if (constants := scales_of_gradients(task, scales)) is not None:
-        bound = repopt.bind(model, constants)
-        parameters = list(bound.model.named_parameters())  # once: with B1 it takes half a millisecond
-        return functools.partial(repopt.clip_grad_norm_, parameters, max_norm, bound.grad_mults(degree=1))
     return functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), max_norm)
 
 

@@ -198,7 +198,7 @@ def prepare(
         val_loader,
         folder,
         model=distribute(task, plain),
-        clip=clipping(task, model, state.optimizer, scales),
+        clip=clipping(task.cfg, model, state.optimizer),
     )
 
 

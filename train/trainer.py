@@ -18,9 +18,8 @@ from tqdm import tqdm
 from data import Loader, seeding
 from repopt.errors import UserError
 from repopt.optim import BranchOptimizer
-from repopt.scales import bind, extract_scales, save_scales
+from repopt.scales import extract_scales, save_scales
 from train import config
-from train.build import clipping
 from train.checkpoint import RunFolder
 from train.distributed import AsyncMax, gather
 from train.evaluation.base import Result
@@ -130,7 +129,6 @@ class Trainer:
         if self.cfg.TRAIN.OPTIMIZER.NAME == "sgd":
             state.optimizer = state.optimizer.collapsed(implementation=self.cfg.TRAIN.OPTIMIZER.IMPLEMENTATION)
             state.schedule.optimizer = state.optimizer
-            self.clip = clipping(self.task, state.model, state.optimizer, bind(state.model, scales))
         self._skipped_before = state.skipped
         self.guard = NonFiniteGuard(state.model, state.optimizer, state.precision.device)
         if self.world.is_main:
@@ -229,7 +227,7 @@ class Trainer:
         precision.scaler.unscale_(optimizer)
         self.norm = self.clip() if self.clip else None
         self.guard.step(self.norm)
-        if self.clip is None:  # where branches are held, the optimizer has clipped
+        if self.clip is None:  # a RepOptimizer clips by itself, as one that holds branches does
             self.norm = getattr(optimizer, "norm", None)
         precision.scaler.update()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from repopt.csla import GradMult
 from repopt.errors import UserError, unknown
 from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
 from repopt.optim.flat import FlatParams
+from repopt.optim.norm import clip_factor, multi_branch_norm
 from repopt.optim.shards import is_sharded, local, local_gradient, local_mult
 from repopt.optim.update import GRAD_SCALER_KEYS, Hyper, ParamSlot, ParamUpdate, Rule, State, check_degree, eager_update
 
@@ -41,6 +42,10 @@ class RepOptimizer(torch.optim.Optimizer):
         implementation: "compiled" is one function for the whole step, made by torch.compile; "eager" takes one
             parameter after the other; "auto" is compiled from 4 M multiplied entries on. Where compiling fails, a
             warning says so, and steps are eager. A parameter's first step, in which its state is made, is eager.
+
+    Attributes:
+        max_norm: see `clip_to`; None without clipping.
+        norm: of the multi-branch network's gradients in the last step, before they were clipped; None without clipping.
 
     Raises:
         UserError: negative hyper-parameters, parameters without names, multipliers for names or shapes that are not
@@ -71,6 +76,9 @@ class RepOptimizer(torch.optim.Optimizer):
         self._mults: dict[Tensor, tuple[str, GradMult]] = {}
         self._reset_caches()
         self._unmatched_mults = dict(grad_mults)
+        self.max_norm: float | None = None
+        self.norm: Tensor | None = None
+        self._norm_mults: Mapping[str, GradMult] = {}
         super().__init__(params, defaults)
         check_all_matched(self._unmatched_mults)
 
@@ -92,6 +100,26 @@ class RepOptimizer(torch.optim.Optimizer):
     def grad_mults(self) -> dict[str, GradMult]:
         """Return the multipliers by parameter name."""
         return dict(self._mults.values())
+
+    def clip_to(self, max_norm: float | None, grad_mults: Mapping[str, GradMult] | None = None) -> Self:
+        """Clip in every step, after a closure and any unscaling, as `repopt.clip_grad_norm_` would before it.
+
+        The gradients themselves stay as they are.
+
+        Args:
+            max_norm: bound of the 2-norm over all gradients of the multi-branch network; None = no clipping.
+            grad_mults: of degree 1 (`repopt.grad_mults`); None = the optimizer's own, where it is of that degree.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            UserError: multipliers of another degree, or of other parameters.
+        """
+        mults = self.grad_mults if grad_mults is None else dict(grad_mults)
+        check_norm_mults(mults, named_in(self.param_groups))
+        self.max_norm, self.norm, self._norm_mults = max_norm, None, mults
+        return self
 
     def multiplier_bytes(self) -> int:
         """Return the memory that the multipliers take, with the copies and layouts made of them, in bytes."""
@@ -171,11 +199,13 @@ class RepOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         amp_flags = {name: value for name in GRAD_SCALER_KEYS if (value := getattr(self, name, None)) is not None}
+        self._follow_replacements()
+        if self.max_norm is not None:
+            amp_flags["grad_scale"] = self._scale_to_clip(self.max_norm, amp_flags.get("grad_scale"))
         if "found_inf" in amp_flags:
             amp_flags["found_inf"] = amp_flags["found_inf"] > 0
             if _on_host(amp_flags["found_inf"]) and amp_flags.pop("found_inf"):
                 return loss
-        self._follow_replacements()
         first: list[ParamUpdate] = []
         updates: list[ParamUpdate] = []
         for group in self.param_groups:
@@ -196,6 +226,13 @@ class RepOptimizer(torch.optim.Optimizer):
         eager_update(self._rule, updates)
         self._flat_params.unflatten()
         return loss
+
+    def _scale_to_clip(self, max_norm: float, scale: Tensor | None) -> Tensor:
+        """Return what the gradients are divided by, so that they are neither scaled by `scale` nor above `max_norm`."""
+        norm = multi_branch_norm(params_in(self.param_groups), self._norm_mults)
+        self.norm = norm if scale is None else norm / scale
+        factor = clip_factor(self.norm, max_norm)
+        return 1 / factor if scale is None else scale / factor
 
     def _follow_replacements(self) -> None:
         """Find the multipliers' parameters again where others have been put into the groups in their places.
@@ -305,7 +342,8 @@ class RepOptimizer(torch.optim.Optimizer):
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_mults", "_rule", "_constants", "_unmatched_mults", "implementation")
+        clip = ("max_norm", "norm", "_norm_mults")
+        kept = ("_mults", "_rule", "_constants", "_unmatched_mults", "implementation", *clip)
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -316,10 +354,16 @@ class RepOptimizer(torch.optim.Optimizer):
         self._reset_caches()
 
 
+def params_in(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of an optimizer's groups with the names that they were given with, "" without one."""
+    for group in groups:
+        names, params = group.get("param_names", ()), group["params"]
+        yield from zip(names if len(names) == len(params) else [""] * len(params), params, strict=True)
+
+
 def named_in(groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return the parameters of an optimizer's groups by the names that they were given with, as far as both agree."""
-    matched = (group for group in groups if len(group.get("param_names", ())) == len(group["params"]))
-    return {name: param for group in matched for name, param in zip(group["param_names"], group["params"], strict=True)}
+    """Return the parameters of an optimizer's groups by name, as far as they have names."""
+    return {name: param for name, param in params_in(groups) if name}
 
 
 def replacement(name: str, old: Tensor, named: Mapping[str, Tensor], state: MutableMapping[Tensor, Any]) -> Tensor:
@@ -367,6 +411,17 @@ def _memory(param: Tensor, names: tuple[str, ...], state: dict[str, Any]) -> Mem
 
 def _on_host(answer: Tensor) -> bool:
     return answer.device.type == "cpu"
+
+
+def check_norm_mults(mults: Mapping[str, GradMult], names: Iterable[str]) -> None:
+    """Raise UserError where multipliers are not those of the norm (degree 1), or not of these parameters."""
+    if any(mult.degree != 1 for mult in mults.values()):
+        raise UserError(
+            "clipping takes the multipliers of degree 1, whatever the optimizer's degree: "
+            "repopt.grad_mults(model, scales, degree=1)"
+        )
+    known = set(names)
+    check_all_matched({name: mult for name, mult in mults.items() if name not in known})
 
 
 def check_all_matched(mults: Mapping[str, GradMult]) -> None:

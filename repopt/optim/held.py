@@ -27,6 +27,7 @@ from repopt.optim.base import (
     replacement,
 )
 from repopt.optim.compiled import CompiledFunction, CompileError, in_layout_of
+from repopt.optim.norm import clip_factor
 from repopt.optim.sgd import RepSGD
 from repopt.optim.shards import is_sharded
 from repopt.optim.update import GRAD_SCALER_KEYS, step_unless
@@ -212,7 +213,7 @@ class BranchOptimizer(torch.optim.Optimizer):
             _scale_gradients([*gradients], 1 / grad_scale)
         if self.max_norm is not None:
             self.norm = nn.utils.get_total_norm([param.grad for param in gradients if param.grad is not None])
-            _scale_gradients([*gradients], (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0))
+            _scale_gradients([*gradients], clip_factor(self.norm, self.max_norm))
         self._step_rule(found_inf)
         for param, gradient in gradients.items():  # those of the model are as they were
             param.grad = gradient
@@ -311,7 +312,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         """Return the RepSGD that goes on from here, for which nothing of the branches is held but their multipliers.
 
         Kernels and momenta are merged by the same sum. With constant scales SGD is linear, so the path is the same.
-        It does not clip: `repopt.clip_grad_norm_` does, by the same norm.
+        It clips as this does.
 
         Raises:
             UserError: the scales are still searched, or the rule is not SGD.
@@ -341,7 +342,7 @@ class BranchOptimizer(torch.optim.Optimizer):
             buffers = self._momenta(name, param)
             if buffers is not None:
                 plain.state[param]["momentum_buffer"] = buffers
-        return plain
+        return plain.clip_to(self.max_norm)
 
     def _momenta(self, name: str, param: Tensor) -> Tensor | None:
         held = self.branches.get(name)

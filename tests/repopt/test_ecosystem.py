@@ -195,6 +195,45 @@ def test_a_step_that_grad_scaler_skips_changes_nothing():
     assert scaler.get_scale() == 2.0**9
 
 
+@pytest.mark.parametrize("scale", [None, 2.0**6])
+@pytest.mark.parametrize("rule", ["sgd", "adamw", "rmsprop", "lion"])
+@pytest.mark.parametrize("implementation", ["eager", "compiled"])
+def test_a_clip_within_the_step_is_that_before_it(rule, implementation, scale):
+    """After the gradients were unscaled, and without a trace in them."""
+    a, b = net(), net()
+    settings = {**SGD, "lr": 0.01, "implementation": implementation}
+    before = repopt.build_optimizer(rule, a, scales(), **settings)
+    within = repopt.build_optimizer(rule, b, scales(), max_norm=0.05, **settings)
+    mults = repopt.grad_mults(a, scales(), degree=1)
+    clipped = 0
+    for x in batches(6):
+        a.zero_grad()
+        loss_of(a, x).backward()
+        norm = repopt.clip_grad_norm_(a.named_parameters(), 0.05, mults)
+        before.step()
+        within.zero_grad()
+        (loss_of(b, x) * (scale or 1)).backward()
+        gradient = b.head.weight.grad.clone()
+        within.found_inf, within.grad_scale = torch.zeros(()), None if scale is None else torch.tensor(scale)
+        within.step()
+        torch.testing.assert_close(within.norm, norm, rtol=1e-12, atol=0)
+        assert torch.equal(b.head.weight.grad, gradient)
+        clipped += int(norm > 0.05)
+    assert clipped > 3
+    assert_same(a, b)
+
+
+def test_clips_that_nothing_would_do_are_refused():
+    model = net()
+    optimizer = repopt.build_optimizer("adamw", model, scales(), lr=0.1)
+    with pytest.raises(UserError, match="degree 1, whatever"):
+        optimizer.clip_to(1.0)
+    with pytest.raises(UserError, match=r"Grad Mult for 'other', but no parameter"):
+        optimizer.clip_to(1.0, {"other": repopt.grad_mults(model, scales(), degree=1)["first.conv.weight"]})
+    copied = copy.deepcopy(repopt.build_optimizer("sgd", model, scales(), lr=0.1, max_norm=3.0))
+    assert copied.max_norm == 3.0
+
+
 @pytest.mark.parametrize("rule", ["sgd", "adamw", "rmsprop", "lion"])
 @pytest.mark.parametrize("implementation", ["eager", "compiled"])
 @pytest.mark.parametrize("on_host", [True, False])  # as on a CPU, and as on a GPU

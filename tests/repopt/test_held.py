@@ -211,11 +211,11 @@ def test_schedulers_reach_the_branches():
             schedule.step()
 
 
-def test_frozen_sgd_collapses_exactly():
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+def test_frozen_sgd_collapses_exactly(max_norm):
     _, plain, branches = pair()
-    optimizer = BranchOptimizer(
-        param_groups(plain, DECAY), torch.optim.SGD, branches, lr=0.05, momentum=0.9, nesterov=True
-    )
+    settings = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "max_norm": max_norm}
+    optimizer = BranchOptimizer(param_groups(plain, DECAY), torch.optim.SGD, branches, **settings)
     train(plain, optimizer)
     with pytest.raises(repopt.UserError, match="searched still"):
         optimizer.collapsed()
@@ -225,6 +225,7 @@ def test_frozen_sgd_collapses_exactly():
     compact = optimizer.collapsed()
     train(plain, compact)
     train(other, held)
+    assert max_norm is None or compact.norm > max_norm
     assert difference(plain, other) < 1e-14
     assert all(torch.equal(held.branches["conv.weight"].scales[name], scale) for name, scale in scales.items())
 
@@ -283,7 +284,7 @@ def test_how_moments_forget_the_search():
 
 
 def test_a_clip_that_nothing_would_do_is_refused():
-    with pytest.raises(repopt.UserError, match="clips where an optimizer holds branches"):
+    with pytest.raises(repopt.UserError, match="max_norm is of an optimizer with scales or branches"):
         repopt.build_optimizer("sgd", pair()[1], max_norm=1.0, lr=0.1)
 
 
