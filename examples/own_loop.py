@@ -5,9 +5,7 @@
 On scikit-learn's digits, in seconds on a CPU. The clip takes the norm of the equivalent multi-branch network.
 """
 
-import functools
 import sys
-from collections.abc import Callable
 
 import torch
 from sklearn.datasets import load_digits
@@ -20,16 +18,13 @@ SMALL = {"num_classes": 10, "in_chans": 1, "layers": (2, 2, 1, 1), "widths": (0.
 SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 
 
-def fit(
-    model: nn.Module, optimizer: Optimizer, epochs: int, clip: Callable[[], Tensor], images: Tensor, labels: Tensor
-) -> None:
+def fit(model: nn.Module, optimizer: Optimizer, epochs: int, images: Tensor, labels: Tensor) -> None:
     """Train on batches of 50."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
         for batch in torch.randperm(len(labels)).split(50):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-            clip()
             optimizer.step()
         schedule.step()
 
@@ -43,14 +38,13 @@ def main(epochs: int = 10) -> float:
     train, test = torch.randperm(len(labels)).split([1000, len(labels) - 1000])
 
     search = repopt.create_model("RepOpt-VGG-nano", mode="hs", **SMALL)  # several branches, whose scales are trained
-    plain_clip = functools.partial(nn.utils.clip_grad_norm_, list(search.parameters()), 5.0)
-    fit(search, repopt.build_optimizer("sgd", search, **SGD), epochs, plain_clip, images[train], labels[train])
+    fit(search, repopt.build_optimizer("sgd", search, **SGD), epochs, images[train], labels[train])
 
     model = repopt.create_model("RepOpt-VGG-nano", mode="target", **SMALL)  # plain convolutions
     scales = repopt.bind(model, repopt.extract_scales(search))
     scales.initialize()  # for fresh training only
-    optimizer = repopt.build_optimizer("sgd", model, scales, **SGD)
-    fit(model, optimizer, epochs, lambda: scales.clip_grad_norm_(5.0), images[train], labels[train])
+    optimizer = repopt.build_optimizer("sgd", model, scales, max_norm=5.0, **SGD)
+    fit(model, optimizer, epochs, images[train], labels[train])
     with torch.no_grad():
         return (model.eval()(images[test]).argmax(1) == labels[test]).float().mean().item()
 

@@ -123,18 +123,11 @@ def network(
     scales = repopt.constant_scales(model, "initial") if mode == "target" else None
     to_device(model, device).train()
     settings, max_norm = SETTINGS[name] | {"implementation": implementation}, RECIPE.TRAIN.CLIP_GRAD
-    if mode == "search":
-        branches = repopt.hold_branches(model)
-        return (
-            model,
-            repopt.build_optimizer(name.lower(), model, branches=branches, max_norm=max_norm, **settings),
-            None,
-        )
-    optimizer = repopt.build_optimizer(name.lower(), model, scales, **settings)
-    if scales is None:
-        return model, optimizer, functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), max_norm)
-    mults = repopt.grad_mults(model, scales, degree=1)
-    return model, optimizer, functools.partial(repopt.clip_grad_norm_, [*model.named_parameters()], max_norm, mults)
+    branches = repopt.hold_branches(model) if mode == "search" else None
+    own: dict[str, Any] = {"branches": branches, "max_norm": None if mode == "hs" else max_norm}
+    optimizer = repopt.build_optimizer(name.lower(), model, scales, **own, **settings)
+    clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), max_norm)
+    return model, optimizer, clip if mode == "hs" else None
 
 
 def graphs(arch: str, device: torch.device) -> Iterator[Row]:
