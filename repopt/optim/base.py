@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -25,6 +26,11 @@ NamedParams = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Implementation = Literal["auto", "compiled", "eager"]
 Memory = tuple[Any, ...]
 
+FINGERPRINT = "fingerprint of grad_mults"  # key of a saved group
+OTHER_SCALES = (
+    "the optimizer's state is of a training with other scales: go on with those that it began with, or begin anew "
+    "without the state"
+)
 COMPILE_FROM = 2**22  # multiplied entries; with fewer, compiling takes longer than it saves in a short training
 
 
@@ -172,19 +178,36 @@ class RepOptimizer(torch.optim.Optimizer):
             )
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the plain rule, whose groups say by a number which multipliers it was made with."""
+        content = super().state_dict()
+        for group, saved in zip(self.param_groups, content["param_groups"], strict=True):
+            if mults := self._mults_of(group):
+                saved[FINGERPRINT] = sum(map(fingerprint, mults))
+        return content
+
+    def _mults_of(self, group: dict[str, Any]) -> list[GradMult]:
+        return [self._mults[param][1] for param in group["params"] if param in self._mults]
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `torch.optim.Optimizer.load_state_dict` does; one of the plain rule fits.
 
         Raises:
-            UserError: the state names other parameters, or the same in another order; or it is of a rule that is not
-            followed here (it maximizes, or adds the decay to a gradient that is normalised).
+            UserError: the state names other parameters, or the same in another order; it was made with other
+            multipliers; or it is of a rule that is not followed here (it maximizes, or adds the decay to a gradient
+            that is normalised).
         """
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group, saved in zip(self.param_groups, groups, strict=False):
+            before, mults = saved.pop(FINGERPRINT, None), self._mults_of(group)
+            if before is not None and mults and not math.isclose(before, sum(map(fingerprint, mults)), rel_tol=1e-5):
+                raise UserError(OTHER_SCALES)
             self.check_group(saved)
             for own, other in zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False):
                 if own != other:
                     raise UserError(f"the optimizer's state is of other parameters: it has {other!r} where {own!r} is")
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     @override
     @torch.no_grad()
@@ -352,6 +375,12 @@ class RepOptimizer(torch.optim.Optimizer):
             for name in self._constants:
                 group.setdefault(name, self.defaults[name])
         self._reset_caches()
+
+
+def fingerprint(mult: GradMult) -> float:
+    """Return a number that tells multipliers apart, whatever device and precision they are on: a weighted sum."""
+    flat = torch.cat([tensor.detach().double().cpu().flatten() for tensor in mult.tensors()])
+    return float(flat @ (2 + torch.arange(1, len(flat) + 1, dtype=torch.float64).cos()))
 
 
 def params_in(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from repopt.csla import Block
 from repopt.errors import UserError
 from repopt.optim.base import (
+    OTHER_SCALES,
     Implementation,
     NamedParams,
     check_implementation,
@@ -403,6 +404,12 @@ class BranchOptimizer(torch.optim.Optimizer):
                     raise UserError(
                         f"the optimizer's state lacks the branch {own!r} of {name!r}, or it has another shape"
                     )
+                if (
+                    own in held.scales
+                    and not held.searched
+                    and not torch.allclose(tensor, states[name][own].to(tensor), rtol=1e-5, atol=0)
+                ):
+                    raise UserError(OTHER_SCALES)
                 tensor.copy_(states[name][own])
                 prefix = f"{own}/"
                 of_rule[tensor] = {

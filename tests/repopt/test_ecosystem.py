@@ -112,6 +112,33 @@ def test_stopped_and_gone_on_is_never_stopped(rule, tmp_path):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("form", ["compact", "held"])
+def test_a_state_of_other_scales_is_refused(form, rule):
+    def optimizer_with(seed, dtype=torch.float64):
+        model = net().to(dtype)
+        if form == "compact":
+            optimizer = repopt.build_optimizer(rule, model, scales(seed), **SGD)
+        else:
+            branches = repopt.hold_branches(model, scales(seed))
+            optimizer = repopt.build_optimizer(rule, model, branches=branches, **SGD)
+        train(model, optimizer, [x.to(dtype) for x in batches(1)])
+        return optimizer
+
+    state = optimizer_with(1).state_dict()
+    before = copy.deepcopy(state)
+    other = optimizer_with(2)
+    with pytest.raises(UserError, match="of a training with other scales"):
+        other.load_state_dict(state)
+    for precision in (torch.float64, torch.float32):
+        optimizer_with(1, precision).load_state_dict(state)
+    assert str(before) == str(state)
+    if form == "compact":  # what does not say loads as before
+        plain = repopt.build_optimizer(rule, net(), **SGD)
+        other.load_state_dict(plain.state_dict())
+        plain.load_state_dict(state)
+
+
 def of_form(form, rule, model, **settings):
     """An optimizer that keeps multipliers ("compact") or the branches of constant scales ("held")."""
     torch.manual_seed(0)
