@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from repopt.csla import Block, Shape
+from repopt.errors import UserError
 
 Mode = Literal["hs", "csla", "target"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -239,10 +240,16 @@ def checkpoint_forward(module: nn.Module, x: Tensor, *, checkpointed: bool) -> T
 
 
 def add_submodule_by_path(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` under `root` at a dotted name, with empty modules on the way where there are none."""
+    """Put `module` under `root` at a dotted name, with empty modules on the way where there are none.
+
+    Raises:
+        UserError: something else has the name.
+    """
     *path, leaf = name.split(".")
     for part in path:
         if part not in dict(root.named_children()):
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
+    if hasattr(root, leaf):
+        raise UserError(f"{name!r} is no name for a kernel or scale: it is an attribute of {type(root).__name__}")
     root.add_module(leaf, module)

@@ -135,7 +135,7 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
         registered = sorted(f"{block_type.__module__}.{block_type.__qualname__}" for block_type in _declare)
         raise UserError(
             f"{type(model).__name__} has no block of a registered type ({', '.join(registered)}): "
-            "repopt.register_block registers one"
+            "repopt.register_block registers one; a network without branches is taken as it is by repopt.declare"
         )
     return converted
 
@@ -151,8 +151,13 @@ def _converted(module: nn.Module, path: str, mode: Mode, depth: _Depth) -> nn.Mo
         if module._forward_hooks or module._forward_pre_hooks:
             raise UserError("its forward hooks would be lost")
         new = ConvertedBlock(depth.scaled(_declare[cls](module)), mode)
-    except UserError as error:
+    except Exception as error:  # of a declaration that others wrote, too
         which = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
-        raise UserError(f"cannot convert {which}: {error}") from None
+        if isinstance(error, UserError):
+            raise UserError(f"cannot convert {which}: {error}") from None
+        raise UserError(f"cannot convert {which}: its declaration raised {type(error).__name__}: {error}") from error
+    for name, value in vars(module).items():  # what a framework has noted on it
+        if not hasattr(new, name):
+            setattr(new, name, value)
     like = next(module.parameters())
     return new.to(like.device, like.dtype).train(module.training)

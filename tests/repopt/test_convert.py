@@ -470,6 +470,37 @@ def test_refusals_of_a_declaration_name_the_module():
         repopt.convert_model(Small(), "hs")
 
 
+def test_mistakes_of_a_declaration_name_the_module():
+    @repopt.register_block(Small)
+    def _(module):
+        return module.no_such_thing
+
+    with pytest.raises(
+        UserError, match=r"cannot convert '0' \(Small\): its declaration raised AttributeError: "
+    ) as error:
+        repopt.convert_model(nn.Sequential(Small()), "hs")
+    assert isinstance(error.value.__cause__, AttributeError)  # with its traceback
+
+
+@pytest.mark.parametrize("name", ["kernel", "block", "forward", "part.training"])
+@pytest.mark.parametrize("mode", ["hs", "target"])
+def test_names_that_are_taken(name, mode):
+    block = Block(
+        Target(name if mode == "target" else "conv", (4, 4, 3, 3)), (ConvBranch(name + "1", "scale", size=3),)
+    )
+    if mode == "hs":
+        block = Block(Target("conv", (4, 4, 3, 3)), (ConvBranch(name, "scale", size=3),))
+    with pytest.raises(UserError, match=f"{name!r} is no name for a kernel or scale: it is an attribute of "):
+        repopt.layers.RepConv2d(block, mode)
+
+
+def test_what_a_framework_has_noted_on_a_module_stays():
+    network = vgg()
+    network.stages[0][0].f, network.stages[0][0].out_channels = -1, 8
+    converted = repopt.convert_model(network, "target")
+    assert (converted.stages[0][0].f, converted.stages[0][0].out_channels) == (-1, 8)
+
+
 def test_from_a_search_to_a_deployed_network(tmp_path):
     network = vgg(num_classes=10)
     images = data.Classification(data.Source("digits"), image_size=32, num_classes=10)
