@@ -10,6 +10,7 @@ A new family is one file beside this one and one line in `models/__init__.py`. N
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -194,7 +195,7 @@ def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: 
         overrides: arguments of the network, such as ``use_checkpoint=True``.
 
     Raises:
-        UserError: an unknown name or mode, or arguments that a library's network does not take.
+        UserError: an unknown name or mode, or arguments that the network does not take.
     """
     if _is_of_library(name):
         if mode != zoo.MODE:
@@ -206,4 +207,9 @@ def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: 
     if mode not in family.modes:
         raise unknown(f"mode of {name}", mode, family.modes)
     config = family.configs[family.aliases.get(name, name)]
+    of_both = (inspect.signature(cls).parameters.values() for cls in (family.network, Network))
+    known = {parameter.name for own in of_both for parameter in own if parameter.kind is not parameter.VAR_KEYWORD}
+    for key in overrides:
+        if key not in known:
+            raise unknown(f"argument of {name}", key, known)
     return family.network(mode=mode, num_classes=num_classes, **{**config, **overrides})

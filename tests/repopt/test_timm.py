@@ -289,22 +289,22 @@ def test_gradient_checkpointing_is_switched(name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        ({"pretrained": True}, UserError, r"no weights .* are published through timm.*repopt.load_weights"),
-        ({"output_stride": 16}, UserError, "output stride 32 only, not 16"),
-        ({"mode": "hss"}, UserError, "did you mean 'hs'"),
-        ({"global_pool": "catavgmax"}, UserError, "none of '', 'avg', 'max', 'avgmax'"),
-        ({"global_pool": ""}, UserError, "goes with num_classes 0"),
-        ({"features_only": True, "out_indices": (5,)}, UserError, "there are 5 features"),
-        ({"features_only": True, "out_indices": 6}, UserError, "there are 5 features"),
-        ({"features_only": True, "out_indices": ()}, UserError, "there are 5 features"),
-        ({"depth": 3}, TypeError, "unexpected keyword argument 'depth'"),
+        ({"pretrained": True}, r"no weights .* are published through timm.*repopt.load_weights"),
+        ({"output_stride": 16}, "output stride 32 only, not 16"),
+        ({"mode": "hss"}, "did you mean 'hs'"),
+        ({"global_pool": "catavgmax"}, "none of '', 'avg', 'max', 'avgmax'"),
+        ({"global_pool": ""}, "goes with num_classes 0"),
+        ({"features_only": True, "out_indices": (5,)}, "there are 5 features"),
+        ({"features_only": True, "out_indices": 6}, "there are 5 features"),
+        ({"features_only": True, "out_indices": ()}, "there are 5 features"),
+        ({"drop_path_rate": 0.1}, "unknown argument of .* 'drop_path_rate'; did you mean 'drop_rate'"),
     ],
 )
 @pytest.mark.parametrize("name", SMALL)
-def test_mistakes(name, arguments, error, message):
-    with pytest.raises(error, match=message) as caught:
+def test_mistakes(name, arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
         timm.create_model(name, **arguments)
     assert "\n" not in str(caught.value)
 
