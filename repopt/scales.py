@@ -112,7 +112,9 @@ def extract_scales(model: nn.Module, branches: Mapping[str, HeldBranches] | None
     }
 
 
-def bind(model: nn.Module, scales: Scales | None = None, *, source: ScaleSource = "searched") -> BoundScales:
+def bind(
+    model: nn.Module, scales: Scales | None = None, *, source: ScaleSource = "searched", prefix: str = ""
+) -> BoundScales:
     """Match scales with the declared blocks of a model and validate them, once for everything that follows from them.
 
     Entries of other modules are passed over, as a whole hyper-search state dict has them; and those of stages that have
@@ -125,6 +127,7 @@ def bind(model: nn.Module, scales: Scales | None = None, *, source: ScaleSource 
         source: which scales are meant (table 4 of the paper): "searched"; "channel-mean", where every channel of a
             branch has the mean of its searched scales; "initial", those at which a hyper-search of the model begins;
             "one".
+        prefix: where in the model the network is that the scales were searched with: "backbone" of a detector, say.
 
     Raises:
         UserError: a block without its scales, scales of another shape or type or not finite, or scales of a block that
@@ -139,10 +142,10 @@ def bind(model: nn.Module, scales: Scales | None = None, *, source: ScaleSource 
         return BoundScales(model, _initial_scales(model, one=source == "one"))
     if scales is None:
         raise UserError(f"constants that are {source!r} come from a hyper-search: its scales are needed")
-    if not isinstance(scales, BoundScales):
-        scales = BoundScales(model, _matched(model, scales))
-    elif scales.model is not model:
-        scales = BoundScales(model, _matched(model, scales.scales))
+    if not isinstance(scales, BoundScales) or scales.model is not model:
+        path = f"{prefix}." if prefix else ""
+        given = scales.scales if isinstance(scales, BoundScales) else scales
+        scales = BoundScales(model, _matched(model, {f"{path}{name}": value for name, value in given.items()}))
     if source == "searched":
         return scales
     means = {name: s.double().mean().to(s.dtype).expand_as(s).clone() for name, s in scales.scales.items()}

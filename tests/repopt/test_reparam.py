@@ -137,6 +137,17 @@ def test_build_optimizer(scales):
         repopt.build_optimizer("sgd", model, lr=-1)
 
 
+def test_scales_of_a_part_of_the_model(scales):
+    model = create("target")
+    whole = torch.nn.ModuleDict({"backbone": model, "head": torch.nn.Linear(2, 2)})
+    mults = repopt.grad_mults(model, scales, degree=1)
+    of_whole = repopt.bind(whole, scales, prefix="backbone").grad_mults(degree=1)
+    assert list(of_whole) == [f"backbone.{name}" for name in mults]
+    assert all(torch.equal(of_whole[f"backbone.{name}"].dense(), mult.dense()) for name, mult in mults.items())
+    with pytest.raises(UserError, match=r"needs 'backbone\.stage0"):
+        repopt.bind(whole, scales, prefix="neck")
+
+
 def test_scales_are_bound_once(scales, monkeypatch):
     """What follows from bound scales is what follows from plain ones, and nothing looks at them again."""
     model, other = create("target"), create("target")
