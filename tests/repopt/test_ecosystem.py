@@ -472,8 +472,13 @@ from test_ecosystem import SGD, batches, loss_of, net, scales, train
 dist.init_process_group("gloo")
 for rule in ("sgd", "adamw"):
     alone, sharded, wrapped = net(), net(), DistributedDataParallel(net(), gradient_as_bucket_view=True)
-    for module in (sharded.first, sharded.second, sharded):
-        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    handed = net()  # sharded when it has its optimizer already, as Accelerate does it
+    late = repopt.build_optimizer(rule, handed, scales(), max_norm=1e3, **SGD)
+    for model in (sharded, handed):
+        for module in (model.first, model.second, model):
+            fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    for group in late.param_groups:
+        group["params"] = [dict(handed.named_parameters())[name] for name in group["param_names"]]
     optimizers = [repopt.build_optimizer(rule, model, scales(), **SGD) for model in (alone, sharded, wrapped)]
     squares = [repopt.grad_mults(model, scales(), degree=1) for model in (alone, sharded)]
     for x in batches(4):
@@ -484,10 +489,14 @@ for rule in ("sgd", "adamw"):
         for model, mults in zip((alone, sharded), squares):
             norms.append(repopt.clip_grad_norm_(model.named_parameters(), 1e3, mults))
         torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
-        for optimizer in optimizers:
+        late.zero_grad()
+        loss_of(handed, x).backward()
+        for optimizer in (*optimizers, late):
             optimizer.step()
+        torch.testing.assert_close(late.norm, norms[0], rtol=1e-12, atol=0)
     for (name, a), b, c in zip(alone.named_parameters(), sharded.parameters(), wrapped.parameters()):
         torch.testing.assert_close(a, b.full_tensor(), rtol=1e-12, atol=1e-14, msg=name)
+        torch.testing.assert_close(a, handed.get_parameter(name).full_tensor(), rtol=1e-12, atol=1e-14, msg=name)
         torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-14, msg=name)
 for params in (net().parameters(), net().named_parameters()):
     try:
