@@ -86,7 +86,7 @@ class RepOptimizer(torch.optim.Optimizer):
         self.norm: Tensor | None = None
         self._norm_mults: Mapping[str, GradMult] = {}
         super().__init__(params, defaults)
-        check_all_matched(self._unmatched_mults)
+        check_all_matched(self._unmatched_mults, named_in(self.param_groups))
 
     @abstractmethod
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -155,7 +155,7 @@ class RepOptimizer(torch.optim.Optimizer):
             named = zip(group["param_names"], group["params"], strict=True) if mults else ()
             found = {param: (name, mults.pop(name)) for name, param in named if name in mults}
             if own is not None:
-                check_all_matched(mults)
+                check_all_matched(mults, group["param_names"])
             for param, (name, mult) in found.items():
                 self._check_mult(name, param, mult)
         except UserError:
@@ -450,10 +450,12 @@ def check_norm_mults(mults: Mapping[str, GradMult], names: Iterable[str]) -> Non
             "repopt.grad_mults(model, scales, degree=1)"
         )
     known = set(names)
-    check_all_matched({name: mult for name, mult in mults.items() if name not in known})
+    check_all_matched({name: mult for name, mult in mults.items() if name not in known}, known)
 
 
-def check_all_matched(mults: Mapping[str, GradMult]) -> None:
-    """Raise UserError where multipliers are left over that no parameter has taken."""
-    if mults:
-        raise UserError(f"there is a Grad Mult for {next(iter(mults))!r}, but no parameter of that name")
+def check_all_matched(mults: Mapping[str, GradMult], names: Iterable[str]) -> None:
+    """Raise UserError where multipliers are left over that none of the named parameters has taken."""
+    for name in mults:
+        wrapped = next((other for other in names if other.endswith(f".{name}")), None)
+        hint = f": {wrapped!r} is of a wrapper, so give the names of the model inside" if wrapped else ""
+        raise UserError(f"there is a Grad Mult for {name!r}, but no parameter of that name{hint}")

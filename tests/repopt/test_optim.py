@@ -331,9 +331,13 @@ def test_clipping_knows_its_multipliers():
     model(torch.ones(1, 3, 4, 4, dtype=torch.float64)).sum().backward()
     with pytest.raises(UserError, match="degree 1, whatever"):
         repopt.clip_grad_norm_(model.named_parameters(), 1.0, mults(model, degree=0))
-    with pytest.raises(UserError, match=r"Grad Mult for '0.weight', but no parameter"):
-        named = [(f"module.{name}", param) for name, param in model.named_parameters()]
-        repopt.clip_grad_norm_(named, 1.0, mults(model))
+    named = [(f"module.{name}", param) for name, param in model.named_parameters()]
+    for call in (
+        lambda: repopt.clip_grad_norm_(named, 1.0, mults(model)),
+        lambda: RepSGD(named, grad_mults=mults(model)),
+    ):
+        with pytest.raises(UserError, match=r"'0.weight', but no parameter .*: 'module.0.weight' is of a wrapper"):
+            call()
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
