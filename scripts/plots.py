@@ -110,6 +110,36 @@ def plot_lines(panels: Mapping[str, Mapping[str, Mapping[int, float | None]]], p
     figure.savefig(path, dpi=150)
 
 
+def plot_by_rate(panels: Mapping[tuple[str, str], Mapping[str, Mapping[float, Sequence[float]]]], path: Path) -> None:
+    """Draw the top-1 accuracy by learning rate: a line of means for each way of training, and a dot for each run.
+
+    Args:
+        panels: by row and column; the runs of each way and rate, in percent.
+        path: of the picture.
+    """
+    rows, columns = ([*dict.fromkeys(names)] for names in zip(*panels, strict=True))
+    size = (0.6 + 2.4 * len(columns), 0.8 + 2.2 * len(rows))
+    figure, grid = _subplots(len(rows), len(columns), size, sharex=True, sharey="row")
+    lines: dict[str, Line2D] = {}
+    for (row, column), ways in panels.items():
+        axes = grid[rows.index(row), columns.index(column)]
+        for index, (way, runs) in enumerate(ways.items()):
+            rates = sorted(runs)
+            (lines[way],) = axes.plot(rates, [np.mean(runs[rate]) for rate in rates], **_series(index))
+            for rate in rates:
+                axes.plot([rate] * len(runs[rate]), runs[rate], ".", color=_series(index)["color"], alpha=0.5)
+        axes.set(xscale="log", xticks=rates, xticklabels=[f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
+        if row == rows[0]:
+            axes.set_title(column, fontsize="medium")
+        if row == rows[-1]:
+            axes.set(xlabel="learning rate")
+        if column == columns[0]:
+            axes.set(ylabel=f"top-1 on {row} (%)")
+    figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=len(lines), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def plot_scales_by_epoch(curves: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
     """Draw how the mean scale of every block moved away from what was first recorded.
 

@@ -4,7 +4,8 @@
 
 VGGs and ResNets of torchvision's parts, three stages of 16, 32 and 64 channels on images of 16 x 16, are trained as
 they are, and with the branches that `repopt.declare` says. Every training is one thread, and as many run at
-a time as there are cores. What is done is kept in the JSON file; the command goes on there.
+a time as there are cores. What is done is kept in the JSON file, beside which a picture is drawn; the command goes on
+there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import _root  # noqa: F401
 import torch
+from plots import plot_by_rate
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, pad
 from torchvision.models.resnet import BasicBlock
@@ -171,6 +173,16 @@ def as_markdown(found: dict[Run, float]) -> str:
     return "\n".join(lines)
 
 
+def draw(found: dict[Run, float], path: Path) -> None:
+    """Draw what was found, as far as it is by SGD."""
+    panels: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = {}
+    for run, top1 in sorted(found.items(), key=lambda item: ([*NETWORKS].index(item[0].network), item[0].rate)):
+        if run.rule == "sgd":
+            ways = panels.setdefault((run.images, run.network), {way: {} for way in WAYS})
+            ways[run.way].setdefault(run.rate, []).append(top1)
+    plot_by_rate(panels, path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not done yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found[run] = top1
             arguments.output.write_text(json.dumps([{"run": [*run], "top1": value} for run, value in found.items()]))
     print(as_markdown(found))
+    draw(found, arguments.output.with_suffix(".png"))
     return 0
 
 
