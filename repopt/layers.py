@@ -248,8 +248,12 @@ def add_submodule_by_path(root: nn.Module, name: str, module: nn.Module) -> None
     *path, leaf = name.split(".")
     for part in path:
         if part not in dict(root.named_children()):
-            root.add_module(part, nn.Module())
+            _add_module(root, part, nn.Module(), name)
         root = root.get_submodule(part)
-    if hasattr(root, leaf):
-        raise UserError(f"{name!r} is no name for a kernel or scale: it is an attribute of {type(root).__name__}")
-    root.add_module(leaf, module)
+    _add_module(root, leaf, module, name)
+
+
+def _add_module(root: nn.Module, part: str, module: nn.Module, name: str) -> None:
+    if hasattr(root, part):
+        raise UserError(f"{name!r} is no name for a kernel or scale: {part!r} is an attribute of {type(root).__name__}")
+    root.add_module(part, module)

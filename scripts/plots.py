@@ -123,10 +123,10 @@ def plot_by_rate(panels: Mapping[tuple[str, str], Mapping[str, Mapping[float, Se
     lines: dict[str, Line2D] = {}
     for (row, column), ways in panels.items():
         axes = grid[rows.index(row), columns.index(column)]
+        rates = sorted(set().union(*ways.values()))
         for index, (way, runs) in enumerate(ways.items()):
-            rates = sorted(runs)
-            (lines[way],) = axes.plot(rates, [np.mean(runs[rate]) for rate in rates], **_series(index))
-            for rate in rates:
+            (lines[way],) = axes.plot(sorted(runs), [np.mean(runs[rate]) for rate in sorted(runs)], **_series(index))
+            for rate in runs:
                 axes.plot([rate] * len(runs[rate]), runs[rate], ".", color=_series(index)["color"], alpha=0.5)
         axes.set(xscale="log", xticks=rates, xticklabels=[f"{rate:g}" for rate in rates])
         axes.minorticks_off()

@@ -129,7 +129,7 @@ def train(run: Run) -> float:
     images, labels = images_of(run.images, "train")
     model = NETWORKS[run.network](int(labels.max()) + 1)
     settings: dict[str, Any] = {"lr": run.rate, "momentum": 0.9, "weight_decay": 4e-5}
-    branches: dict[str, repopt.HeldBranches] = {}
+    branches: dict[str, repopt.HeldBranches] | None = None
     if (way := WAYS[run.way]) is not None:
         prior, searched = way
         repopt.declare(model, prior())
@@ -174,12 +174,11 @@ def as_markdown(found: dict[Run, float]) -> str:
 
 
 def draw(found: dict[Run, float], path: Path) -> None:
-    """Draw what was found, as far as it is by SGD."""
+    """Draw what was found: a row of panels for each kind of images and rule."""
     panels: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = {}
     for run, top1 in sorted(found.items(), key=lambda item: ([*NETWORKS].index(item[0].network), item[0].rate)):
-        if run.rule == "sgd":
-            ways = panels.setdefault((run.images, run.network), {way: {} for way in WAYS})
-            ways[run.way].setdefault(run.rate, []).append(top1)
+        ways = panels.setdefault((f"{run.images}, {run.rule}", run.network), {way: {} for way in WAYS})
+        ways[run.way].setdefault(run.rate, []).append(top1)
     plot_by_rate(panels, path)
 
 
@@ -205,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with multiprocessing.get_context("spawn").Pool() as pool:
         for run, top1 in tqdm(pool.imap_unordered(timed, todo), total=len(todo)):
             found[run] = top1
-            arguments.output.write_text(json.dumps([{"run": [*run], "top1": value} for run, value in found.items()]))
+            unfinished = arguments.output.with_suffix(".writing")  # a stop in between loses nothing
+            unfinished.write_text(json.dumps([{"run": [*run], "top1": value} for run, value in found.items()]))
+            unfinished.replace(arguments.output)
     print(as_markdown(found))
     draw(found, arguments.output.with_suffix(".png"))
     return 0

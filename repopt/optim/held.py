@@ -233,8 +233,8 @@ class BranchOptimizer(torch.optim.Optimizer):
         if all(named.get(name) is param for name, param in self._params.items()):
             return
         new = {old: replacement(name, old, named, self._inner.state) for name, old in self._params.items()}
+        _refuse_sharded({name: named[name] for name in self.branches})
         self._params = {name: new[old] for name, old in self._params.items()}
-        _refuse_sharded({name: self._params[name] for name in self.branches})
         for group in self._inner.param_groups:
             group["params"] = [new.get(param, param) for param in group["params"]]
 

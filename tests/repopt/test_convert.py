@@ -482,7 +482,7 @@ def test_mistakes_of_a_declaration_name_the_module():
     assert isinstance(error.value.__cause__, AttributeError)  # with its traceback
 
 
-@pytest.mark.parametrize("name", ["kernel", "block", "forward", "part.training"])
+@pytest.mark.parametrize("name", ["kernel", "block", "forward", "part.training", "training.part"])
 @pytest.mark.parametrize("mode", ["hs", "target"])
 def test_names_that_are_taken(name, mode):
     block = Block(
@@ -490,7 +490,7 @@ def test_names_that_are_taken(name, mode):
     )
     if mode == "hs":
         block = Block(Target("conv", (4, 4, 3, 3)), (ConvBranch(name, "scale", size=3),))
-    with pytest.raises(UserError, match=f"{name!r} is no name for a kernel or scale: it is an attribute of "):
+    with pytest.raises(UserError, match=f"{name!r} is no name for a kernel or scale: '[a-z]+' is an attribute of "):
         repopt.layers.RepConv2d(block, mode)
 
 
