@@ -143,9 +143,8 @@ def bind(
     if scales is None:
         raise UserError(f"constants that are {source!r} come from a hyper-search: its scales are needed")
     if not isinstance(scales, BoundScales) or scales.model is not model:
-        path = f"{prefix}." if prefix else ""
         given = scales.scales if isinstance(scales, BoundScales) else scales
-        scales = BoundScales(model, _matched(model, {f"{path}{name}": value for name, value in given.items()}))
+        scales = BoundScales(model, _matched(model, given, prefix))
     if source == "searched":
         return scales
     means = {name: s.double().mean().to(s.dtype).expand_as(s).clone() for name, s in scales.scales.items()}
@@ -160,8 +159,12 @@ def _initial_scales(model: nn.Module, *, one: bool) -> dict[str, Tensor]:
     }
 
 
-def _matched(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _matched(model: nn.Module, scales: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return those scales that belong to the model's blocks, all of them, after validation."""
+    for key in scales:
+        if not isinstance(key, str):
+            raise UserError(f"the scales do not fit the model: {shown(key)} is no name of a block's scales")
+    scales = {f"{prefix}.{name}": value for name, value in scales.items()} if prefix else scales
     blocks = declared_blocks(model)
     found: dict[str, Tensor] = {}
     for path, module in blocks:
@@ -181,8 +184,6 @@ def _matched(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[str, Tensor
             found[key] = scales[key]
     endings = {key_of("", branch.searched_name) for _, module in blocks for branch in module.block.branches}
     for key in scales:
-        if not isinstance(key, str):
-            raise UserError(f"the scales do not fit the model: {shown(key)} is no name of a block's scales")
         if key not in found and any(not _emptied(model, path) for path in _block_paths(key, endings)):
             raise UserError(f"the scales do not fit the model: they hold {shown(key)}, and the model has no such block")
     return found
