@@ -13,7 +13,7 @@ from repopt.convert import Declaration, convert_model, register_block
 from repopt.csla import Block, Branch, ConvBranch, GradMult, IdentityBranch, Target
 from repopt.declare import declare
 from repopt.deploy import deploy
-from repopt.errors import UserError
+from repopt.errors import EquivalenceWarning, UserError
 from repopt.layers import RepConv2d
 from repopt.models import create_model, list_models
 from repopt.optim import (
@@ -47,6 +47,7 @@ __all__ = [
     "BranchOptimizer",
     "ConvBranch",
     "Declaration",
+    "EquivalenceWarning",
     "GradMult",
     "HeldBranches",
     "IdentityBranch",

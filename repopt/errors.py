@@ -11,6 +11,10 @@ class UserError(ValueError):
     """A mistake in what a user gave (an argument, a file, a folder); the command line prints it and exits with 2."""
 
 
+class EquivalenceWarning(UserWarning):
+    """Something from outside makes a training differ from that of the multi-branch network."""
+
+
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     """Return the error for a name that does not exist, with the nearest one that does.
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from repopt.csla import Block, Shape
+from repopt.drawn import mark_drawn
 from repopt.errors import UserError
 
 Mode = Literal["hs", "csla", "target"]
@@ -73,6 +74,7 @@ class RepConv2d(nn.Module):
         if mode == "target":
             conv = _same_conv2d(block.target.shape, stride, block.target.groups, dilation, bias=False)
             add_submodule_by_path(self, block.target.name, conv)
+            mark_drawn(conv.weight)
             return
         kernels = block.init_kernels({})
         for branch in block.branches:

@@ -19,6 +19,7 @@ from repopt.optim.flat import FlatParams
 from repopt.optim.norm import clip_factor, multi_branch_norm
 from repopt.optim.shards import is_sharded, local, local_gradient, local_mult
 from repopt.optim.update import GRAD_SCALER_KEYS, Hyper, ParamSlot, ParamUpdate, Rule, State, check_degree, eager_update
+from repopt.optim.watch import GradientWatch, warn_of_kernels
 
 logger = logging.getLogger("repopt")
 
@@ -81,12 +82,13 @@ class RepOptimizer(torch.optim.Optimizer):
         self._constants = tuple(name for name in defaults if name != "lr")
         self._mults: dict[Tensor, tuple[str, GradMult]] = {}
         self._reset_caches()
-        self._unmatched_mults = dict(grad_mults)
+        self._unmatched_mults: dict[str, GradMult] | None = dict(grad_mults)
         self.max_norm: float | None = None
         self.norm: Tensor | None = None
         self._norm_mults: Mapping[str, GradMult] = {}
         super().__init__(params, defaults)
         check_all_matched(self._unmatched_mults, named_in(self.param_groups))
+        self._unmatched_mults = None
 
     @abstractmethod
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -139,7 +141,8 @@ class RepOptimizer(torch.optim.Optimizer):
         """Add a group as torch's optimizers do; its "grad_mults" are the multipliers of the group's parameters."""
         group = dict(param_group)
         own = group.pop("grad_mults", None)
-        mults = self._unmatched_mults if own is None else dict(own)
+        later = self._unmatched_mults is None
+        mults = (self._unmatched_mults or {}) if own is None else dict(own)
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
@@ -161,7 +164,10 @@ class RepOptimizer(torch.optim.Optimizer):
         except UserError:
             self.param_groups.pop()
             raise
+        if later and own is None and self._mults:
+            warn_of_kernels(group["params"], "grad_mults")
         self._mults |= found
+        self._watch = self._new_watch()
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse hyper-parameters of a group, given or loaded, that break the equivalence or are not followed here."""
@@ -223,6 +229,7 @@ class RepOptimizer(torch.optim.Optimizer):
                 loss = closure()
         amp_flags = {name: value for name in GRAD_SCALER_KEYS if (value := getattr(self, name, None)) is not None}
         self._follow_replacements()
+        self._watch.check(self)
         if self.max_norm is not None:
             amp_flags["grad_scale"] = self._scale_to_clip(self.max_norm, amp_flags.get("grad_scale"))
         if "found_inf" in amp_flags:
@@ -363,6 +370,10 @@ class RepOptimizer(torch.optim.Optimizer):
         self._flat_params = FlatParams()
         self._compiled_update = CompiledUpdate(self._rule)
         self._warned = False
+        self._watch = self._new_watch()
+
+    def _new_watch(self) -> GradientWatch:
+        return GradientWatch({param: name for param, (name, _) in self._mults.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         clip = ("max_norm", "norm", "_norm_mults")

@@ -11,6 +11,7 @@ from repopt.csla import GradMult
 from repopt.optim.base import check_norm_mults
 from repopt.optim.norm import clip_factor, multi_branch_norm
 from repopt.optim.shards import local
+from repopt.optim.watch import follow_clip, warn
 
 
 @torch.no_grad()
@@ -19,7 +20,8 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale the gradients in place so that the norm which the CSLA network's gradients would have is at most max_norm.
 
-    The plain norm would clip another network. `RepOptimizer.clip_to` does the same within the step.
+    The plain norm would clip another network. `RepOptimizer.clip_to` does the same within the step, where gradients
+    are multiplied by no loss scale any more; those that are when they are clipped here are refused by the step.
 
     Args:
         named_parameters: those of the plain model.
@@ -33,6 +35,8 @@ def clip_grad_norm_(
         The norm before clipping, a scalar tensor; nothing waits for the device.
     """
     named_parameters = list(named_parameters)
+    if not grad_mults:
+        warn("clip_grad_norm_ has no multipliers, so that it clips by the plain norm, as torch.nn.utils has it")
     check_norm_mults(grad_mults, (name for name, _ in named_parameters))
     norm = multi_branch_norm(named_parameters, grad_mults)
     factor = clip_factor(norm, max_norm)
@@ -43,4 +47,5 @@ def clip_grad_norm_(
             on_device.setdefault(gradient.device, []).append(gradient)
     for device, gradients in on_device.items():
         torch._foreach_mul_(gradients, factor.to(device))
+    follow_clip([param for _, param in named_parameters])
     return norm

@@ -32,6 +32,7 @@ from repopt.optim.norm import clip_factor
 from repopt.optim.sgd import RepSGD
 from repopt.optim.shards import is_sharded
 from repopt.optim.update import GRAD_SCALER_KEYS, step_unless
+from repopt.optim.watch import GradientWatch, warn_of_kernels
 
 
 @dataclass(eq=False)
@@ -143,16 +144,18 @@ class BranchOptimizer(torch.optim.Optimizer):
         self._order = order
         self.implementation = check_implementation(implementation)
         self._compiled: dict[Callable[..., Any], CompiledFunction] = {}
-        self._unclaimed = dict(branches)
+        self._unclaimed: dict[str, HeldBranches] | None = dict(branches)
         super().__init__(params, {})
         _refuse_unclaimed(self._unclaimed)
+        self._unclaimed = None
         self.defaults = self._inner.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer` does; "branches" are those of the group's kernels."""
         group = dict(param_group)
         own = group.pop("branches", None)
-        branches = self._unclaimed if own is None else dict(own)
+        later = self._unclaimed is None
+        branches = (self._unclaimed or {}) if own is None else dict(own)
         super().add_param_group(group)
         group = self.param_groups[-1]
         if "param_names" not in group:
@@ -166,6 +169,8 @@ class BranchOptimizer(torch.optim.Optimizer):
         if own is not None:
             _refuse_unclaimed(branches)
         _refuse_sharded({name: param for name, (param, _) in found.items()})
+        if later and own is None and self.branches:
+            warn_of_kernels(group["params"], "branches")
         for name, (param, held) in found.items():
             if param.shape != held.block.target.shape:
                 raise UserError(
@@ -180,6 +185,10 @@ class BranchOptimizer(torch.optim.Optimizer):
             self._inner.add_param_group(decayed)
         self._inner.add_param_group(rest)
         group.update(_hyper(self._inner.param_groups[-2]))
+        self._watch = self._new_watch()
+
+    def _new_watch(self) -> GradientWatch:
+        return GradientWatch({self._params[name]: name for name in self.branches})
 
     def _inner_groups(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the rule's two groups for one of ours: what has its weight decay, and what is not decayed."""
@@ -208,6 +217,7 @@ class BranchOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf, grad_scale = (getattr(self, name, None) for name in GRAD_SCALER_KEYS)
         self._follow_replacements()
+        self._watch.check(self)
         self._derive_gradients()
         gradients = {param: param.grad for param in self._trained() if param.grad is not None}
         if grad_scale is not None:
@@ -237,6 +247,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         self._params = {name: new[old] for name, old in self._params.items()}
         for group in self._inner.param_groups:
             group["params"] = [new.get(param, param) for param in group["params"]]
+        self._watch = self._new_watch()
 
     def _derive_gradients(self) -> None:
         """Give the branches their gradients, where the plain kernel has one."""
@@ -429,6 +440,10 @@ class BranchOptimizer(torch.optim.Optimizer):
         private = ("_rule", "_settings", "_params", "_order", "_inner", "_unclaimed")
         kept = {name: getattr(self, name) for name in (*public, *private)}
         return super().__getstate__() | kept | {"_compiled": {}}  # made again when it is needed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch = self._new_watch()
 
 
 def _with_strides_of(param: Tensor, gradient: Tensor) -> Tensor:

@@ -463,13 +463,14 @@ def test_momentum_that_is_switched_on_later():
 WORKER = """
 import sys
 sys.path[:0] = [".", "tests", "tests/repopt", "scripts"]
-import torch, torch.distributed as dist, repopt
+import warnings, torch, torch.distributed as dist, repopt
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from test_ecosystem import SGD, batches, loss_of, net, scales, train
 
 dist.init_process_group("gloo")
+warnings.filterwarnings("error", "gradients were changed in place")
 for rule in ("sgd", "adamw"):
     alone, sharded, wrapped = net(), net(), DistributedDataParallel(net(), gradient_as_bucket_view=True)
     handed = net()  # sharded when it has its optimizer already, as Accelerate does it
@@ -498,6 +499,14 @@ for rule in ("sgd", "adamw"):
         torch.testing.assert_close(a, b.full_tensor(), rtol=1e-12, atol=1e-14, msg=name)
         torch.testing.assert_close(a, handed.get_parameter(name).full_tensor(), rtol=1e-12, atol=1e-14, msg=name)
         torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-14, msg=name)
+    optimizers[2].zero_grad()
+    loss_of(wrapped, x).backward()
+    torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1e-3)
+    try:
+        optimizers[2].step()
+        raise AssertionError("a clip by the plain norm was not seen")
+    except repopt.EquivalenceWarning:
+        pass
 for params in (net().parameters(), net().named_parameters()):
     try:
         ZeroRedundancyOptimizer(params, repopt.RepSGD, lr=0.1, grad_mults=repopt.grad_mults(net(), scales(), degree=1))
