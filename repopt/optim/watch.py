@@ -78,7 +78,7 @@ class GradientWatch:
             drawn = [name for param, name in self._names.items() if is_as_drawn(param)]
             if drawn:
                 warn(
-                    f"{drawn[0]!r} is as it was drawn by default, neither initialized by the scales (repopt.initialize) "
+                    f"{drawn[0]!r} is as it was drawn by default, neither initialized by scales (repopt.initialize) "
                     "nor loaded, so its training does not start where that of the multi-branch network does"
                 )
         # A GradScaler writes them once, be it to unscale them or to look for overflows; unseen where it tells nothing.
@@ -122,10 +122,8 @@ def warn(what: str) -> None:
 @functools.cache
 def _versions_of_an_unscaling() -> int:
     """Return by how many versions a GradScaler's writing counts a gradient up, which torch leaves open."""
-    gradient = torch.zeros(1, device="cpu")
-    torch._amp_foreach_non_finite_check_and_unscale_(
-        [gradient], torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
-    )
+    gradient, found_inf, inverse_scale = torch.zeros(3, 1, device="cpu").unbind()
+    torch._amp_foreach_non_finite_check_and_unscale_([gradient], found_inf, inverse_scale)
     return gradient._version
 
 

@@ -203,6 +203,7 @@ def test_momentum_that_a_scheduler_changes():
     assert_same(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:gradients were changed in place")  # by the test: the overflow
 def test_a_step_that_grad_scaler_skips_changes_nothing():
     model = net().float()
     optimizer = repopt.build_optimizer("adamw", model, scales(), lr=0.01)
@@ -261,6 +262,7 @@ def test_clips_that_nothing_would_do_are_refused():
     assert copied.max_norm == 3.0
 
 
+@pytest.mark.filterwarnings("ignore:gradients were changed in place")  # by the test: the overflow
 @pytest.mark.parametrize("rule", ["sgd", "adamw", "rmsprop", "lion"])
 @pytest.mark.parametrize("implementation", ["eager", "compiled"])
 @pytest.mark.parametrize("on_host", [True, False])  # as on a CPU, and as on a GPU
