@@ -4,6 +4,7 @@ A block type is declared once, in the function that `register_block` decorates (
 """
 
 from repopt.convert import timm_blocks  # noqa: F401  its import registers timm's blocks
-from repopt.convert.model import Declaration, convert_model, register_block
+from repopt.convert.declaration import Declaration, register_block
+from repopt.convert.model import convert_model
 
 __all__ = ["Declaration", "convert_model", "register_block"]

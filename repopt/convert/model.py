@@ -3,54 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from repopt.csla import Block
+from repopt.convert.check import check_declaration
+from repopt.convert.declaration import DECLARE, Declaration
 from repopt.errors import UserError, unknown
 from repopt.layers import MODES, Deployable, Mode, RepConv2d, initial_scale
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """What a module computes, ``after(bn(conv2d(before(x))))``, once the sum of its branches is declared.
-
-    Attributes:
-        block: kernels and scales that the branches add up from. The batch norm of a branch becomes its scale.
-        stride, dilation: those of the convolution, (N, C, H, W) -> (N, O, H', W'); see `repopt.RepConv2d`.
-        before: what runs before the convolution.
-        bn: the batch norm of the sum, a new one; None = `nn.BatchNorm2d` with its defaults.
-        after: what follows the batch norm: attention, a non-linearity.
-    """
-
-    block: Block
-    stride: int = 1
-    dilation: int = 1
-    before: nn.Module = field(default_factory=nn.Identity)
-    bn: nn.BatchNorm2d | None = None
-    after: nn.Module = field(default_factory=nn.Identity)
-
-
-Declare = Callable[[Any], Declaration]
-_declare: dict[type[nn.Module], Declare] = {}
-
-
-def register_block(block_type: type[nn.Module]) -> Callable[[Declare], Declare]:
-    """Decorate the function that declares a module of this type; the last one registered for a type counts.
-
-    The function gets a module of the copy that is converted, so that the declaration may take its parts over, and
-    raises `UserError` where the module computes something else than it can declare.
-    """
-
-    def decorate(declare: Declare) -> Declare:
-        _declare[block_type] = declare
-        return declare
-
-    return decorate
 
 
 class ConvertedBlock(RepConv2d, Deployable):
@@ -114,7 +75,8 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
 
     Raises:
         UserError: an unknown mode; no module of a registered type; one that computes something else than it can
-            declare (drop_path, branches that are fused already): the message names the module.
+            declare (drop_path, branches that are fused already), or than it is declared to, which is tried on random
+            statistics and input: the message names the module.
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
@@ -132,7 +94,7 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
 
     converted = convert(copy.deepcopy(model), "", _Depth())
     if all(new is module for module, new in done.items()):
-        registered = sorted(f"{block_type.__module__}.{block_type.__qualname__}" for block_type in _declare)
+        registered = sorted(f"{block_type.__module__}.{block_type.__qualname__}" for block_type in DECLARE)
         raise UserError(
             f"{type(model).__name__} has no block of a registered type ({', '.join(registered)}): "
             "repopt.register_block registers one; a network without branches is taken as it is by repopt.declare"
@@ -142,7 +104,7 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
 
 def _converted(module: nn.Module, path: str, mode: Mode, depth: _Depth) -> nn.Module:
     """Return the declared block in the place of a module of a registered type; any other module as it is."""
-    cls = next((cls for cls in type(module).__mro__ if cls in _declare), None)
+    cls = next((cls for cls in type(module).__mro__ if cls in DECLARE), None)
     if cls is None:
         return module
     try:
@@ -150,7 +112,9 @@ def _converted(module: nn.Module, path: str, mode: Mode, depth: _Depth) -> nn.Mo
             raise UserError(f"its type derives from {cls.__name__}, and needs a declaration of its own")
         if module._forward_hooks or module._forward_pre_hooks:
             raise UserError("its forward hooks would be lost")
-        new = ConvertedBlock(depth.scaled(_declare[cls](module)), mode)
+        declaration = DECLARE[cls](module)
+        check_declaration(module, declaration)
+        new = ConvertedBlock(depth.scaled(declaration), mode)
     except Exception as error:  # of a declaration that others wrote, too
         which = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
         if isinstance(error, UserError):

@@ -10,7 +10,7 @@ from timm.models.byobnet import MobileOneBlock, RepVggBlock
 from timm.models.repghost import RepGhostModule
 from torch import nn
 
-from repopt.convert.model import Declaration, register_block
+from repopt.convert.declaration import Declaration, register_block
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
 from repopt.errors import UserError
 

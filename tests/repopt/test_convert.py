@@ -20,7 +20,8 @@ from train_helpers import run_epoch
 import data
 import repopt
 from repopt import Block, ConvBranch, Declaration, IdentityBranch, Target, UserError
-from repopt.convert import model as registry
+from repopt.convert import declaration
+from repopt.convert import model as converting
 from repopt.layers import MODES, batch_norm_as_affine
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "converting.md"
@@ -75,7 +76,9 @@ BLOCK_TYPES = (RepVggBlock, MobileOneBlock, RepGhostModule)
 
 @pytest.fixture(autouse=True)
 def _registrations_for_one_test(monkeypatch):
-    monkeypatch.setattr(registry, "_declare", dict(registry._declare))
+    declared = dict(declaration.DECLARE)
+    for module in (declaration, converting):
+        monkeypatch.setattr(module, "DECLARE", declared)
 
 
 def create(name):

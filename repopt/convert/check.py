@@ -1,0 +1,148 @@
+"""A declaration is checked against the module that it stands for: it is run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from repopt.convert.declaration import Declaration
+from repopt.csla import Block, IdentityBranch
+from repopt.errors import UserError, one_line
+from repopt.layers import batch_norm_as_affine, conv2d_of
+
+class _Call(NamedTuple):
+    """What a convolution or batch norm took (as it was then), and what it returned."""
+
+    module: Any
+    x: Tensor
+    value: Tensor
+    y: Tensor
+
+
+class _Branch(NamedTuple):
+    """A branch of a module that was run: its kernel, and the scale and shift that came after."""
+
+    kernel: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+@torch.no_grad()
+def check_declaration(module: nn.Module, declaration: Declaration) -> None:
+    """Refuse a declaration that is another function than its module in eval mode, on random statistics and input.
+
+    Which of the module's convolutions and batch norms are the declared branches is seen by running it.
+
+    Raises:
+        UserError: another function, other branches, or a module that does not run.
+    """
+    module, declaration = copy.deepcopy((module, declaration))
+    target = declaration.block.target
+    parts = nn.ModuleList([module, declaration.before, declaration.after])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _randomize(parts)
+        size = 4 * declaration.stride + declaration.dilation * max(target.shape[2:])
+        x = torch.randn(1, _in_channels(declaration), size, size, device="cpu")
+    parts.eval()
+    others = {*declaration.before.modules(), *declaration.after.modules()}
+    try:
+        y, calls = _run(module, x, others)
+    except Exception as error:  # whatever a module of others raises
+        raise UserError(f"it cannot be run on an input of {tuple(x.shape)}: {one_line(error)}") from error
+    u = declaration.before(x.clone())
+    branches = _branches(declaration.block, calls, u)
+    kernel = declaration.block.merge(
+        {name: found.kernel for name, found in branches.items()},
+        {b.scale: branches[b.kernel].scale for b in declaration.block.branches if b.scale is not None},
+    )
+    bias = torch.stack([found.shift for found in branches.values()]).sum(0)
+    conv = conv2d_of(kernel, bias, declaration.stride, target.groups, declaration.dilation)
+    declared = declaration.after(conv(u))
+    if declared.shape != y.shape:
+        raise UserError(
+            f"it is declared to be another function: of {tuple(x.shape)} it makes {tuple(y.shape)}, and the "
+            f"declaration {tuple(declared.shape)} (its stride?)"
+        )
+    difference = float((declared - y).norm() / y.norm())
+    if not difference < 1e-3:
+        raise UserError(
+            "it is declared to be another function: on random statistics and input the outputs differ by "
+            f"{difference:.1g} of their norm (a branch, an identity, or what comes before or after that was forgotten?)"
+        )
+
+
+def _in_channels(declaration: Declaration) -> int:
+    """Return how many channels a module takes: those of the first convolution that runs."""
+    first = next((m for m in declaration.before.modules() if isinstance(m, nn.Conv2d)), None)
+    return first.in_channels if first else declaration.block.target.shape[1] * declaration.block.target.groups
+
+
+def _randomize(module: nn.Module) -> None:
+    """Bring a module to the CPU, in float32, with random statistics, and kernels that are not zero."""
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        module.to_empty(device="cpu")
+        for param in module.parameters():
+            nn.init.normal_(param, std=0.1)
+    module.to("cpu", torch.float32)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d) and not part.weight[-1].any():
+            nn.init.normal_(part.weight, std=1 / math.sqrt(part.weight[0].numel()))
+        elif isinstance(part, nn.BatchNorm2d):
+            for tensor, draw in (
+                (part.weight, nn.init.uniform_),
+                (part.running_var, nn.init.uniform_),
+                (part.bias, nn.init.normal_),
+                (part.running_mean, nn.init.normal_),
+            ):
+                if tensor is not None:
+                    draw(tensor)
+            if part.running_var is not None:
+                part.running_var += 0.5
+
+
+def _run(module: nn.Module, x: Tensor, others: set[nn.Module]) -> tuple[Tensor, list[_Call]]:
+    """Run a module; return its output, and the calls of its convolutions and batch norms that are none of `others`."""
+    calls: list[_Call] = []
+    handles = [
+        part.register_forward_hook(lambda part, args, y: calls.append(_Call(part, args[0], args[0].clone(), y)))
+        for part in module.modules()
+        if isinstance(part, nn.Conv2d | nn.BatchNorm2d) and part not in others
+    ]
+    y = module(x)
+    for handle in handles:
+        handle.remove()
+    return y, calls
+
+
+def _branches(block: Block, calls: list[_Call], u: Tensor) -> dict[str, _Branch]:
+    """Return what was run as the declared branches, by the names of their kernels.
+
+    A batch norm belongs to the convolution whose output it takes, or to the identity if it takes the branches' input.
+    """
+    convs = [call for call in calls if isinstance(call.module, nn.Conv2d)]
+    norms = [call for call in calls if isinstance(call.module, nn.BatchNorm2d)]
+    ones = u.new_ones(block.target.shape[0])
+    found: dict[str, _Branch] = {}
+    for branch in block.branches:
+        shape = branch.kernel_shape(block.target)
+        if isinstance(branch, IdentityBranch):
+            norm = next((call for call in norms if call.value.shape == u.shape and torch.allclose(call.value, u)), None)
+            scale, shift = (ones, 0 * ones) if norm is None else batch_norm_as_affine(norm.module)
+            found[branch.kernel] = _Branch(scale, ones, shift)
+            continue
+        conv = next((call for call in convs if call.module.weight.shape == shape), None)
+        if conv is None:
+            raise UserError(f"branch {branch.kernel!r} is declared with a kernel of {shape}, and no such one was run")
+        convs.remove(conv)
+        norm = next((call for call in norms if call.x is conv.y), None)
+        scale, shift = (ones, 0 * ones) if norm is None else batch_norm_as_affine(norm.module)
+        bias = 0 if conv.module.bias is None else conv.module.bias * scale
+        found[branch.kernel] = _Branch(conv.module.weight, scale, shift + bias)
+    if convs:
+        raise UserError(f"its convolution with a kernel of {tuple(convs[0].module.weight.shape)} is not declared")
+    return found
