@@ -1,6 +1,7 @@
 """Converted networks: the declarations compute what timm's blocks do, and the equivalence holds for them."""
 
 import copy
+import dataclasses
 import functools
 import math
 import re
@@ -22,6 +23,7 @@ import repopt
 from repopt import Block, ConvBranch, Declaration, IdentityBranch, Target, UserError
 from repopt.convert import declaration
 from repopt.convert import model as converting
+from repopt.convert.check import check_declaration
 from repopt.layers import MODES, batch_norm_as_affine
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "converting.md"
@@ -339,7 +341,7 @@ def test_the_documented_use():
 
 
 class Small(nn.Module):
-    """A 1x1 convolution and the identity."""
+    """A 1x1 convolution and, at stride 1, the identity."""
 
     def __init__(self, before=None, stride=1):
         super().__init__()
@@ -347,11 +349,12 @@ class Small(nn.Module):
 
     def forward(self, x):
         x = self.inner(x)
-        return self.conv(x) + x
+        return self.conv(x) + x if self.conv.stride == (1, 1) else self.conv(x)
 
 
 def declare_small(module, kernel="conv"):
-    branches = (ConvBranch(kernel, "scale"), IdentityBranch("identity"))
+    branches = ConvBranch(kernel, "scale"), IdentityBranch("identity")
+    branches = branches[: 2 if module.conv.stride == (1, 1) else 1]
     return Declaration(Block(Target(kernel, (3, 3, 1, 1)), branches), module.conv.stride[0], before=module.inner)
 
 
@@ -559,3 +562,83 @@ def test_one_run_of_a_converted_network(name):
 def difference(a, b):
     pairs = zip(repopt.declared_blocks(a), repopt.declared_blocks(b), strict=True)
     return max(float((x.kernel() - y.kernel()).norm() / y.kernel().norm()) for (_, x), (_, y) in pairs)
+
+
+class Full(nn.Module):
+    """All that a declaration can forget: something before, three branches at a stride, something after."""
+
+    def __init__(self, stride=1, act=None):
+        super().__init__()
+        self.before = nn.Conv2d(3, 4, 1)
+        self.wide = nn.Sequential(nn.Conv2d(4, 4, 3, stride, 2, dilation=2, bias=False), nn.BatchNorm2d(4, eps=0.1))
+        self.narrow = nn.Sequential(nn.Conv2d(4, 4, 1, stride), nn.BatchNorm2d(4))
+        self.norm, self.act = nn.BatchNorm2d(4), act or nn.SiLU(inplace=True)
+
+    def forward(self, x):
+        x = self.before(x)
+        y = self.wide(x) + self.narrow(x)
+        return self.act(y + self.norm(x) if self.wide[0].stride == (1, 1) else y)
+
+
+def declaration_of(module, without=(), **changes):
+    stride = module.wide[0].stride[0]
+    branches = (ConvBranch("wide", "scale_wide", size=3), ConvBranch("narrow", "scale_narrow"))
+    branches += (IdentityBranch("identity"),) * (stride == 1)
+    block = Block(Target("conv", (4, 4, 3, 3)), tuple(b for b in branches if b.kernel not in without))
+    whole = {"stride": stride, "dilation": 2, "before": module.before, "after": module.act}
+    return Declaration(block, **(whole | changes))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_declaration_that_is_right(stride, device):
+    repopt.register_block(Full)(declaration_of)
+    network = nn.Sequential(Full(stride)).to(device)
+    generator = torch.get_rng_state()
+    check_declaration(network[0], declaration_of(network[0]))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert network[0].wide[1].running_mean.is_meta or not network[0].wide[1].running_mean.any()
+
+
+OTHER = "it is declared to be another function: "
+DIFFER = OTHER + "on random statistics and input the outputs differ by"
+
+
+@pytest.mark.parametrize(
+    ("stride", "forgotten", "message"),
+    [
+        (2, {"stride": 1}, OTHER + r"of \(1, 3, \d+, \d+\) it makes \(1, 4, .*\(its stride\?\)$"),
+        (1, {"dilation": 1}, DIFFER),
+        (1, {"after": nn.Identity()}, DIFFER),
+        (1, {"after": nn.ReLU()}, DIFFER),
+        (1, {"without": ["identity"]}, DIFFER),
+        (1, {"without": ["narrow"]}, r"its convolution with a kernel of \(4, 4, 1, 1\) is not declared$"),
+        (1, {"before": nn.Conv2d(3, 4, 1)}, "its convolution with a kernel of "),
+    ],
+)
+@pytest.mark.parametrize("mode", ["hs", "csla", "target"])
+def test_a_declaration_of_another_function_is_refused(stride, forgotten, message, mode):
+    repopt.register_block(Full)(functools.partial(declaration_of, **forgotten))
+    with pytest.raises(UserError, match=rf"^cannot convert '1' \(Full\): {message}"):
+        repopt.convert_model(nn.Sequential(nn.ReLU(), Full(stride)), mode)
+
+
+def test_a_branch_that_is_not_there_is_refused():
+    def declare(module):
+        block = declaration_of(module).block
+        more = ConvBranch("row", "scale_row", size=(1, 3))
+        return dataclasses.replace(declaration_of(module), block=Block(block.target, (*block.branches, more)))
+
+    repopt.register_block(Full)(declare)
+    message = r"branch 'row' is declared with a kernel of \(4, 4, 1, 3\), and no such one was run$"
+    with pytest.raises(UserError, match=message):
+        repopt.convert_model(Full(), "hs")
+
+
+def test_a_module_that_does_not_run_is_refused():
+    repopt.register_block(Full)(declaration_of)
+    network = Full(act=nn.Linear(5, 5))
+    with pytest.raises(
+        UserError, match=r"^cannot convert Full: it cannot be run on an input of \(1, 3, 10, 10\): mat1"
+    ):
+        repopt.convert_model(network, "hs")
