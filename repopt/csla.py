@@ -334,6 +334,8 @@ class _Merge(torch.autograd.Function):
     the backward pass, so that a hyper-search costs little more than the training of a plain network.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(block: Block, *tensors: Tensor | None) -> Tensor:
         target = block.target

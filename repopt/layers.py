@@ -108,6 +108,10 @@ class RepConv2d(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse `torch.jit.script`, which would put what it compiles into the network in this one's place."""
+        raise UserError("torch.jit.script takes another network with declared blocks after repopt.deploy")
+
     def folded(self, bn: nn.BatchNorm2d) -> nn.Conv2d:
         """Return the convolution with a bias that this one and a batch norm after it are in eval mode."""
         scale, shift = batch_norm_as_affine(bn)

@@ -14,6 +14,7 @@ from repopt.csla import Block, IdentityBranch
 from repopt.errors import UserError, one_line
 from repopt.layers import batch_norm_as_affine, conv2d_of
 
+
 class _Call(NamedTuple):
     """What a convolution or batch norm took (as it was then), and what it returned."""
 

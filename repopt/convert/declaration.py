@@ -10,6 +10,7 @@ from torch import nn
 
 from repopt.csla import Block
 
+
 @dataclass(frozen=True)
 class Declaration:
     """What a module computes, ``after(bn(conv2d(before(x))))``, once the sum of its branches is declared.

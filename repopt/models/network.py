@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from timm.layers import SelectAdaptivePool2d
 from timm.models import FeatureInfo
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from typing_extensions import override
 
 from repopt.errors import UserError, shown
-from repopt.layers import checkpoint_forward
+from repopt.layers import RepConv2d, checkpoint_forward
 
 POOLS = ("", "avg", "max", "avgmax")
 
@@ -212,6 +212,20 @@ class Network(nn.Module):
         if num_classes:
             classifier = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
         setattr(self, self.classifier_name, classifier.train(self.training))
+
+    def __prepare_scriptable__(self) -> fx.GraphModule:
+        """Return what `torch.jit.script` compiles: the operations of the forward pass, under the names of here.
+
+        Raises:
+            UserError: the branches of hs and csla modes are added up by operations that it does not know.
+        """
+        if any(isinstance(module, RepConv2d) and module.mode != "target" for module in self.modules()):
+            raise UserError("torch.jit.script takes a network in target mode, or one after repopt.deploy")
+        traced = fx.symbolic_trace(self)
+        for node in traced.graph.nodes:
+            node.type = None  # annotations are text here, which it cannot read
+        traced.recompile()
+        return traced
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Set whether every block's activations are computed again in the backward pass instead of kept."""

@@ -98,3 +98,50 @@ def test_unknown_names_get_the_nearest():
         repopt.create_model("RepOpt-VGG-B11", mode="hs")
     with pytest.raises(UserError, match="allowed: csla, hs, repvgg, target"):
         repopt.create_model("RepOpt-VGG-B1", mode="rep")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("arch", ["RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x"])
+@pytest.mark.parametrize("form", ["target", "deployed", "features"])
+def test_torchscript(arch, form):
+    model = repopt.create_model(arch, mode="target", num_classes=3).eval()
+    model = repopt.deploy(model) if form == "deployed" else model
+    model = model.to_features([1, -1]) if form == "features" else model
+    scripted = torch.jit.script(model)
+    assert scripted.state_dict().keys() == model.state_dict().keys()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(scripted(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_torchscript_of_other_forms_is_refused():
+    model = repopt.create_model("RepOpt-VGG-nano", mode="hs", num_classes=3)
+    with pytest.raises(UserError, match=r"^torch.jit.script takes a network in target mode, or one after repopt.deplo"):
+        torch.jit.script(model)
+    with pytest.raises(UserError, match=r"^torch.jit.script takes another network with declared blocks after repopt.d"):
+        torch.jit.script(torch.nn.Sequential(model.stage1, torch.nn.Flatten()))
+
+
+@pytest.mark.parametrize("form", ["networks", "images"])
+def test_many_networks_at_once(form):
+    """torch.func: an ensemble of hyper-searches, and the gradients of every image of a batch."""
+    models = [repopt.create_model("RepOpt-VGG-nano", mode="hs", num_classes=3).double().eval() for _ in range(2)]
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+    def loss(params, buffers, x):
+        return torch.func.functional_call(models[0], (params, buffers), (x,)).square().sum()
+
+    if form == "networks":
+        params, buffers = torch.func.stack_module_state(models)
+        pairs = [(model, images) for model in models]
+        found = torch.func.vmap(torch.func.grad(loss), in_dims=(0, 0, None))(params, buffers, images)
+    else:
+        params, buffers = (dict(named) for named in (models[0].named_parameters(), models[0].named_buffers()))
+        pairs = [(models[0], image[None]) for image in images]
+        of_one = torch.func.grad(lambda params, buffers, image: loss(params, buffers, image[None]))
+        found = torch.func.vmap(of_one, in_dims=(None, None, 0))(params, buffers, images)
+    for number, (model, x) in enumerate(pairs):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        for name, param in model.named_parameters():
+            torch.testing.assert_close(found[name][number], param.grad, rtol=1e-10, atol=1e-12)
