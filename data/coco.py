@@ -143,7 +143,7 @@ def tools() -> ModuleType:
         import pycocotools.coco
         import pycocotools.mask
     except ImportError:
-        raise UserError("detection needs pycocotools (pip install -r requirements-downstream.txt)") from None
+        raise UserError("detection needs pycocotools (pip install 'repopt[downstream]')") from None
     return pycocotools
 
 

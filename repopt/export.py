@@ -1,6 +1,6 @@
 """A network as files that other software runs: ONNX, safetensors, torch.export packages.
 
-Needs an extra: requirements-deploy.txt.
+Needs the extra deploy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
     from onnxscript import opset20 as op
     from safetensors.torch import save as as_safetensors
 except ImportError as error:
-    raise UserError(f"exporting needs more (pip install -r requirements-deploy.txt): {one_line(error)}") from None
+    raise UserError(f"exporting needs more (pip install 'repopt[deploy]'): {one_line(error)}") from None
 
 OPSET = 20
 INPUT, OUTPUT = "images", "logits"

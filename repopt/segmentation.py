@@ -2,7 +2,7 @@
 
     model = create_segmenter("RepOpt-VGG-B1", mode="target", num_classes=19)
 
-The package is an extra: requirements-downstream.txt.
+The package is the extra downstream.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BODY = "encoder.model"  # where the backbone stands in the network
 IGNORED = 255  # label of pixels that count neither in training nor in evaluation
 MULTIPLE = 32  # of which height and width of what the network sees have to be
 REDUCTIONS = [4, 8, 16, 32]  # of the features that UPerNet takes
-NEEDS = "segmentation needs {} (pip install -r requirements-downstream.txt)"
+NEEDS = "segmentation needs {} (pip install 'repopt[downstream]')"
 
 
 def create_segmenter(name: str, *, mode: str, num_classes: int, channels: int = 256, **backbone: Any) -> nn.Module:

@@ -2,7 +2,7 @@
 
     python scripts/demo_int8.py [vgg|ghost]
 
-After `bash scripts/demo.sh`, with requirements-deploy.txt installed. Quantizes the plain networks under the
+After `bash scripts/demo.sh`, with the extra deploy installed. Quantizes the plain networks under the
 RepOptimizer and the folded baselines of all seeds, under every preset and by both methods, with scripts/quantize.py;
 everything goes to output/demo/int8/. A second start goes on where the first stopped.
 """

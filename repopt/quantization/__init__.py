@@ -4,7 +4,7 @@
     calibrate(prepared, batches)  # and after "qat", train it
     int8 = convert(prepared)
 
-All that is known of torchao stands in this package. It is an extra: requirements-deploy.txt.
+All that is known of torchao stands in this package. It is the extra deploy.
 """
 
 import logging
@@ -20,7 +20,7 @@ try:
 
     pytree_logger.setLevel(level)
 except ImportError as error:
-    raise UserError(f"quantization needs torchao (pip install -r requirements-deploy.txt): {one_line(error)}") from None
+    raise UserError(f"quantization needs torchao (pip install 'repopt[deploy]'): {one_line(error)}") from None
 
 from repopt.quantization.flow import (
     MAX_BATCH,

@@ -629,7 +629,7 @@ def test_a_set_in_which_nothing_is_annotated(root):
 def test_without_pycocotools(made, monkeypatch):
     for name in ("pycocotools", "pycocotools.coco", "pycocotools.mask"):
         monkeypatch.setitem(sys.modules, name, None)
-    needs = r"^detection needs pycocotools \(pip install -r requirements-downstream.txt\)$"
+    needs = r"^detection needs pycocotools \(pip install 'repopt\[downstream\]'\)$"
     with pytest.raises(UserError, match=needs):
         Detection(source_at(made)).ground_truth  # noqa: B018
     with pytest.raises(UserError, match=needs):

@@ -663,6 +663,6 @@ def test_without_pycocotools(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "train.evaluation.coco", raising=False)
     monkeypatch.delattr("train.evaluation.coco", raising=False)
-    with pytest.raises(UserError, match=r"pip install -r requirements-downstream.txt\)") as caught:
+    with pytest.raises(UserError, match=r"pip install 'repopt\[downstream\]'\)") as caught:
         evaluate(SimpleNamespace(), [], PRECISION, ground_truth=None, category_ids=CATEGORIES)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Detections as COCO has them, and its measures of them; an extra: requirements-downstream.txt."""
+"""Detections as COCO has them, and its measures of them; the extra downstream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ try:
     from pycocotools.cocoeval import COCOeval
 except ImportError as error:
     raise UserError(
-        f"detection is evaluated by pycocotools (pip install -r requirements-downstream.txt): {one_line(error)}"
+        f"detection is evaluated by pycocotools (pip install 'repopt[downstream]'): {one_line(error)}"
     ) from None
 
 Result = dict[str, Any]
