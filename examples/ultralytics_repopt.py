@@ -69,15 +69,12 @@ def declare_rep_vgg_dw(block: RepVGGDW) -> Declaration:
 def declaration(large: Conv, small: Conv, act: nn.Module, *, identity: bool = False) -> Declaration:
     """Return what two convolutions side by side, an identity and the activation of their sum are."""
     conv, bn = large.conv, large.bn
-    convs = [
-        ConvBranch(name, f"scale_{name}", size=m.conv.kernel_size)
-        for name, m in [("conv", large), ("conv_small", small)]
-    ]
-    branches = (*convs, IdentityBranch("scale_identity")) if identity else tuple(convs)
+    branches = [ConvBranch("conv", "scale_conv", size=conv.kernel_size)]
+    branches += [ConvBranch("conv_small", "scale_small", size=small.conv.kernel_size)]
+    branches += [IdentityBranch("scale_identity")] if identity else []
+    block = Block(Target("conv", tuple(conv.weight.shape), conv.groups), tuple(branches))
     bn = nn.BatchNorm2d(bn.num_features, bn.eps, bn.momentum)
-    return Declaration(
-        Block(Target("conv", tuple(conv.weight.shape), conv.groups), branches), conv.stride[0], bn=bn, after=act
-    )
+    return Declaration(block, stride=conv.stride[0], bn=bn, after=act)
 
 
 def with_notes_of(before: nn.Module, after: nn.Module) -> nn.Module:
@@ -130,24 +127,24 @@ class RepOptTrainer(BaseTrainer):
         self.rule = type(plain)
         return self.hold_branches()
 
-    def hold_branches(self) -> Optimizer:
+    def hold_branches(self) -> repopt.BranchOptimizer:
         """Return an optimizer with new branches, whose scales are searched, or those that were found."""
         model = unwrap_model(self.model)
         branches = repopt.hold_branches(model, self.scales, keep_weights=self.keep_weights)
         order = [name for name, _ in model.named_parameters()]
-        optimizer = repopt.BranchOptimizer(self.groups, self.rule, branches, max_norm=MAX_NORM, order=order)
-        return optimizer if self.scales is None else self.without_search(optimizer)
+        return repopt.BranchOptimizer(self.groups, self.rule, branches, max_norm=MAX_NORM, order=order)
 
-    def without_search(self, optimizer: repopt.BranchOptimizer) -> Optimizer:
-        """Return the optimizer that goes on with constant scales: of SGD's branches nothing else is left."""
-        optimizer.freeze_scales()
-        return optimizer.collapsed() if self.rule is torch.optim.SGD else optimizer
+    def go_on_with(self, optimizer: repopt.BranchOptimizer) -> None:
+        """Train by another optimizer; of SGD's branches with constant scales only multipliers are left."""
+        constant = self.scales is not None and self.rule is torch.optim.SGD
+        self.optimizer = self.scheduler.optimizer = optimizer.collapsed() if constant else optimizer
 
     def end_search(self) -> None:
         """Make constants of the scales if their epochs are over."""
         if self.scales is None and self.epoch >= self.search_epochs:
+            self.optimizer.freeze_scales()
             self.scales = repopt.extract_scales(unwrap_model(self.model), self.optimizer.branches)
-            self.optimizer = self.scheduler.optimizer = self.without_search(self.optimizer)
+            self.go_on_with(self.optimizer)
 
     @override
     def optimizer_step(self) -> None:
@@ -174,8 +171,8 @@ class RepOptTrainer(BaseTrainer):
         run = (ckpt.get("optimizer") or {}).get("repopt")
         if run is None:
             raise UserError(f"{self.args.model} holds no branches to go on with: resume a run of this trainer")
-        self.scales, self.search_epochs = run["scales"], run["search_epochs"]
-        self.optimizer = self.scheduler.optimizer = self.hold_branches()
+        self.scales, self.search_epochs, self.keep_weights = run["scales"], run["search_epochs"], False
+        self.go_on_with(self.hold_branches())
         unwrap_model(self.model).load_state_dict(run["model"])
         super()._load_checkpoint_state(ckpt | {"optimizer": run["optimizer"]})
 
@@ -214,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         trainer = RepOptDetectionTrainer(overrides=settings, search_epochs=args.search)
         trainer.train()
     except UserError as error:
-        parser.error(str(error))
+        raise SystemExit(f"{parser.prog}: {error}") from None
     network = deployed(trainer.best)
     network.save(trainer.best.with_name("plain.pt"))
     return Path(network.export(format="torchscript"))

@@ -11,6 +11,7 @@ import repopt
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
+TRAINERS = {"ultralytics_repopt"}  # of frameworks, which examples/test_ultralytics.py runs
 
 
 def main_of(name):
@@ -22,11 +23,11 @@ def main_of(name):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_they_are_short(path):
-    assert len(path.read_text().splitlines()) < 60
+    assert len(path.read_text().splitlines()) < (240 if path.stem in TRAINERS else 60)
 
 
 def test_every_example_is_run_here():
-    assert [path.stem for path in FILES] == ["convert", "finetune_timm", "int8", "own_loop"]
+    assert {path.stem for path in FILES} - TRAINERS == {"convert", "finetune_timm", "int8", "own_loop"}
 
 
 def test_own_loop():

@@ -48,7 +48,7 @@ def check_declaration(module: nn.Module, declaration: Declaration) -> None:
         torch.manual_seed(0)
         _randomize(parts)
         size = 4 * declaration.stride + declaration.dilation * max(target.shape[2:])
-        x = torch.randn(1, _in_channels(declaration), size, size, device="cpu")
+        x = torch.randn(1, _in_channels(declaration), size, size, device="cpu", dtype=torch.float32)
     parts.eval()
     others = {*declaration.before.modules(), *declaration.after.modules()}
     try:

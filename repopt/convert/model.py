@@ -120,8 +120,9 @@ def _converted(module: nn.Module, path: str, mode: Mode, depth: _Depth) -> nn.Mo
         if isinstance(error, UserError):
             raise UserError(f"cannot convert {which}: {error}") from None
         raise UserError(f"cannot convert {which}: its declaration raised {type(error).__name__}: {error}") from error
-    for name, value in vars(module).items():  # what a framework has noted on it
-        if not hasattr(new, name):
+    for name, value in vars(module).items():  # what a framework has noted on it, be it in the place of a method
+        of_all = name not in vars(new) and hasattr(nn.Module, name)
+        if not hasattr(new, name) or (of_all and getattr(type(new), name) is getattr(nn.Module, name)):
             setattr(new, name, value)
     like = next(module.parameters())
     return new.to(like.device, like.dtype).train(module.training)

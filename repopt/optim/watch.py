@@ -122,7 +122,7 @@ def warn(what: str) -> None:
 @functools.cache
 def _versions_of_an_unscaling() -> int:
     """Return by how many versions a GradScaler's writing counts a gradient up, which torch leaves open."""
-    gradient, found_inf, inverse_scale = torch.zeros(3, 1, device="cpu").unbind()
+    gradient, found_inf, inverse_scale = torch.zeros(3, 1, device="cpu", dtype=torch.float32).unbind()
     torch._amp_foreach_non_finite_check_and_unscale_([gradient], found_inf, inverse_scale)
     return gradient._version
 

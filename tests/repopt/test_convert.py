@@ -502,9 +502,21 @@ def test_names_that_are_taken(name, mode):
 
 def test_what_a_framework_has_noted_on_a_module_stays():
     network = vgg()
-    network.stages[0][0].f, network.stages[0][0].out_channels = -1, 8
-    converted = repopt.convert_model(network, "target")
-    assert (converted.stages[0][0].f, converted.stages[0][0].out_channels) == (-1, 8)
+    block = network.stages[0][0]
+    block.f, block.out_channels, block.type, block.training, block.kernel = -1, 8, "a method", False, 3
+    converted = repopt.convert_model(network, "target").stages[0][0]
+    assert (converted.f, converted.out_channels, converted.type, converted.training) == (-1, 8, "a method", False)
+    assert converted.kernel().shape == (8, 8, 3, 3)
+
+
+@pytest.mark.parametrize("mode", ["hs", "target"])
+def test_another_default_type(mode):
+    torch.set_default_dtype(torch.float64)
+    try:
+        converted = repopt.convert_model(vgg(), mode)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert next(converted.parameters()).dtype is torch.float64
 
 
 def test_from_a_search_to_a_deployed_network(tmp_path):

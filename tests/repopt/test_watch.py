@@ -157,6 +157,15 @@ def test_a_clip_after_an_unscaling_is_told_of(form, rule, before):
     assert [warning.startswith(CHANGED) for warning in said(step)] == [True]
 
 
+def test_another_default_type():
+    watch._versions_of_an_unscaling.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert watch._versions_of_an_unscaling() in (0, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("unscaled", [True, False])
 def test_the_clip_of_the_multi_branch_norm_knows_of_loss_scales(unscaled):
     """Clipped while they are multiplied by 65,536, gradients would be 65,536 times too small."""
