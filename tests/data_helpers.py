@@ -17,7 +17,7 @@ def error_of(loader):
     try:
         list(loader)
     except UserError as error:
-        return str(error)
+        return str(error.with_traceback(None))
     return ""
 
 
