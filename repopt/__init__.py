@@ -19,6 +19,7 @@ from repopt.models import create_model, list_models
 from repopt.optim import (
     BranchOptimizer,
     HeldBranches,
+    JointOptimizer,
     RepAdam,
     RepAdamW,
     RepLion,
@@ -51,6 +52,7 @@ __all__ = [
     "GradMult",
     "HeldBranches",
     "IdentityBranch",
+    "JointOptimizer",
     "RepAdam",
     "RepAdamW",
     "RepConv2d",

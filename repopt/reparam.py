@@ -132,7 +132,7 @@ def build_optimizer(
         arguments |= {key: value for key, value in settings.items() if key in rule.hyperparameters}
         mults = grad_mults(model, scales, degree=rule.rep.degree)
         optimizer = rule.rep(groups, grad_mults=mults, implementation=implementation, **arguments)
-        return optimizer if max_norm is None else optimizer.clip_to(max_norm, grad_mults(model, scales, degree=1))
+        return optimizer.clip_to(max_norm, None if rule.rep.degree == 1 else grad_mults(model, scales, degree=1))
     plain, hyperparameters = plain_rule(name)
     arguments |= {key: value for key, value in settings.items() if key in hyperparameters}
     try:

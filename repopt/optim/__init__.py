@@ -13,6 +13,7 @@ from repopt.optim.adam import RepAdam, RepAdamW
 from repopt.optim.base import Implementation, NamedParams, RepOptimizer
 from repopt.optim.clip import clip_grad_norm_
 from repopt.optim.held import BranchOptimizer, HeldBranches
+from repopt.optim.joint import JointOptimizer
 from repopt.optim.lion import RepLion
 from repopt.optim.rmsprop import RepRMSprop
 from repopt.optim.sgd import RepSGD
@@ -90,6 +91,7 @@ __all__ = [
     "BranchOptimizer",
     "HeldBranches",
     "Implementation",
+    "JointOptimizer",
     "OptimizerPair",
     "RepAdam",
     "RepAdamW",

@@ -51,7 +51,7 @@ class RepOptimizer(torch.optim.Optimizer):
             warning says so, and steps are eager. A parameter's first step, in which its state is made, is eager.
 
     Attributes:
-        max_norm: see `clip_to`; None without clipping.
+        max_norm: see `clip_to`; None without clipping. It may be changed at any time.
         norm: of the multi-branch network's gradients in the last step, before they were clipped; None without clipping.
 
     Raises:
@@ -85,7 +85,7 @@ class RepOptimizer(torch.optim.Optimizer):
         self._unmatched_mults: dict[str, GradMult] | None = dict(grad_mults)
         self.max_norm: float | None = None
         self.norm: Tensor | None = None
-        self._norm_mults: Mapping[str, GradMult] = {}
+        self._norm_mults: Mapping[str, GradMult] | None = None  # of degree 1; None = the optimizer's own
         super().__init__(params, defaults)
         check_all_matched(self._unmatched_mults, named_in(self.param_groups))
         self._unmatched_mults = None
@@ -124,10 +124,28 @@ class RepOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: multipliers of another degree, or of other parameters.
         """
-        mults = self.grad_mults if grad_mults is None else dict(grad_mults)
-        check_norm_mults(mults, named_in(self.param_groups))
-        self.max_norm, self.norm, self._norm_mults = max_norm, None, mults
+        if grad_mults is not None:
+            check_norm_mults(grad_mults, named_in(self.param_groups))
+        self.max_norm, self.norm, self._norm_mults = max_norm, None, grad_mults
+        if max_norm is not None:
+            self._mults_of_norm()
         return self
+
+    def grad_norm(self) -> Tensor:
+        """Return the 2-norm over all gradients of the multi-branch network as they are now, a scalar tensor.
+
+        Raises:
+            UserError: the multipliers of degree 1 are not known (`clip_to`).
+        """
+        return multi_branch_norm(params_in(self.param_groups), self._mults_of_norm())
+
+    def _mults_of_norm(self) -> Mapping[str, GradMult]:
+        own = self.grad_mults
+        mults = own if self._norm_mults is None else self._norm_mults
+        check_norm_mults(mults, mults)
+        if missing := own.keys() - mults.keys():
+            raise UserError(f"the norm lacks the multiplier of {min(missing)!r}: give clip_to those of all kernels")
+        return mults
 
     def multiplier_bytes(self) -> int:
         """Return the memory that the multipliers take, with the copies and layouts made of them, in bytes."""
@@ -259,7 +277,7 @@ class RepOptimizer(torch.optim.Optimizer):
 
     def _scale_to_clip(self, max_norm: float, scale: Tensor | None) -> Tensor:
         """Return what the gradients are divided by, so that they are neither scaled by `scale` nor above `max_norm`."""
-        norm = multi_branch_norm(params_in(self.param_groups), self._norm_mults)
+        norm = self.grad_norm()
         self.norm = norm if scale is None else norm / scale
         factor = clip_factor(self.norm, max_norm)
         return 1 / factor if scale is None else scale / factor

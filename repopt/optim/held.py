@@ -221,10 +221,10 @@ class BranchOptimizer(torch.optim.Optimizer):
         self._derive_gradients()
         gradients = {param: param.grad for param in self._trained() if param.grad is not None}
         if grad_scale is not None:
-            _scale_gradients([*gradients], 1 / grad_scale)
+            scale_gradients([*gradients], 1 / grad_scale)
         if self.max_norm is not None:
             self.norm = nn.utils.get_total_norm([param.grad for param in gradients if param.grad is not None])
-            _scale_gradients([*gradients], clip_factor(self.norm, self.max_norm))
+            scale_gradients([*gradients], clip_factor(self.norm, self.max_norm))
         self._step_rule(found_inf)
         for param, gradient in gradients.items():  # those of the model are as they were
             param.grad = gradient
@@ -232,6 +232,15 @@ class BranchOptimizer(torch.optim.Optimizer):
         for held in self.branches.values():
             held.set_gradients({})
         return loss
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Return the 2-norm over all gradients of the multi-branch network as they are now, a scalar tensor."""
+        self._derive_gradients()
+        norm = nn.utils.get_total_norm([param.grad for param in self._trained() if param.grad is not None])
+        for held in self.branches.values():
+            held.set_gradients({})
+        return norm
 
     def _follow_replacements(self) -> None:
         """Find the model's parameters again where others have been put into the groups in their places.
@@ -471,7 +480,7 @@ def _one_kernel_for_many() -> dict[str, Any]:
     return options
 
 
-def _scale_gradients(params: Sequence[Tensor], factor: Tensor) -> None:
+def scale_gradients(params: Sequence[Tensor], factor: Tensor) -> None:
     """Give parameters new gradients: theirs times a number, which may be on another device."""
     on_device: dict[torch.device, list[Tensor]] = {}
     for param in params:
