@@ -9,6 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import repopt
 from train import config
 from train.checkpoint import RunFolder
 from train.distributed import World
@@ -25,6 +26,14 @@ def network(seed=0, dropout=0.0):
     torch.manual_seed(seed)
     layers = nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 4)
     return nn.Sequential(*layers).double()
+
+
+def three_blocks(mode):
+    """The beginning of a RepOpt-VGG, with a classifier of 10 classes."""
+    torch.manual_seed(0)
+    whole = repopt.create_model("RepOpt-VGG-nano", mode=mode, layers=(2, 1, 1, 1), widths=(0.1, 0.1, 0.1, 0.1))
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(whole.stage1[-1].bn.num_features, 10)
+    return nn.Sequential(whole.stage0, whole.stage1, *head).double()
 
 
 class Batches:

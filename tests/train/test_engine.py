@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
-from train_helpers import CPU, Batches, Listed, Reports, make_state, network, run_epoch, trainer
+from train_helpers import CPU, Batches, Listed, Reports, make_state, network, run_epoch, three_blocks, trainer
 
 import repopt
 from repopt import checkpoint
@@ -625,10 +625,7 @@ class TestCompiled:
     def test_it_follows_the_eager_one(self, mode):
         losses = []
         for change in (lambda model: model, lambda model: compiled(model, CPU)):
-            torch.manual_seed(0)
-            model = repopt.create_model(
-                "RepOpt-VGG-nano", mode=mode, num_classes=10, layers=(2, 1, 1, 1), widths=(0.1, 0.1, 0.1, 0.1)
-            ).double()
+            model = three_blocks(mode)
             trained = change(model)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             images = torch.randn(4, 8, 3, 32, 32, dtype=torch.float64)

@@ -5,20 +5,14 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from train_helpers import CPU, Listed, run_epoch
+from train_helpers import CPU, Listed, run_epoch, three_blocks
 
-import repopt
 from train.compilation import compiled
 from train.parallel import data_parallel
 
 
-def gradients(rank, compile_, accumulated):
-    """Of a small hyper-search after one step, in which every process has images of its own."""
-    torch.manual_seed(0)
-    model = repopt.create_model(
-        "RepOpt-VGG-nano", mode="hs", num_classes=10, layers=(2, 1, 1, 1), widths=(0.1, 0.1, 0.1, 0.1)
-    ).double()
-    trained = data_parallel(compiled(model, CPU) if compile_ else model, CPU)
+def gradients(rank, model, trained, accumulated):
+    """After one step, in which every process has images of its own; the weights stay."""
     source = torch.Generator().manual_seed(rank)
     batches = [
         (torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=source), torch.randint(10, (4,), generator=source))
@@ -30,7 +24,7 @@ def gradients(rank, compile_, accumulated):
         kept.update({name: p.grad.clone() for name, p in model.named_parameters()})
         return torch.ones(())
 
-    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.1), Listed(batches)
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.0), Listed(batches)
     run_epoch(model, loader, optimizer, model=trained, clip=keep_gradients, TRAIN__ACCUMULATION_STEPS=accumulated)
     return kept
 
@@ -38,10 +32,12 @@ def gradients(rank, compile_, accumulated):
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    models = three_blocks("hs"), three_blocks("hs")
+    ways = data_parallel(models[0], CPU), data_parallel(compiled(models[1], CPU), CPU)
     for accumulated in (1, 2):
-        eager, compiled = (gradients(rank, compile_, accumulated) for compile_ in (False, True))
+        eager, by_program = (gradients(rank, *way, accumulated) for way in zip(models, ways, strict=True))
         for name, gradient in eager.items():
-            torch.testing.assert_close(compiled[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(by_program[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
             mine, of_all = gradient.clone(), gradient.clone()
             dist.all_reduce(of_all)
             torch.testing.assert_close(of_all / 2, mine)
