@@ -1,6 +1,7 @@
 """What tests share."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -33,6 +34,13 @@ def _where_it_runs(request, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     elif not GPU and not (DEVICE.type == "cpu" and "device" in request.fixturenames):
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_for_the_garbage_collector():
+    """What the modules before have left is not gone through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
