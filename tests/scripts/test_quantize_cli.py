@@ -120,7 +120,7 @@ def test_export_of_what_was_trained(target, tmp_path):
 def test_training_on_in_two_processes(repvgg, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "scripts" / "quantize.py"), "--cfg", str(RECIPE), "--arch", REPVGG, "--method", "qat"]
-    command += ["--resume", str(repvgg), "--output", str(tmp_path), "--opts", "TRAIN.EPOCHS", "2"]
+    command += ["--resume", str(repvgg), "--output", str(tmp_path), "--opts", "TRAIN.EPOCHS", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from test_cli import DIGITS, HS, TARGET, assert_equal, main, run
+from test_cli import DIGITS, HS, TARGET, assert_equal, main, run_or_main
 
 import repopt
 from repopt import checkpoint
@@ -40,9 +40,10 @@ def test_stopped_after_every_checkpoint_it_is_the_uninterrupted_one(tmp_path, st
 def test_two_processes_are_one_that_accumulates(tmp_path):
     """Each process holds branches of its own, which stay the same in both: so do kernels and scales, to rounding."""
     options = [*DIGITS, *SHORT, "DATA.BATCH_SIZE", 25, "TRAIN.EPOCHS", 2, "TRAIN.BASE_LR", 0.1, "TRAIN.CLIP_GRAD", 1.0]
+    options += ["TEST.PERIOD", 2]
     for processes, accumulation in ((0, 2), (2, 1)):
         common = ("--arch", TARGET, "--tag", f"by{processes}", "--output", tmp_path)
-        run(*common, "--accumulation-steps", accumulation, "--opts", *options, processes=processes)
+        run_or_main(*common, "--accumulation-steps", accumulation, "--opts", *options, processes=processes)
     one, two = (latest(tmp_path, f"by{processes}") for processes in (0, 2))
     for key in ("model", "scales"):
         for name, value in one[key].items():
@@ -133,10 +134,10 @@ def test_the_hyper_search_computes_as_the_network_with_branches(monkeypatch, tmp
 
 def test_a_network_of_another_library_is_trained_as_it_is(tmp_path):
     """Under its own name and with its own weights; its branches are found before batch norms."""
-    arch = "timm/resnet10t-target"
+    arch = "timm/test_resnet-target"
     command = ("--arch", arch, "--output", tmp_path, "--opts", *DIGITS, *SHORT, "TRAIN.EPOCHS", 2)
     assert main(*command, "MODEL.PRIOR", "acnet") == 0
     content = checkpoint.read(tmp_path / arch / "default" / "latest.pth")
-    assert set(content["model"]) == set(timm.create_model("resnet10t", num_classes=10).state_dict())
+    assert set(content["model"]) == set(timm.create_model("test_resnet", num_classes=10).state_dict())
     assert {name.split(".")[-2] for name in content["scales"]} == {"scale_conv", "scale_wide", "scale_high"}
     assert main(*command, "MODEL.PRIOR", "repvgg", "TRAIN.EPOCHS", 3) == 2  # the branches are others
