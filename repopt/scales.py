@@ -86,7 +86,7 @@ class BoundScales:
         }
 
 
-Scales = Mapping[str, Tensor] | BoundScales
+Scales = Mapping[str, Tensor] | BoundScales | str | os.PathLike[str]
 
 
 def extract_scales(model: nn.Module, branches: Mapping[str, HeldBranches] | None = None) -> dict[str, Tensor]:
@@ -122,8 +122,8 @@ def bind(
 
     Args:
         model: in any mode of declared blocks.
-        scales: by name, (O,) each, from `load_scales` or `extract_scales`; None where there was no search. Scales that
-            are bound to this model already are not matched again.
+        scales: by name, (O,) each, from `load_scales` or `extract_scales`, or the path of a file (`load_scales`); None
+            where there was no search. Scales that are bound to this model already are not matched again.
         source: which scales are meant (table 4 of the paper): "searched"; "channel-mean", where every channel of a
             branch has the mean of its searched scales; "initial", those at which a hyper-search of the model begins;
             "one".
@@ -143,6 +143,8 @@ def bind(
     if scales is None:
         raise UserError(f"constants that are {source!r} come from a hyper-search: its scales are needed")
     if not isinstance(scales, BoundScales) or scales.model is not model:
+        if isinstance(scales, str | os.PathLike):
+            scales = load_scales(scales)
         given = scales.scales if isinstance(scales, BoundScales) else scales
         scales = BoundScales(model, _matched(model, given, prefix))
     if source == "searched":

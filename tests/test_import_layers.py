@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a file may import from its own layer and from those above it in this list.
 LAYERS = [
     {"repopt.errors", "repopt.archive"},
-    {"repopt.csla", "repopt.torchfile"},
+    {"repopt.csla", "repopt.drawn", "repopt.torchfile"},
     {"repopt.optim", "repopt.checkpoint"},
     {"repopt.layers"},
     {"repopt.blocks"},
     {"repopt.scales"},
     {"repopt.reparam"},
     {"repopt.branches", "repopt.declare", "repopt.models", "repopt.convert", "repopt.deploy"},
-    {"repopt.quantization", "repopt.export", "repopt.segmentation", "repopt.detection"},
+    {"repopt.quantization", "repopt.export", "repopt.segmentation", "repopt.detection", "repopt.integrations"},
     {"data"},
     {"train"},
     {"scripts", "main_repopt"},

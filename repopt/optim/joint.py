@@ -48,6 +48,7 @@ class JointOptimizer(torch.optim.Optimizer):
                     raise UserError(f"optimizers {owners[param]!r} and {name!r} have a parameter in common")
         super().__init__([{"params": [*owners]}], {})
         self._take_groups()
+        self.defaults = next(iter(self.optimizers.values())).defaults  # which frameworks show
 
     def _take_groups(self) -> None:
         self.param_groups[:] = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
