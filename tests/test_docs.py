@@ -61,7 +61,7 @@ def test_every_document_is_tested():
         "performance",
         "reliability",
         "reproduction",
-    }  # the first in test_convert, frameworks in test_loops, the last in test_soak; the links of all, and the API, by the site
+    }  # the first in test_convert, frameworks in test_loops, the last in test_soak; all links and the API by the site
     assert {path.stem for path in DOCS.glob("*.md")} == tested
 
 
