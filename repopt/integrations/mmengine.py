@@ -56,17 +56,16 @@ class RepOptWrapperConstructor:
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Return the wrapper of the optimizer of a model."""
         model = unwrapped(model)
-        scales = repopt.bind(model, self._scales, prefix=self._prefix)
         if self._others is None:
-            optimizer = self._by_rule(model, scales, self._max_norm)
+            optimizer = self._by_rule(model, repopt.bind(model, self._scales, prefix=self._prefix), self._max_norm)
         else:
             inner = model.get_submodule(self._prefix)
             own = {*inner.parameters()}
             rest = [param for param in model.parameters() if param.requires_grad and param not in own]
-            path = f"{self._prefix}."
-            of_inner = {name.removeprefix(path): value for name, value in scales.scales.items()}
+            if not rest:
+                raise UserError("others: there is nothing else in the model than what is under the prefix")
             optimizers = {
-                self._prefix: self._by_rule(inner, repopt.bind(inner, of_inner), None),
+                self._prefix: self._by_rule(inner, repopt.bind(inner, self._scales), None),
                 "others": OPTIMIZERS.build(self._others | {"params": rest}),
             }
             optimizer = repopt.JointOptimizer(optimizers, max_norm=self._max_norm)

@@ -180,6 +180,10 @@ def test_mmengine_trains_the_rest_by_another_rule():
         ),
         ({"clip_grad": {"max_norm": 1, "norm_type": 1}}, "clip_grad: the equivalence is kept by a clip by the 2"),
         ({"paramwise_cfg": {"scale": {}}}, "unknown setting of paramwise_cfg 'scale'; did you mean 'scales'"),
+        (
+            {"paramwise_cfg": {"scales": {}, "others": {"type": "AdamW"}}},
+            "others: there is nothing else in the model than what is under the prefix",
+        ),
         ({"paramwise_cfg": None}, "constants that are 'searched' come from a hyper-search: its scales are needed"),
     ],
 )
