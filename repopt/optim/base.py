@@ -53,6 +53,7 @@ class RepOptimizer(torch.optim.Optimizer):
     Attributes:
         max_norm: see `clip_to`; None without clipping. It may be changed at any time.
         norm: of the multi-branch network's gradients in the last step, before they were clipped; None without clipping.
+        watch: warns of gradients that something else has changed before a step.
 
     Raises:
         UserError: negative hyper-parameters, parameters without names, multipliers for names or shapes that are not
@@ -185,7 +186,7 @@ class RepOptimizer(torch.optim.Optimizer):
         if later and own is None and self._mults:
             warn_of_kernels(group["params"], "grad_mults")
         self._mults |= found
-        self._watch = self._new_watch()
+        self.watch = self._new_watch()
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse hyper-parameters of a group, given or loaded, that break the equivalence or are not followed here."""
@@ -247,7 +248,7 @@ class RepOptimizer(torch.optim.Optimizer):
                 loss = closure()
         amp_flags = {name: value for name in GRAD_SCALER_KEYS if (value := getattr(self, name, None)) is not None}
         self._follow_replacements()
-        self._watch.check(self)
+        self.watch.check(self)
         if self.max_norm is not None:
             amp_flags["grad_scale"] = self._scale_to_clip(self.max_norm, amp_flags.get("grad_scale"))
         if "found_inf" in amp_flags:
@@ -388,7 +389,7 @@ class RepOptimizer(torch.optim.Optimizer):
         self._flat_params = FlatParams()
         self._compiled_update = CompiledUpdate(self._rule)
         self._warned = False
-        self._watch = self._new_watch()
+        self.watch = self._new_watch()
 
     def _new_watch(self) -> GradientWatch:
         return GradientWatch({param: name for param, (name, _) in self._mults.items()})

@@ -117,6 +117,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         branches: as given.
         norm: of the multi-branch network's gradients in the last step, before they were clipped; None without
             ``max_norm``. Nothing waits for the device.
+        watch: as that of a `RepOptimizer`.
 
     Raises:
         UserError: parameters without names, or branches of names or shapes that are not among them.
@@ -185,7 +186,7 @@ class BranchOptimizer(torch.optim.Optimizer):
             self._inner.add_param_group(decayed)
         self._inner.add_param_group(rest)
         group.update(_hyper(self._inner.param_groups[-2]))
-        self._watch = self._new_watch()
+        self.watch = self._new_watch()
 
     def _new_watch(self) -> GradientWatch:
         return GradientWatch({self._params[name]: name for name in self.branches})
@@ -217,7 +218,7 @@ class BranchOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf, grad_scale = (getattr(self, name, None) for name in GRAD_SCALER_KEYS)
         self._follow_replacements()
-        self._watch.check(self)
+        self.watch.check(self)
         self._derive_gradients()
         gradients = {param: param.grad for param in self._trained() if param.grad is not None}
         if grad_scale is not None:
@@ -256,7 +257,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         self._params = {name: new[old] for name, old in self._params.items()}
         for group in self._inner.param_groups:
             group["params"] = [new.get(param, param) for param in group["params"]]
-        self._watch = self._new_watch()
+        self.watch = self._new_watch()
 
     def _derive_gradients(self) -> None:
         """Give the branches their gradients, where the plain kernel has one."""
@@ -452,7 +453,7 @@ class BranchOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watch = self._new_watch()
+        self.watch = self._new_watch()
 
 
 def _with_strides_of(param: Tensor, gradient: Tensor) -> Tensor:

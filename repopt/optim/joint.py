@@ -61,6 +61,9 @@ class JointOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for own in self.optimizers.values():
+            if isinstance(own, RepOptimizer | BranchOptimizer):
+                own.watch.check(self)
         found_inf, grad_scale = (getattr(self, name, None) for name in GRAD_SCALER_KEYS)
         factor = None if grad_scale is None else 1 / grad_scale
         if self.max_norm is not None:

@@ -137,6 +137,26 @@ def test_a_closure():
     assert_same(a, b)
 
 
+@FORMS
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+def test_a_clip_before_the_step_is_told_of(form, rule, max_norm):
+    model = net()
+    optimizer = joint(form, rule, model, max_norm=max_norm)
+    loss_of(model, batches(1)[0]).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    with pytest.warns(repopt.EquivalenceWarning, match="gradients were changed in place"):
+        optimizer.step()
+
+
+def test_a_clip_of_scaled_gradients_is_refused():
+    model = net()
+    optimizer, scaler = joint("compact", "sgd", model), torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, batches(1)[0])).backward()
+    repopt.clip_grad_norm_(model.named_parameters(), 0.01, repopt.grad_mults(model, scales(), degree=1))
+    with pytest.raises(UserError, match=r"^the gradients were clipped while they were multiplied by the loss scale"):
+        scaler.step(optimizer)
+
+
 def test_refused():
     model = net()
     backbone = of_form("compact", "sgd", model, **SGD)
