@@ -22,12 +22,22 @@ _FRAME = struct.Struct(">BHHB")  # bits, height, width, components
 
 
 def to_pillow(data: bytes) -> Image.Image:
-    """Return an RGB image.
+    """Return an RGB image; of 16 bits in one channel, as of 16 in three, the upper 8.
 
     Raises:
-        OSError: the bytes are no image that Pillow can decode, or one of more pixels than Pillow's limit.
+        OSError: the bytes are no image that Pillow can decode, one of more pixels than Pillow's limit, or one whose
+            values have no range (32 bits or floating point in one channel).
     """
-    return _decoded(data, lambda image: image.convert("RGB"))
+    return _decoded(data, _rgb)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image.load()
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"values without a range, in Pillow's mode {image.mode}: convert them to 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def to_values(data: bytes) -> np.ndarray:

@@ -54,19 +54,19 @@ def find_classes(root: str, split: str) -> list[str]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of a folder's folders, sorted.
+    """Return the names of a folder's folders, sorted, but for hidden ones.
 
     Raises:
         UserError: it has none.
     """
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"no class folders in {str(folder)!r}")
     return classes
 
 
 def open_split(root: str, split: str) -> Files:
-    """Return the images of one split, class by class, sorted by path.
+    """Return the images of one split, class by class, sorted by path; what is hidden is passed over.
 
     Raises:
         UserError: as `find_classes`, and where a class has no images.
@@ -75,8 +75,12 @@ def open_split(root: str, split: str) -> Files:
 
     classes = find_classes(root, split)
     folder = Path(root, split)
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(str(folder)) :]
+
     try:
-        found = make_dataset(str(folder), {c: i for i, c in enumerate(classes)}, IMG_EXTENSIONS)
+        found = make_dataset(str(folder), {c: i for i, c in enumerate(classes)}, is_valid_file=is_image)
     except FileNotFoundError as error:  # it lists the classes without images
         raise UserError(f"{str(folder)!r}: {error}") from error
     return Files(folder, *zip(*found, strict=True))

@@ -69,9 +69,18 @@ def training_state(
         scales: constants of a RepOptimizer.
         batches: of an epoch.
         plain, branches: see `plain_form`.
+
+    Raises:
+        UserError: a step accumulates more batches than an epoch has, or the optimizer refuses its settings.
     """
     cfg, world = task.cfg, task.world
-    images_per_step = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
+    accumulation = cfg.TRAIN.ACCUMULATION_STEPS
+    if accumulation > batches:
+        raise UserError(
+            f"TRAIN.ACCUMULATION_STEPS is {accumulation}, and an epoch has {batches} batches: a step would have fewer "
+            "images than its learning rate is for"
+        )
+    images_per_step = cfg.DATA.BATCH_SIZE * world.size * accumulation
     scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
     rule, multiplied = cfg.TRAIN.OPTIMIZER, scales_of_gradients(task, scales) if branches is None else None
     optimizer = repopt.build_optimizer(
@@ -88,7 +97,7 @@ def training_state(
         eps=rule.EPS,
         implementation=rule.IMPLEMENTATION,
     )
-    steps_per_epoch = count_steps(batches, cfg.TRAIN.ACCUMULATION_STEPS)
+    steps_per_epoch = count_steps(batches, accumulation)
     warmup_steps = cfg.TRAIN.WARMUP_STEPS
     schedule = build_schedule(
         optimizer,

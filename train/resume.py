@@ -29,10 +29,19 @@ def read_checkpoint(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
     """Return the checkpoint that is resumed, or None; every process reads the file once.
 
     What an earlier start of the same run left goes before --resume.
+
+    Raises:
+        UserError: --resume names the checkpoint of a training that has no epoch left.
     """
     own = read_own(cfg, folder)
     if own is None:
-        return checkpoint.read(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
+        content = checkpoint.read(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
+        if goes_on(content) and isinstance(last := content.get("epoch"), int) and last + 1 >= cfg.TRAIN.EPOCHS:
+            raise UserError(
+                f"{cfg.MODEL.RESUME!r} has trained {last + 1} epochs, and TRAIN.EPOCHS is {cfg.TRAIN.EPOCHS}: nothing "
+                "is left to train (more epochs train it on, --eval evaluates it)"
+            )
+        return content
     if cfg.MODEL.RESUME:
         logger.warning(f"this run goes on from its own checkpoint in {folder.path}, not from {cfg.MODEL.RESUME}")
     return own

@@ -1,5 +1,6 @@
 """Images in class folders, decoded by worker processes."""
 
+import io
 import pickle
 import random
 import shutil
@@ -12,6 +13,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from data import Augmentation, DatasetInfo, Source, describe
+from data.decode import to_pixels
 from repopt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -45,6 +47,39 @@ def same(a, b):
 def test_describe_counts_the_class_folders(image_folder):
     for dataset in ("folder", "imagenet"):
         assert describe(Source(dataset, str(image_folder))) == DatasetInfo(NUM_CLASSES, None)
+
+
+def test_what_is_hidden_is_no_class_and_no_image(image_folder, tmp_path):
+    root = tmp_path / ".pictures"
+    shutil.copytree(image_folder, root)
+    picture = next((root / "val").glob("*/*"))
+    for split in ("train", "val"):
+        for place in (".ipynb_checkpoints", ".git", f"{picture.parent.name}/.thumbnails"):
+            (root / split / place).mkdir()
+            shutil.copy(picture, root / split / place)
+    shutil.copy(picture, picture.with_name(f"._{picture.name}"))
+    assert describe(Source("folder", str(root))) == DatasetInfo(NUM_CLASSES, None)
+    assert make_eval(root).num_images == NUM_CLASSES
+    assert make_train(root).num_images == make_train(image_folder).num_images
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_grey_pictures_of_16_bits(suffix):
+    """Their upper 8 bits, as of 16 bits in three channels: 127 of 255 where there are 127 * 257 of 65,535."""
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 127 * 257], [258, 65535]], np.uint16)).save(file, suffix)
+    expected = np.repeat(np.array([[0, 127], [1, 255]], np.uint8)[..., None], 3, axis=2)
+    assert np.array_equal(to_pixels(file.getvalue()).numpy(), expected)
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_values_without_a_range_are_unreadable(dtype, mode):
+    file = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 0.5, dtype)).save(file, "tiff")
+    with pytest.raises(
+        OSError, match=f"values without a range, in Pillow's mode {mode}: convert them to 8 or 16 bits$"
+    ):
+        to_pixels(file.getvalue())
 
 
 def test_evaluation_equals_the_textbook_pipeline(image_folder):
