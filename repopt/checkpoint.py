@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from repopt import torchfile
@@ -16,7 +18,7 @@ from repopt.errors import UserError, one_line, shown
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of a ``.pth`` file, tensors on the CPU.
+    """Return the content of a ``.pth`` file, or the tensors of a safetensors file, on the CPU.
 
     Raises:
         UserError: there is no such file, it is damaged, or it holds objects beyond tensors and plain Python data.
@@ -24,10 +26,22 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")
+    if _is_safetensors(path):
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise UserError(f"{str(path)!r} is a damaged safetensors file: {one_line(error)}") from None
     content = torchfile.load(path)
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint or a state dict")
     return content
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file begins as they do: with the length of a JSON header, and the header."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
 
 
 def write(

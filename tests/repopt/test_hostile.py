@@ -6,6 +6,7 @@ HYPOTHESIS_PROFILE=soak python -m pytest tests/repopt/test_hostile.py    # many 
 import contextlib
 import functools
 import io
+import json
 import os
 import pickle
 import struct
@@ -19,6 +20,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import repopt
 from data import Source, describe
@@ -328,6 +330,52 @@ def test_odd_scales(name):
         assert refused(
             repopt.load_scales, "s.pth"
         ) == f"'s.pth' cannot give scales: 's' {message}" or message in refused(repopt.load_scales, "s.pth")
+
+
+def safetensors(header, values=b"", length=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header) if length is None else length) + header + values
+
+
+def test_a_safetensors_file_is_read():
+    state = repopt.create_model(MODEL, mode="target", num_classes=NUM_CLASSES).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, "weights.safetensors")
+    found = checkpoint.read("weights.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(value, found[name]) for name, value in state.items())
+    repopt.load_weights(repopt.create_model(MODEL, mode="target", num_classes=NUM_CLASSES), found)
+    scales = repopt.extract_scales(repopt.create_model(MODEL, mode="hs"))
+    save_file(scales, "scales.safetensors")
+    assert repopt.load_scales("scales.safetensors").keys() == scales.keys()
+
+
+FLOATS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors({"w": FLOATS}, b"\0" * 4),
+        safetensors({"w": FLOATS | {"shape": [2**40]}}, b"\0" * 8),
+        safetensors({"w": FLOATS | {"data_offsets": [0, 2**60]}}, b"\0" * 8),
+        safetensors({"w": FLOATS | {"data_offsets": [8, 0]}}, b"\0" * 8),
+        safetensors({"w": FLOATS | {"dtype": "F3"}}, b"\0" * 8),
+        safetensors({"a": FLOATS, "b": FLOATS}, b"\0" * 8),
+        safetensors(b'{"w": ', b"\0" * 8),
+        safetensors(b"{" * 5000),
+        safetensors(b"{\xff\xff}"),
+    ],
+)
+def test_damaged_safetensors_files(content):
+    Path("bad.safetensors").write_bytes(content)
+    assert refused(checkpoint.read, "bad.safetensors").startswith("'bad.safetensors' is a damaged safetensors file: ")
+
+
+@given(st.binary(max_size=200), st.integers(0, 300))
+def test_any_safetensors_header(header, length):
+    Path("any.safetensors").write_bytes(safetensors(b"{" + header, length=length))
+    with refusals():
+        checkpoint.read("any.safetensors")
 
 
 def test_scale_files_without_scales():
