@@ -120,7 +120,9 @@ def network(
 ) -> tuple[nn.Module, Any, Callable[[], Tensor] | None]:
     """Return a network, its optimizer, and what clips its gradients; None where the optimizer does it."""
     model = repopt.create_model(arch, mode="target" if mode == "search" else mode, num_classes=cifar.NUM_CLASSES)
-    scales = repopt.constant_scales(model, "initial") if mode == "target" else None
+    scales = repopt.bind(model, source="initial") if mode == "target" else None
+    if scales is not None:
+        scales.initialize()
     to_device(model, device).train()
     settings, max_norm = SETTINGS[name] | {"implementation": implementation}, RECIPE.TRAIN.CLIP_GRAD
     branches = repopt.hold_branches(model) if mode == "search" else None

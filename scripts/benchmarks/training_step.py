@@ -97,7 +97,9 @@ class TrainingStep:
         if textbook:
             self._optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
         else:
-            scales = repopt.constant_scales(self.model, "initial") if mode == "target" else None
+            scales = repopt.bind(self.model, source="initial") if mode == "target" else None
+            if scales is not None:
+                scales.initialize()
             branches = repopt.hold_branches(self.model) if mode == "search" else None
             self._optimizer = repopt.build_optimizer("sgd", self.model, scales, branches=branches, **SGD)
 
