@@ -36,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", help="whose weights they are, such as RepOpt-VGG-B1-target; if FILE does not say")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: a folder 'export' beside FILE")
     parser.add_argument("--formats", nargs="+", choices=ENDINGS, default=["onnx", "safetensors"])
+    parser.add_argument(
+        "--weights",
+        choices=("best", "model", "ema"),
+        default="best",
+        help="the model's, their moving average, or the better by the accuracies that FILE holds (default)",
+    )
     parser.add_argument("--image-size", type=positive, help="height and width (default: as FILE says, else 224)")
     arguments = parser.parse_args(argv)
     return run_command("export.py", lambda: export_all(arguments))
@@ -54,7 +60,7 @@ def export_all(arguments: argparse.Namespace) -> None:
     from repopt.errors import UserError
     from train import trained
 
-    source = trained.read(arguments.resume, arguments.arch)
+    source = trained.read(arguments.resume, arguments.arch, weights=arguments.weights)
     kind = "int8" if source.quantized else "fp32"
     if source.quantized and "compiled" in arguments.formats:
         raise UserError("a compiled package computes an INT8 network in float: export it as onnx")
@@ -71,6 +77,7 @@ def export_all(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--image-size {size[0]}: the network was quantized for {' x '.join(map(str, source.image_size))}"
         )
+    print(f"{trained.WEIGHTS[source.weights]} of {source.path}")
     network = source.int8_network() if source.quantized else repopt.deploy(source.network())
     images = torch.randn(8, 3, *size)
     writers = {"onnx": export.write_onnx, "pt2": export.write_program, "compiled": export.write_compiled}

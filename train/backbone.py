@@ -21,7 +21,7 @@ def read(cfg: CfgNode) -> trained.LoadedCheckpoint:
     Raises:
         UserError: it is no checkpoint, or one of another model.
     """
-    return trained.read(cfg.MODEL.BACKBONE, fallback=cfg.MODEL.ARCH)
+    return trained.read(cfg.MODEL.BACKBONE, fallback=cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
 
 
 def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None:
@@ -48,6 +48,7 @@ def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None
         )
     taken = {key: weights.pop(key) for key in body.state_dict()}
     repopt.load_weights(body, taken)
+    logger.info(f"backbone: {trained.WEIGHTS[source.weights]} of {path}")
     logger.info(
         f"backbone: {len(taken)} tensors of {path}; left out, since they are of the classifier: {', '.join(weights)}"
     )

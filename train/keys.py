@@ -117,6 +117,13 @@ KEYS: dict[str, Key] = {
     "MODEL.BACKBONE": Key(
         "", "Checkpoint of a classifier, with whose weights the backbone begins.", flag="--backbone", tasks=DENSE
     ),
+    "MODEL.WEIGHTS": Key(
+        "best",
+        "Which of a checkpoint's weights are quantized, or begun with: the model's, their moving average, or the one "
+        "that is better by the accuracies it holds.",
+        choices=("best", "model", "ema"),
+        flag="--weights",
+    ),
     "MODEL.FREEZE_BN": _model(False, "Freeze the statistics of the backbone's batch norms.", tasks=(DETECT,)),
     "MODEL.CHANNELS": _model(256, "Channels of the feature pyramid and of what follows it.", minimum=1, tasks=DENSE),
     "MODEL.LABEL_SMOOTHING": _classify(0.1, "Label smoothing of the training loss.", maximum=1),

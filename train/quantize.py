@@ -83,7 +83,8 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     if not trains:  # a training writes it when it is sure to go on
         run_record.write(task, folder)
     logger.info(f"{cfg.QUANT.PRESET}: {quantization.find_preset(cfg.QUANT.PRESET).meaning}")
-    source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH)
+    source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
+    logger.info(f"{trained.WEIGHTS[source.weights]} of {source.path}")
     if (was := source.setting("TASK") or CLASSIFY) != cfg.TASK:
         raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and this recipe's is {cfg.TASK}")
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)

@@ -69,7 +69,7 @@ def goes_on(content: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
 
 
 # Keys that differ without a meaning for the training.
-OF_A_START = ("MODEL.RESUME", "MODEL.BACKBONE", "OUTPUT", "TAG", "EVAL_MODE")
+OF_A_START = ("MODEL.RESUME", "MODEL.BACKBONE", "MODEL.WEIGHTS", "OUTPUT", "TAG", "EVAL_MODE")
 
 
 def check_same_run(cfg: CfgNode, content: Mapping[str, Any]) -> None:

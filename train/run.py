@@ -17,7 +17,7 @@ import repopt
 from repopt import checkpoint
 from repopt.errors import UserError, shown
 from repopt.models import parse_arch
-from train import backbone, config, run_record, tasks
+from train import backbone, config, run_record, tasks, trained
 from train.build import clipping, distribute, plain_form, training_state
 from train.checkpoint import RunFolder
 from train.command import MAIN, Program
@@ -171,7 +171,10 @@ def prepare(
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
     given = content is not None and not goes_on(content)  # weights alone, of which branches are made, so before them
     if content is not None and given:
-        repopt.load_weights(model, checkpoint.state_dict_of(content))
+        taken = trained.choose_weights(content, cfg.MODEL.WEIGHTS)
+        content = {"model": checkpoint.state_dict_of(content, taken)}
+        repopt.load_weights(model, content["model"])
+        logger.info(f"begins with {trained.WEIGHTS[taken]} of {cfg.MODEL.RESUME}")
     given = given or (content is None and bool(cfg.MODEL.BACKBONE))
     plain, branches = plain_form(task, model, scales, keep_weights=given)
     state: TrainingState = training_state(

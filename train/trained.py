@@ -27,6 +27,29 @@ if TYPE_CHECKING:
 OF_NETWORK = [name for name, key in KEYS.items() if key.of_model]
 
 
+WEIGHTS = {"model": "the model's weights", "ema": "the moving average of the weights"}
+
+
+def choose_weights(content: Mapping[str, Any], wanted: str = "best") -> str:
+    """Return which of a checkpoint's weights are meant, a key of `WEIGHTS`.
+
+    Args:
+        content: of the checkpoint.
+        wanted: one of the keys, or "best": the moving average where there is one that has reached a higher accuracy.
+
+    Raises:
+        UserError: the moving average is wanted, and there is none.
+    """
+    averaged = isinstance(content.get("ema"), Mapping)
+    if wanted == "ema" and not averaged:
+        raise UserError("there is no moving average of the weights in it: take --weights model")
+    if wanted != "best":
+        return wanted
+    model, ema = (content.get(key) for key in ("max_accuracy", "max_ema_accuracy"))
+    better = isinstance(model, int | float) and isinstance(ema, int | float) and ema > model
+    return "ema" if averaged and better else "model"
+
+
 class LoadedCheckpoint(NamedTuple):
     """A checkpoint, and whose it is.
 
@@ -35,12 +58,14 @@ class LoadedCheckpoint(NamedTuple):
         name: of the architecture, as ``--arch`` takes it.
         arch: what it stands for.
         content: of the file.
+        weights: which of its weights are taken, a key of `WEIGHTS`.
     """
 
     path: str
     name: str
     arch: Arch
     content: Mapping[str, Any]
+    weights: str
 
     def setting(self, key: str) -> Any:
         """Return what the run that wrote it was configured with; None where it does not say."""
@@ -63,7 +88,7 @@ class LoadedCheckpoint(NamedTuple):
         if self.quantized:
             raise UserError(f"{self.path!r} holds a quantized network: give the checkpoint that it was made of")
         with error_context(self.path):
-            weights = checkpoint.state_dict_of(self.content)
+            weights = checkpoint.state_dict_of(self.content, self.weights)
             model = self._build(self._classes(weights) if num_classes is None else num_classes)
             repopt.load_weights(model, weights)
         return model.eval()
@@ -131,20 +156,24 @@ class LoadedCheckpoint(NamedTuple):
         return tasks.create(cfg, World(0, 1, torch.device("cpu")))
 
 
-def read(path: str | os.PathLike[str], name: str | None = None, *, fallback: str | None = None) -> LoadedCheckpoint:
+def read(
+    path: str | os.PathLike[str], name: str | None = None, *, fallback: str | None = None, weights: str = "best"
+) -> LoadedCheckpoint:
     """Read a checkpoint, ours or one that holds weights alone.
 
     Args:
         path: of the file.
         name: of its architecture; None = as the checkpoint says.
         fallback: the architecture of one that does not say.
+        weights: which of its weights are taken; see `choose_weights`.
 
     Raises:
-        UserError: it is no checkpoint, or one of another architecture; or nothing says of which.
+        UserError: it is no checkpoint, or one of another architecture; or nothing says of which; or it lacks those
+            weights.
     """
     path, content = os.fspath(path), checkpoint.read(path)
     with error_context(path):
-        return _parse(path, content, name, fallback)
+        return _parse(path, content, name, fallback, weights)
 
 
 @contextmanager
@@ -156,7 +185,9 @@ def error_context(path: str) -> Iterator[None]:
         raise error if path in str(error) else UserError(f"{path!r}: {error}") from None
 
 
-def _parse(path: str, content: Mapping[str, Any], name: str | None, fallback: str | None) -> LoadedCheckpoint:
+def _parse(
+    path: str, content: Mapping[str, Any], name: str | None, fallback: str | None, weights: str
+) -> LoadedCheckpoint:
     own = config.lookup(content.get("config"), "MODEL.ARCH")
     if own is None:
         name = name or fallback
@@ -165,4 +196,5 @@ def _parse(path: str, content: Mapping[str, Any], name: str | None, fallback: st
     arch = parse_arch(str(own) if name is None else name)
     if own is not None and not same_arch(str(own), arch):
         raise UserError(f"{path!r} is a checkpoint of {shown(own)}, not of {name}")
-    return LoadedCheckpoint(path, str(own) if name is None else name, arch, content)
+    taken = choose_weights(content, weights)
+    return LoadedCheckpoint(path, str(own) if name is None else name, arch, content, taken)
