@@ -12,6 +12,8 @@ import torch
 from data.types import DatasetInfo
 from repopt.errors import UserError
 
+OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "test")}  # that people give the splits
+
 
 def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
     """Count the class folders, which must be the same in all `splits`.
@@ -49,7 +51,9 @@ def find_classes(root: str, split: str) -> list[str]:
     """
     folder = data_folder(root) / split
     if not folder.is_dir():
-        raise UserError(f"no folder {split}/ in {root!r}: one folder per class is expected in it")
+        other = next((name for name in OTHER_NAMES.get(split, ()) if (folder.parent / name).is_dir()), None)
+        hint = f" (there is {other}/: rename it, or link it under that name)" if other else ""
+        raise UserError(f"no folder {split}/ in {root!r}: one folder per class is expected in it{hint}")
     return class_folders(folder)
 
 

@@ -31,7 +31,7 @@ except ImportError as error:
     raise UserError(f"exporting needs more (pip install 'repopt[deploy]'): {one_line(error)}") from None
 
 OPSET = 20
-INPUT, OUTPUT = "images", "logits"
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 # Between torch's and onnxruntime's outputs. Where a number is about halfway between two integers, float and integer
 # arithmetic round it to different ones.
 MAX_DIFFERENCE, MAX_DIFFERENCE_INT8 = 1e-3, 0.1
@@ -62,7 +62,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
                     dynamo=True,
                     opset_version=OPSET,
                     input_names=[INPUT],
-                    output_names=[OUTPUT],
+                    output_names=_output_names(exported),
                     custom_translation_table=_TRANSLATIONS,
                     verbose=False,
                 )
@@ -73,6 +73,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
         for node in program.model.graph:
             node.metadata_props.clear()  # where in our code it was traced
         _separate_zero_points(program.model.graph)
+        _name_batches(program.model.graph)
         program.save(temporary)
         difference = relative_difference(OnnxNetwork(temporary)(images), model(images))
         if not difference <= (MAX_DIFFERENCE_INT8 if isinstance(model, Int8) else MAX_DIFFERENCE):
@@ -80,6 +81,21 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
                 f"onnxruntime's outputs differ from torch's by {difference:.2g}: {path.name} is not written"
             )
     return difference
+
+
+def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
+    count = len(exported.graph_signature.user_outputs)
+    return [OUTPUT] if count == 1 else [f"features_{number}" for number in range(count)]
+
+
+def _name_batches(graph: ir.Graph) -> None:
+    """Call the axis of the images of a batch what it is; torch has a number for it."""
+    (images,) = graph.inputs
+    assert images.shape is not None
+    axis = images.shape[0]
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([BATCH if size == axis else size for size in value.shape])
 
 
 def _separate_zero_points(graph: ir.Graph) -> None:
@@ -100,6 +116,8 @@ def _separate_zero_points(graph: ir.Graph) -> None:
 class OnnxNetwork(nn.Module):
     """An ONNX file that onnxruntime runs on the CPU, (N, C, H, W) -> (N, num_classes), always in eval mode.
 
+    Of a network with several outputs it gives a list of them.
+
     Args:
         path: path of the file.
         threads: threads of onnxruntime; None = as many as torch uses.
@@ -115,9 +133,10 @@ class OnnxNetwork(nn.Module):
 
     @torch.no_grad()
     @override
-    def forward(self, x: Tensor) -> Tensor:
-        (outputs,) = self._session.run(None, {self._session.get_inputs()[0].name: x.cpu().numpy()})
-        return torch.from_numpy(outputs).to(x.device)
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        found = self._session.run(None, {self._session.get_inputs()[0].name: x.cpu().numpy()})
+        outputs = [torch.from_numpy(output).to(x.device) for output in found]
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
 def operations(path: str | os.PathLike[str]) -> Counter[str]:
@@ -166,8 +185,10 @@ def write_compiled(model: nn.Module, images: Tensor, path: Path) -> None:
             raise UserError(f"{type(model).__name__} cannot be compiled: {_cause(error)}") from error
 
 
-def relative_difference(outputs: Tensor, reference: Tensor) -> float:
-    """Return the root of the mean square of the difference, relative to that of the reference."""
+def relative_difference(outputs: Tensor | list[Tensor], reference: Tensor | list[Tensor]) -> float:
+    """Return the root of the mean square of the difference, relative to the reference's; of several, the largest."""
+    if isinstance(outputs, list) or isinstance(reference, list):
+        return max(map(relative_difference, outputs, reference))
     return ((outputs - reference).square().mean() / reference.square().mean()).sqrt().item()
 
 

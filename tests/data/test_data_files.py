@@ -63,6 +63,17 @@ def test_what_is_hidden_is_no_class_and_no_image(image_folder, tmp_path):
     assert make_train(root).num_images == make_train(image_folder).num_images
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+def test_a_split_under_another_name(image_folder, tmp_path, name):
+    root = tmp_path / "pictures"
+    shutil.copytree(image_folder, root)
+    (root / "val").rename(root / name)
+    with pytest.raises(
+        UserError, match=rf"^no folder val/ in '.*pictures': .* \(there is {name}/: rename it, or link it"
+    ):
+        describe(Source("folder", str(root)))
+
+
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 def test_grey_pictures_of_16_bits(suffix):
     """Their upper 8 bits, as of 16 bits in three channels: 127 of 255 where there are 127 * 257 of 65,535."""
