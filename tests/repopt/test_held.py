@@ -119,7 +119,8 @@ def scale_the_loss(model, optimizer, images, labels):
         optimizer.zero_grad()
         scaler.scale(F.cross_entropy(model(images), labels)).backward()
         if overflows:
-            next(param for param in model.parameters() if param.grad is not None).grad.fill_(torch.inf)
+            first = next(param for param in model.parameters() if param.grad is not None)
+            first.grad = torch.full_like(first, torch.inf)
         before = copy.deepcopy(model.state_dict())
         scaler.step(optimizer)
         scaler.update()
