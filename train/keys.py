@@ -321,3 +321,7 @@ RENAMED = {"TRAIN.MOST_SKIPPED_STEPS": "TRAIN.MAX_SKIPPED_STEPS"}
 def flags_of(task: str) -> dict[str, str]:
     """Return the flags of a task's runs, and the keys that they set."""
     return {key.flag: name for name, key in KEYS.items() if key.flag and task in key.tasks}
+
+
+# Of what evaluation makes images, which a checkpoint's run says for whoever evaluates or quantizes it.
+OF_IMAGES = ("DATA.IMG_SIZE", "DATA.TEST_SIZE", "DATA.INTERPOLATION", "TEST.CROP")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from yacs.config import CfgNode
 
+from repopt import checkpoint
 from repopt.errors import UserError
 from repopt.models import Arch, parse_arch
 from train import config, tasks
-from train.keys import AUTO, KEYS
+from train.keys import AUTO, KEYS, OF_IMAGES
 from train.resume import needs_scales
 
 
@@ -19,6 +22,7 @@ def resolve(settings: config.Settings) -> CfgNode:
     Raises:
         UserError: keys contradict each other or the data set.
     """
+    settings = _as_trained(settings)
     cfg, given = settings
     arch = parse_arch(cfg.MODEL.ARCH)
     if cfg.EVAL_MODE and not cfg.MODEL.RESUME:
@@ -56,6 +60,26 @@ def resolve(settings: config.Settings) -> CfgNode:
         "OUTPUT": str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG)),
     }
     return settings.with_values(values | tasks.task_class(cfg.TASK).finalize(cfg, given)).cfg
+
+
+def _as_trained(settings: config.Settings) -> config.Settings:
+    """Return the settings in which images of an evaluation or quantization are those that the checkpoint is used to."""
+    cfg, given = settings
+    if not cfg.MODEL.RESUME or not (cfg.EVAL_MODE or cfg.QUANT.METHOD):
+        return settings
+    own = checkpoint.read(cfg.MODEL.RESUME).get("config")
+    taken = (key for key in OF_IMAGES if key != "DATA.TEST_SIZE" or "DATA.IMG_SIZE" not in given)
+    return settings.with_defaults({key: value for key in taken if (value := config.lookup(own, key)) is not None})
+
+
+def describe_images(cfg: CfgNode, content: Mapping[str, Any]) -> str:
+    """Return of what images are made, and how that is to the run that wrote a checkpoint."""
+    parts = []
+    for key in OF_IMAGES:
+        then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
+        origin = "" if then is None else " as it was trained" if then == now else f", where it was trained with {then}"
+        parts.append(f"{key} {now}{origin}")
+    return "; ".join(parts)
 
 
 def _check_search(cfg: CfgNode, arch: Arch) -> None:

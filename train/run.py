@@ -27,7 +27,7 @@ from train.interruption import Interrupted
 from train.keys import CLASSIFY, DETECT
 from train.logging import logger, start_log
 from train.placement import memory_format_of, precision_of, to_device
-from train.resolve import resolve
+from train.resolve import describe_images, resolve
 from train.resume import check_same_run, find_scales, goes_on, read_checkpoint
 from train.state import TrainingState
 from train.throughput import measure_throughput
@@ -125,6 +125,8 @@ def report_evaluation(task: tasks.Task, folder: RunFolder) -> bool:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
         if then not in (None, now):
             raise UserError(f"{cfg.MODEL.RESUME!r} was trained with {key} {shown(then)}, and it is {now} now")
+    if cfg.TASK == CLASSIFY:
+        logger.info(describe_images(cfg, content))
     loader, precision = task.eval_loader(), precision_of(cfg, world)
     model = to_device(model, world)
     for key, label in (("model", "val"), ("ema", "ema")):

@@ -1,0 +1,82 @@
+"""What a checkpoint says of its images is the default of whoever evaluates or quantizes it."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main_repopt
+from repopt import checkpoint
+from repopt.errors import UserError
+from train import config
+from train.resolve import resolve
+
+ARCH = "RepOpt-VGG-nano-target-norepopt"
+FOLDER = ("DATA.DATASET", "folder", "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 4)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, brightness in (("dark", 60), ("light", 200)):
+            (root / split / name).mkdir(parents=True)
+            for number in range(4):
+                pixels = generator.normal(brightness, 40, (50, 60, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    options = (*FOLDER, "DATA.IMG_SIZE", 64, "TEST.CROP", True, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0)
+    assert main("--arch", ARCH, "--output", output, "--data-path", pictures, "--opts", *options) == 0
+    return output / ARCH / "default" / "latest.pth"
+
+
+def main(*arguments):
+    return main_repopt.main([*map(str, arguments)])
+
+
+def evaluated(trained, pictures, tmp_path, *options):
+    common = ("--arch", ARCH, "--output", tmp_path, "--data-path", pictures, "--eval", "--resume", trained)
+    assert main(*common, "--opts", *FOLDER, *options) == 0
+    return (tmp_path / ARCH / "default" / "eval_log_rank0.txt").read_text()
+
+
+def test_an_evaluation_makes_the_images_of_the_training(trained, pictures, tmp_path):
+    log = evaluated(trained, pictures, tmp_path)
+    assert "DATA.IMG_SIZE 64 as it was trained; DATA.TEST_SIZE 64 as it was trained" in log
+    assert "TEST.CROP True as it was trained" in log
+    line = re.search("val: (.*)", log)[1]
+    assert line in (trained.parent / "log_rank0.txt").read_text()
+
+
+def test_what_a_user_sets_goes_before(trained, pictures, tmp_path):
+    log = evaluated(trained, pictures, tmp_path, "DATA.IMG_SIZE", 96, "TEST.CROP", False)
+    assert "DATA.IMG_SIZE 96, where it was trained with 64; DATA.TEST_SIZE 96, where it was trained with 64" in log
+    assert "TEST.CROP False, where it was trained with True" in log
+
+
+@pytest.mark.parametrize(
+    ("values", "size"),
+    [
+        ({"EVAL_MODE": True}, 64),
+        ({"QUANT.METHOD": "ptq"}, 64),
+        ({"EVAL_MODE": True, "DATA.TEST_SIZE": 96}, 96),
+        ({"EVAL_MODE": True, "DATA.IMG_SIZE": 96}, 96),
+        ({}, 224),  # a training that goes on says by itself what it trains
+    ],
+)
+def test_sizes(trained, pictures, values, size):
+    own = {"MODEL.ARCH": ARCH, "MODEL.RESUME": str(trained), "DATA.DATASET": "folder", "DATA.DATA_PATH": str(pictures)}
+    assert size == resolve(config.build(own | values)).DATA.TEST_SIZE
+
+
+def test_a_size_that_is_none_is_refused(pictures, tmp_path):
+    checkpoint.write({"model": {}, "config": {"DATA": {"IMG_SIZE": "large"}}}, tmp_path / "a.pth")
+    own = {"MODEL.ARCH": ARCH, "MODEL.RESUME": str(tmp_path / "a.pth"), "DATA.DATASET": "folder", "EVAL_MODE": True}
+    with pytest.raises(UserError, match=r"^DATA.IMG_SIZE takes a value of type int, not 'large'$"):
+        resolve(config.build(own | {"DATA.DATA_PATH": str(pictures)}))
