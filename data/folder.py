@@ -29,7 +29,7 @@ def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
                 f"{first}/ and {split}/ in {root!r} have different classes ({len(expected)} and {len(found)}; "
                 f"{differing[0]!r} is in one only)"
             )
-    return DatasetInfo(num_classes=len(expected), image_size=None)
+    return DatasetInfo(num_classes=len(expected), image_size=None, classes=tuple(expected))
 
 
 def data_folder(root: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -104,10 +104,12 @@ class DatasetInfo:
     Attributes:
         num_classes: None where any number will do (fake).
         image_size: side in pixels where the data set fixes it, None where any size can be made.
+        classes: their names, by index; empty where they have none.
     """
 
     num_classes: int | None
     image_size: int | None
+    classes: tuple[str, ...] = field(default=(), compare=False)
 
 
 class EncodedImages(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -87,6 +88,22 @@ def check_same_run(cfg: CfgNode, content: Mapping[str, Any]) -> None:
             raise UserError(f"cannot resume: the scales are constants since {key} {then} ended, and it is {now} now")
         if key not in OF_A_START:
             logger.info(f"{key} was {shown(then)} before this start and is {now!r} now")
+
+
+def check_classes(task: Task, content: Mapping[str, Any], path: str) -> None:
+    """Refuse a checkpoint whose classes have other names than those of the data: its answers would be of others.
+
+    One that has no names is taken, and so is data without.
+    """
+    then, now = content.get("classes"), task.class_names()
+    if not isinstance(then, list) or not then or not now:
+        return
+    for number, (one, other) in enumerate(itertools.zip_longest(then, now)):
+        if one != other:
+            raise UserError(
+                f"{path!r} was trained on other classes: its class {number} is {shown(one)}, that of DATA.DATA_PATH is "
+                f"{shown(other)}"
+            )
 
 
 def needs_scales(arch: Arch) -> bool:

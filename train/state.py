@@ -35,6 +35,7 @@ class TrainingState:
         skipped: steps that were skipped because something was not finite.
         max_accuracy, max_ema_accuracy: best score so far (top-1 of a classifier), in percent.
         data: fingerprint of the training images; None where it is not known.
+        classes: names of the classes, by index; empty where they have none.
         searched: the scales of a search at the end of the last epoch; empty without, or in the first epoch.
         settled: whether they have settled then.
     """
@@ -51,6 +52,7 @@ class TrainingState:
     max_accuracy: float = 0.0
     max_ema_accuracy: float = 0.0
     data: str | None = None
+    classes: Sequence[str] = ()
     searched: Mapping[str, Tensor] = field(default_factory=dict)
     settled: bool = False
 
@@ -85,6 +87,7 @@ class TrainingState:
             "max_ema_accuracy": self.max_ema_accuracy,
             "skipped": self.skipped,
             "data": self.data,
+            "classes": list(self.classes),
             "seen": list(self.seen),
         }
         if self.searched:

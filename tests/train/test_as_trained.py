@@ -1,6 +1,7 @@
 """What a checkpoint says of its images is the default of whoever evaluates or quantizes it."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +59,26 @@ def test_what_a_user_sets_goes_before(trained, pictures, tmp_path):
     log = evaluated(trained, pictures, tmp_path, "DATA.IMG_SIZE", 96, "TEST.CROP", False)
     assert "DATA.IMG_SIZE 96, where it was trained with 64; DATA.TEST_SIZE 96, where it was trained with 64" in log
     assert "TEST.CROP False, where it was trained with True" in log
+
+
+@pytest.mark.parametrize("job", ["resume", "eval", "quantize"])
+def test_other_classes_are_refused_by_name(trained, pictures, tmp_path, capsys, job):
+    """Equally many, with equally many images: their answers would be of other classes."""
+    renamed = tmp_path / "renamed"
+    shutil.copytree(pictures, renamed)
+    for split in ("train", "val"):
+        (renamed / split / "dark").rename(renamed / split / "shade")
+    assert checkpoint.read(trained)["classes"] == ["dark", "light"]
+    arguments = ["--arch", ARCH, "--output", tmp_path / "out", "--data-path", renamed, "--resume", trained]
+    arguments += {"resume": [], "eval": ["--eval"], "quantize": ["--method", "ptq"]}[job]
+    options = (*FOLDER, "DATA.IMG_SIZE", 64, "TEST.CROP", True) + (("TRAIN.EPOCHS", 2) if job == "resume" else ())
+    program = pytest.importorskip("quantize", exc_type=UserError) if job == "quantize" else main_repopt
+    assert program.main([*map(str, (*arguments, "--opts", *options))]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"'{trained}' was trained on other classes: its class 0 is 'dark', that of DATA.DATA_PATH is 'light'" in error
+    )
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

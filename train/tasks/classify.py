@@ -55,6 +55,10 @@ class Classify(Task):
                 zoo.check_image_size(self.arch.model, model, size)
 
     @override
+    def class_names(self) -> tuple[str, ...]:
+        return data.describe(_source(self.cfg), splits=("val",)).classes
+
+    @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
         source = _source(self.cfg)
         return data.Classification(
