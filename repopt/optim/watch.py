@@ -135,7 +135,7 @@ def _hook(own: weakref.ref[GradientWatch]) -> Callable[[Tensor], None]:
     """Return what a kernel calls when its gradient is there; it does not keep the watch alive."""
 
     def queue(_: Tensor) -> None:
-        if (watch := own()) is not None:
+        if not torch.compiler.is_compiling() and (watch := own()) is not None:  # compiled autograd takes no callbacks
             watch.queue()
 
     return queue

@@ -265,3 +265,20 @@ def test_a_later_group_without_multipliers(form, forgotten):
     group = {"params": list(model.second.named_parameters("second"))}
     told = said(lambda: optimizer.add_param_group(group | ({} if forgotten else {key: {}})))
     assert [text.startswith(f"a group with kernels was added without {key!r}") for text in told] == [True] * forgotten
+
+
+@FORMS
+def test_compiled_autograd(form, rule):
+    """It traces hooks, and takes no callbacks: nothing is watched there, and nothing breaks."""
+    a, b = net(), net()
+    compiled, plain = (of_form(form, rule, model, **SGD) for model in (a, b))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        backward = torch.compile(lambda x: loss_of(a, x).backward(), backend="eager")
+        for x in batches(3):
+            compiled.zero_grad()
+            backward(x)
+            compiled.step()
+    train(b, plain, batches(3))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
