@@ -90,6 +90,7 @@ class RepOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         check_all_matched(self._unmatched_mults, named_in(self.param_groups))
         self._unmatched_mults = None
+        self.watch = self._new_watch()
 
     @abstractmethod
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -151,6 +152,7 @@ class RepOptimizer(torch.optim.Optimizer):
     def multiplier_bytes(self) -> int:
         """Return the memory that the multipliers take, with the copies and layouts made of them, in bytes."""
         mults = [mult for _, mult in self._mults.values()] + [slot.mult for _, slot in self._slots.values()]
+        mults += (self._norm_mults or {}).values()
         tensors = [tensor for mult in mults if mult is not None for tensor in mult.tensors()]
         tensors += self._compiled_update.tensors()
         return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
@@ -186,7 +188,8 @@ class RepOptimizer(torch.optim.Optimizer):
         if later and own is None and self._mults:
             warn_of_kernels(group["params"], "grad_mults")
         self._mults |= found
-        self.watch = self._new_watch()
+        if later:
+            self.watch = self._new_watch()
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse hyper-parameters of a group, given or loaded, that break the equivalence or are not followed here."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repopt.csla import Block
 from repopt.errors import UserError
@@ -28,7 +28,7 @@ from repopt.optim.base import (
     replacement,
 )
 from repopt.optim.compiled import CompiledFunction, CompileError, in_layout_of
-from repopt.optim.norm import clip_factor
+from repopt.optim.norm import clip_factor, plain_norm
 from repopt.optim.sgd import RepSGD
 from repopt.optim.shards import is_sharded
 from repopt.optim.update import GRAD_SCALER_KEYS, step_unless
@@ -149,6 +149,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         super().__init__(params, {})
         _refuse_unclaimed(self._unclaimed)
         self._unclaimed = None
+        self.watch = self._new_watch()
         self.defaults = self._inner.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -186,7 +187,8 @@ class BranchOptimizer(torch.optim.Optimizer):
             self._inner.add_param_group(decayed)
         self._inner.add_param_group(rest)
         group.update(_hyper(self._inner.param_groups[-2]))
-        self.watch = self._new_watch()
+        if later:
+            self.watch = self._new_watch()
 
     def _new_watch(self) -> GradientWatch:
         return GradientWatch({self._params[name]: name for name in self.branches})
@@ -224,7 +226,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         if grad_scale is not None:
             scale_gradients([*gradients], 1 / grad_scale)
         if self.max_norm is not None:
-            self.norm = nn.utils.get_total_norm([param.grad for param in gradients if param.grad is not None])
+            self.norm = plain_norm(gradients)
             scale_gradients([*gradients], clip_factor(self.norm, self.max_norm))
         self._step_rule(found_inf)
         for param, gradient in gradients.items():  # those of the model are as they were
@@ -238,7 +240,7 @@ class BranchOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor:
         """Return the 2-norm over all gradients of the multi-branch network as they are now, a scalar tensor."""
         self._derive_gradients()
-        norm = nn.utils.get_total_norm([param.grad for param in self._trained() if param.grad is not None])
+        norm = plain_norm(self._trained())
         for held in self.branches.values():
             held.set_gradients({})
         return norm
@@ -300,10 +302,7 @@ class BranchOptimizer(torch.optim.Optimizer):
         for group, (decayed, rest) in self._grouped():
             decayed.update(_hyper(group))
             rest.update(_hyper(group) | {"weight_decay": rest["weight_decay"]})
-        if found_inf is None:
-            self._inner.step()
-        else:
-            step_unless(self._inner, found_inf)
+        step_unless(self._inner, found_inf)
 
     def _grouped(self) -> Iterator[tuple[dict[str, Any], tuple[dict[str, Any], ...]]]:
         """Yield every group with the two that the rule has for it."""

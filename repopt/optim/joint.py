@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from repopt.errors import UserError
 from repopt.optim.base import RepOptimizer, params_in
 from repopt.optim.held import BranchOptimizer, scale_gradients
-from repopt.optim.norm import clip_factor
+from repopt.optim.norm import clip_factor, plain_norm
 from repopt.optim.update import GRAD_SCALER_KEYS, step_unless
 
 
@@ -80,7 +80,7 @@ class JointOptimizer(torch.optim.Optimizer):
         norms = [
             optimizer.grad_norm()
             if isinstance(optimizer, RepOptimizer | BranchOptimizer)
-            else nn.utils.get_total_norm([p.grad for _, p in params_in(optimizer.param_groups) if p.grad is not None])
+            else plain_norm(param for _, param in params_in(optimizer.param_groups))
             for optimizer in self.optimizers.values()
         ]
         return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
@@ -91,10 +91,7 @@ class JointOptimizer(torch.optim.Optimizer):
         gradients = [param.grad for param in params]
         if factor is not None:
             scale_gradients(params, factor)
-        if found_inf is None:
-            optimizer.step()
-        else:
-            step_unless(optimizer, found_inf)
+        step_unless(optimizer, found_inf)
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
 

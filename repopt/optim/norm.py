@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from repopt.csla import GradMult
 from repopt.optim.shards import local_gradient, local_mult, shard_groups
@@ -40,6 +40,11 @@ def multi_branch_norm(named_parameters: Iterable[tuple[str, Tensor]], grad_mults
     if not squares:
         return torch.zeros(())
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+
+def plain_norm(params: Iterable[Tensor]) -> Tensor:
+    """Return the 2-norm over the gradients of parameters, those without one passed over, a scalar."""
+    return nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -26,12 +26,14 @@ GRAD_SCALER_KEYS = ("found_inf", "grad_scale")  # not 0: skip the step; and the 
 CHUNK_NUMEL = 2**18  # entries: the temporaries of a chunk stay in a CPU's cache, and peak memory stays low
 
 
-def step_unless(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
-    """Step an optimizer unless `found_inf`, a scalar tensor, is not 0, as `torch.amp.GradScaler` does.
+def step_unless(optimizer: torch.optim.Optimizer, found_inf: Tensor | None) -> None:
+    """Step an optimizer unless `found_inf`, a scalar tensor, is not 0, as `torch.amp.GradScaler` does; None = step.
 
     Only an optimizer that does not know `GRAD_SCALER_KEYS` makes the host wait for the answer.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if found_inf is None:
+        optimizer.step()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
         told = dict(zip(GRAD_SCALER_KEYS, (found_inf, None), strict=True))
         vars(optimizer).update(told)
         optimizer.step()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from repopt.drawn import is_as_drawn
 from repopt.errors import EquivalenceWarning, UserError
+from repopt.optim.update import GRAD_SCALER_KEYS
 
 _WATCHES: weakref.WeakSet[GradientWatch] = weakref.WeakSet()
 
@@ -65,7 +66,7 @@ class GradientWatch:
         Raises:
             UserError: the gradients were clipped by `repopt.clip_grad_norm_` while multiplied by the loss scale.
         """
-        found_inf, grad_scale = (getattr(optimizer, key, None) for key in ("found_inf", "grad_scale"))
+        found_inf, grad_scale = (getattr(optimizer, key, None) for key in GRAD_SCALER_KEYS)
         versions, clipped = self._versions, self._clipped
         self._versions, self._clipped = {}, False
         if clipped and grad_scale is not None:
@@ -75,27 +76,32 @@ class GradientWatch:
             )
         if not self._stepped:
             self._stepped = True
-            drawn = [name for param, name in self._names.items() if is_as_drawn(param)]
-            if drawn:
-                warn(
-                    f"{drawn[0]!r} is as it was drawn by default, neither initialized by scales (repopt.initialize) "
-                    "nor loaded, so its training does not start where that of the multi-branch network does"
-                )
+            self._warn_of_drawn_kernels()
         # A GradScaler writes them once, be it to unscale them or to look for overflows; unseen where it tells nothing.
         scaled = found_inf is not None or not getattr(optimizer, "_step_supports_amp_scaling", False)
-        by_scaler = _versions_of_an_unscaling() if scaled else 0
-        if not self._warned and any(
-            (gradient := param.grad) is not None
-            and id(gradient) == identity
-            and gradient._version > version + by_scaler
-            for param, (identity, version) in versions.items()
-        ):
+        if not self._warned and _changed(versions, _versions_of_an_unscaling() if scaled else 0):
             self._warned = True
             warn(
                 "gradients were changed in place between the backward pass and the step: clipped by their plain norm, "
                 "say, which is not that of the multi-branch network; give the optimizer the clip (max_norm= of "
                 "build_optimizer), or clip by repopt.clip_grad_norm_"
             )
+
+    def _warn_of_drawn_kernels(self) -> None:
+        drawn = [name for param, name in self._names.items() if is_as_drawn(param)]
+        if drawn:
+            warn(
+                f"{drawn[0]!r} is as it was drawn by default, neither initialized by scales (repopt.initialize) nor "
+                "loaded, so its training does not start where that of the multi-branch network does"
+            )
+
+
+def _changed(versions: Mapping[Tensor, tuple[int, int]], allowed: int) -> bool:
+    """Return whether a parameter's gradient has been written to more often than allowed since its version was noted."""
+    return any(
+        (gradient := param.grad) is not None and id(gradient) == identity and gradient._version > version + allowed
+        for param, (identity, version) in versions.items()
+    )
 
 
 def follow_clip(params: Sequence[Tensor]) -> None:
