@@ -24,6 +24,7 @@ import _root  # noqa: F401
 from benchmarks.arguments import positive
 
 from train.command import run_command
+from train.keys import KEYS
 
 # What follows "fp32" or "int8" in the names of files.
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "pt2": ".pt2", "compiled": "-compiled.pt2"}
@@ -36,12 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", help="whose weights they are, such as RepOpt-VGG-B1-target; if FILE does not say")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: a folder 'export' beside FILE")
     parser.add_argument("--formats", nargs="+", choices=ENDINGS, default=["onnx", "safetensors"])
-    parser.add_argument(
-        "--weights",
-        choices=("best", "model", "ema"),
-        default="best",
-        help="the model's, their moving average, or the better by the accuracies that FILE holds (default)",
-    )
+    weights = KEYS["MODEL.WEIGHTS"]
+    parser.add_argument("--weights", choices=weights.choices, default=weights.default, help=weights.help)
     parser.add_argument("--image-size", type=positive, help="height and width (default: as FILE says, else 224)")
     arguments = parser.parse_args(argv)
     return run_command("export.py", lambda: export_all(arguments))

@@ -119,8 +119,8 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.WEIGHTS": Key(
         "best",
-        "Which of a checkpoint's weights are quantized, or begun with: the model's, their moving average, or the one "
-        "that is better by the accuracies it holds.",
+        "Which of a checkpoint's weights are quantized, exported or begun with: the model's, their moving average, or "
+        "the one that is better by the accuracies it holds.",
         choices=("best", "model", "ema"),
         flag="--weights",
     ),

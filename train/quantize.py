@@ -27,8 +27,7 @@ from train.keys import CLASSIFY, DETECT
 from train.logging import as_json, logger
 from train.placement import to_device
 from train.precision import Precision
-from train.resolve import describe_images
-from train.resume import check_classes, check_same_run, find_scales, read_own
+from train.resume import check_same_run, find_scales, match_images, read_own
 from train.run import fit, prepare, run
 from train.tasks.base import Task
 
@@ -87,10 +86,8 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
     if (was := source.setting("TASK") or CLASSIFY) != cfg.TASK:
         raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and this recipe's is {cfg.TASK}")
-    check_classes(task, source.content, source.path)
     logger.info(f"{trained.WEIGHTS[source.weights]} of {source.path}")
-    if cfg.TASK == CLASSIFY:
-        logger.info(describe_images(cfg, source.content))
+    match_images(task, source.content, source.path)
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
     loader = task.eval_loader()
     images = run_on_main(lambda: task.network_input(next(iter(loader))[0])[:16].cpu())

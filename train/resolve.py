@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from yacs.config import CfgNode
 
@@ -70,16 +68,6 @@ def _as_trained(settings: config.Settings) -> config.Settings:
     own = checkpoint.read(cfg.MODEL.RESUME).get("config")
     taken = (key for key in OF_IMAGES if key != "DATA.TEST_SIZE" or "DATA.IMG_SIZE" not in given)
     return settings.with_defaults({key: value for key in taken if (value := config.lookup(own, key)) is not None})
-
-
-def describe_images(cfg: CfgNode, content: Mapping[str, Any]) -> str:
-    """Return of what images are made, and how that is to the run that wrote a checkpoint."""
-    parts = []
-    for key in OF_IMAGES:
-        then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
-        origin = "" if then is None else " as it was trained" if then == now else f", where it was trained with {then}"
-        parts.append(f"{key} {now}{origin}")
-    return "; ".join(parts)
 
 
 def _check_search(cfg: CfgNode, arch: Arch) -> None:

@@ -20,31 +20,35 @@ from train import config
 from train.backbone import add_prefix
 from train.checkpoint import RunFolder
 from train.distributed import run_on_main
-from train.keys import KEYS
+from train.keys import CLASSIFY, KEYS, OF_IMAGES
 from train.logging import logger
 from train.tasks.base import Task
 from train.trained import LoadedCheckpoint
 
 
-def read_checkpoint(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
+def read_checkpoint(task: Task, folder: RunFolder) -> dict[str, Any] | None:
     """Return the checkpoint that is resumed, or None; every process reads the file once.
 
     What an earlier start of the same run left goes before --resume.
 
     Raises:
-        UserError: --resume names the checkpoint of a training that has no epoch left.
+        UserError: it is of other classes, or --resume names that of a training that has no epoch left.
     """
+    cfg = task.cfg
     own = read_own(cfg, folder)
     if own is None:
         content = checkpoint.read(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
-        if goes_on(content) and isinstance(last := content.get("epoch"), int) and last + 1 >= cfg.TRAIN.EPOCHS:
-            raise UserError(
-                f"{cfg.MODEL.RESUME!r} has trained {last + 1} epochs, and TRAIN.EPOCHS is {cfg.TRAIN.EPOCHS}: nothing "
-                "is left to train (more epochs train it on, --eval evaluates it)"
-            )
+        if goes_on(content):
+            check_classes(task, content, cfg.MODEL.RESUME)
+            if isinstance(last := content.get("epoch"), int) and last + 1 >= cfg.TRAIN.EPOCHS:
+                raise UserError(
+                    f"{cfg.MODEL.RESUME!r} has trained {last + 1} epochs, and TRAIN.EPOCHS is {cfg.TRAIN.EPOCHS}: "
+                    "nothing is left to train (more epochs train it on, --eval evaluates it)"
+                )
         return content
     if cfg.MODEL.RESUME:
         logger.warning(f"this run goes on from its own checkpoint in {folder.path}, not from {cfg.MODEL.RESUME}")
+    check_classes(task, own, str(folder.path))
     return own
 
 
@@ -95,7 +99,7 @@ def check_classes(task: Task, content: Mapping[str, Any], path: str) -> None:
 
     One that has no names is taken, and so is data without.
     """
-    then, now = content.get("classes"), task.class_names()
+    then, now = content.get("classes"), task.classes
     if not isinstance(then, list) or not then or not now:
         return
     for number, (one, other) in enumerate(itertools.zip_longest(then, now)):
@@ -104,6 +108,23 @@ def check_classes(task: Task, content: Mapping[str, Any], path: str) -> None:
                 f"{path!r} was trained on other classes: its class {number} is {shown(one)}, that of DATA.DATA_PATH is "
                 f"{shown(other)}"
             )
+
+
+def match_images(task: Task, content: Mapping[str, Any], path: str) -> None:
+    """Log of what a classifier's images are made, and how that is to the run that wrote a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of other classes.
+    """
+    check_classes(task, content, path)
+    if task.cfg.TASK != CLASSIFY:
+        return
+    parts = []
+    for key in OF_IMAGES:
+        then, now = (config.lookup(source, key) for source in (content.get("config"), task.cfg))
+        origin = "" if then is None else " as it was trained" if then == now else f", where it was trained with {then}"
+        parts.append(f"{key} {now}{origin}")
+    logger.info("; ".join(parts))
 
 
 def needs_scales(arch: Arch) -> bool:

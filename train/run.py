@@ -27,8 +27,8 @@ from train.interruption import Interrupted
 from train.keys import CLASSIFY, DETECT
 from train.logging import logger, start_log
 from train.placement import memory_format_of, precision_of, to_device
-from train.resolve import describe_images, resolve
-from train.resume import check_classes, check_same_run, find_scales, goes_on, read_checkpoint
+from train.resolve import resolve
+from train.resume import check_same_run, find_scales, goes_on, match_images, read_checkpoint
 from train.state import TrainingState
 from train.throughput import measure_throughput
 from train.trainer import Trainer
@@ -125,9 +125,7 @@ def report_evaluation(task: tasks.Task, folder: RunFolder) -> bool:
         then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
         if then not in (None, now):
             raise UserError(f"{cfg.MODEL.RESUME!r} was trained with {key} {shown(then)}, and it is {now} now")
-    check_classes(task, content, cfg.MODEL.RESUME)
-    if cfg.TASK == CLASSIFY:
-        logger.info(describe_images(cfg, content))
+    match_images(task, content, cfg.MODEL.RESUME)
     loader, precision = task.eval_loader(), precision_of(cfg, world)
     model = to_device(model, world)
     for key, label in (("model", "val"), ("ema", "ema")):
@@ -143,7 +141,7 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
     if task.arch.takes_prior:
         prior = task.cfg.MODEL.PRIOR
         logger.info(f"MODEL.PRIOR {prior}: branches for {len(repopt.declare(model, prior))} convolutions")
-    content = read_checkpoint(task.cfg, folder)
+    content = read_checkpoint(task, folder)
     if goes_on(content):
         check_same_run(task.cfg, content)
     source = backbone.read(task.cfg) if task.cfg.MODEL.BACKBONE and content is None else None  # where it begins
@@ -172,8 +170,6 @@ def prepare(
     train_loader, val_loader = task.train_loader(), task.eval_loader()
     if goes_on(content) and content.get("data") not in (None, train_loader.fingerprint):
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
-    if goes_on(content):
-        check_classes(task, content, cfg.MODEL.RESUME or str(folder.path))
     given = content is not None and not goes_on(content)  # weights alone, of which branches are made, so before them
     if content is not None and given:
         taken = trained.choose_weights(content, cfg.MODEL.WEIGHTS)
@@ -185,7 +181,7 @@ def prepare(
     state: TrainingState = training_state(
         task, model, scales, batches=len(train_loader), plain=plain, branches=branches
     )
-    state.data, state.classes = train_loader.fingerprint, task.class_names()
+    state.data, state.classes = train_loader.fingerprint, task.classes
     if content is not None:
         state.load_state_dict(content, rank=world.rank, processes=world.size)
         logger.info(f"goes on after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")

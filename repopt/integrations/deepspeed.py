@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from repopt.errors import UserError
+from repopt.integrations.clip import hand_over
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], **settings: Any) -> Any:
@@ -23,7 +24,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Mappi
         settings: other arguments of ``deepspeed.initialize``.
 
     Raises:
-        UserError: a config under which DeepSpeed steps flat copies of the parameters, or with an optimizer of its own.
+        UserError: a config under which DeepSpeed steps flat copies of the parameters, or with an optimizer of its own;
+            a bound, and an optimizer that does not clip.
     """
     import deepspeed
 
@@ -39,6 +41,6 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: Mappi
     if "optimizer" in own:
         raise UserError("an optimizer in DeepSpeed's config would take the place of the one that is given")
     if max_norm := own.get("gradient_clipping"):
-        optimizer.max_norm = max_norm  # type: ignore[attr-defined]
+        hand_over(max_norm, optimizer, "DeepSpeed")
     own["gradient_clipping"] = 0.0  # else it clips to 1, unseen
     return deepspeed.initialize(model=model, optimizer=optimizer, config=own, **settings)

@@ -7,6 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from repopt.errors import UserError
+from repopt.integrations.clip import hand_over
 
 
 class ClipInStep:
@@ -34,6 +35,4 @@ class ClipInStep:
                 f"gradient_clip_algorithm {gradient_clip_algorithm!r} breaks the equivalence: clip by the norm"
             )
         inner = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
-        if not hasattr(inner, "max_norm"):
-            raise UserError(f"{type(inner).__name__} does not clip within its step: set Lightning's own clip for it")
-        inner.max_norm = gradient_clip_val
+        hand_over(gradient_clip_val, inner, "Lightning")

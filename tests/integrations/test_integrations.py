@@ -219,3 +219,12 @@ def test_deepspeed_refuses(config, message):
     model = net()
     with pytest.raises(UserError, match=f"^{message}"):
         initialize(model, of_form("compact", "sgd", model, **SGD), config)
+
+
+def test_deepspeed_leaves_no_bound_to_an_optimizer_that_has_none():
+    pytest.importorskip("deepspeed")
+    from repopt.integrations.deepspeed import initialize
+
+    model = net()
+    with pytest.raises(UserError, match=r"^SGD does not clip within its step: set DeepSpeed's own clip for it$"):
+        initialize(model, torch.optim.SGD(model.parameters()), {"gradient_clipping": 1.0})

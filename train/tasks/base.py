@@ -81,8 +81,9 @@ class Task(ABC):
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
         """Return the data set, for training or evaluation; `subset`: a few of its images are read, and once."""
 
-    def class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes, by index; empty where the data set has none."""
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by index; empty where the data set has none."""
         return ()
 
     def train_loader(self) -> data.Loader:

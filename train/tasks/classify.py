@@ -54,8 +54,9 @@ class Classify(Task):
             for size in {self.cfg.DATA.TEST_SIZE, *((self.cfg.DATA.IMG_SIZE,) if trains else ())}:
                 zoo.check_image_size(self.arch.model, model, size)
 
+    @cached_property
     @override
-    def class_names(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:
         return data.describe(_source(self.cfg), splits=("val",)).classes
 
     @override
