@@ -17,6 +17,7 @@ from data.registry import DatasetSpec
 from data.resident import InMemoryDataset, InMemoryLoader
 from data.sampler import EvalSampler, Sampler, TrainSampler
 from data.types import LoaderConfig, Source
+from repopt.images import Preprocessing
 
 
 class ImageSet(ABC):
@@ -47,9 +48,15 @@ class ImageSet(ABC):
             UserError: the split is absent, or not sound.
         """
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What a network's input is made by in evaluation."""
+        return Preprocessing(self.spec.mean, self.spec.std)
+
     def normalize(self, cfg: LoaderConfig) -> Normalize:
         """Return what makes floats of a batch of uint8 images on the device."""
-        return Normalize(self.spec.mean, self.spec.std, cfg.device, cfg.memory_format)
+        ours = self.preprocessing
+        return Normalize(ours.mean, ours.std, cfg.device, cfg.memory_format)
 
     def bad_sample_policy(self, split: str) -> BadSamplePolicy:
         """Return what becomes of the unreadable samples of a split."""

@@ -26,6 +26,7 @@ from data.resident import InMemoryDataset, RandomCropFlip
 from data.transforms import Transform
 from data.types import Augmentation, DatasetInfo, EncodedImages, LoaderConfig, Source
 from repopt.errors import UserError
+from repopt.images import Preprocessing
 
 
 def describe(source: Source, *, splits: Sequence[str] = ("train", "val")) -> DatasetInfo:
@@ -78,6 +79,13 @@ class Classification(ImageSet):
     @override
     def spec(self) -> ClassificationSpec:
         return registry.find(self.source, ClassificationSpec)
+
+    @property
+    @override
+    def preprocessing(self) -> Preprocessing:
+        size, spec = self.image_size, self.spec
+        side = transforms.short_side(size, crop=self.crop)
+        return Preprocessing(spec.mean, spec.std, (size, size), side, transforms.DETERMINISTIC[self.interpolation])
 
     @override
     def dataset(self, split: str, *, training: bool, seed: int, cfg: LoaderConfig) -> ImageDataset | InMemoryDataset:

@@ -14,6 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from repopt.images import to_rgb
+
 T = TypeVar("T")
 
 _FRAMES = {0xC0, 0xC1, 0xC2}  # markers of the frames that are not lossless, arithmetically coded or hierarchical
@@ -28,16 +30,7 @@ def to_pillow(data: bytes) -> Image.Image:
         OSError: the bytes are no image that Pillow can decode, one of more pixels than Pillow's limit, or one whose
             values have no range (32 bits or floating point in one channel).
     """
-    return _decoded(data, _rgb)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image.load()
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"values without a range, in Pillow's mode {image.mode}: convert them to 8 or 16 bits")
-    return image.convert("RGB")
+    return _decoded(data, to_rgb)
 
 
 def to_values(data: bytes) -> np.ndarray:

@@ -33,10 +33,10 @@ from data.build import ImageSet
 from data.decode import to_pixels
 from data.decoded import ImageDataset, Sample
 from data.folder import Files
-from data.on_device import Normalize
 from data.registry import DetectionSpec
 from data.types import LoaderConfig, Source
 from repopt.errors import UserError
+from repopt.images import Preprocessing
 
 logger = logging.getLogger("repopt")
 
@@ -120,9 +120,10 @@ class Detection(ImageSet):
         usable = _usable(found, self.source.on_bad_image)
         return AnnotatedDataset(found, usable, masks=self.masks, flip=self.spec.flip, seed=seed)
 
+    @property
     @override
-    def normalize(self, cfg: LoaderConfig) -> Normalize:
-        return Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), cfg.device, cfg.memory_format)  # the network does the rest
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the network does the rest
 
     @staticmethod
     @override

@@ -1,35 +1,60 @@
-"""Images in class folders: `<root>/train/<class>/...` and `<root>/val/<class>/...`, as ImageNet is usually unpacked."""
+"""Images in class folders: `<root>/train/<class>/...` and `<root>/val/<class>/...`, as ImageNet is usually unpacked.
+
+Where there is no `val/` and the source says so (`Source.val_fraction`), a part of every class's images is held out
+from `train/`, or from the root itself, if the class folders lie there: those whose names' hashes come first, so that it
+is the same part on every machine, and stays it where images are added.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.types import DatasetInfo
-from repopt.errors import UserError
+from data.types import DatasetInfo, Source
+from repopt.errors import UserError, shown
+
+logger = logging.getLogger("repopt")
 
 OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "test")}  # that people give the splits
 
 
-def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
-    """Count the class folders, which must be the same in all `splits`.
+def describe(source: Source, splits: Sequence[str]) -> DatasetInfo:
+    """Count the classes: `Source.classes`, else the folders of `train/`, else those of the first split.
 
     Raises:
-        UserError: a folder is missing or has no class folders, or the splits' classes differ.
+        UserError: a folder is missing or has no class folders, or there are folders of other classes; or a class has
+            no folder to train on.
     """
-    classes = {split: find_classes(root, split) for split in splits}
-    (first, expected), *others = classes.items()
-    for split, found in others:
-        if differing := sorted(set(expected) ^ set(found)):
+    classes = _classes(source, splits[0] if splits else "val")
+    for split in splits:
+        found = class_folders(_locate(source, split))
+        if foreign := sorted(set(found) - set(classes)):
+            of = "those that the network was trained on" if source.classes else "train's"
             raise UserError(
-                f"{first}/ and {split}/ in {root!r} have different classes ({len(expected)} and {len(found)}; "
-                f"{differing[0]!r} is in one only)"
+                f"{split}/ in {source.root!r} has a folder {shown(foreign[0])}, which is no class of {of} "
+                f"({len(foreign)} of {len(found)} folders are none)"
             )
-    return DatasetInfo(num_classes=len(expected), image_size=None, classes=tuple(expected))
+        if lacking := [name for name in classes if name not in found]:
+            message = f"{split}/ in {source.root!r} has no folder of {len(lacking)} classes, such as {lacking[0]!r}"
+            if split == "train":
+                raise UserError(message)
+            logger.warning("%s: they are not evaluated", message)
+    return DatasetInfo(num_classes=len(classes), image_size=None, classes=classes)
+
+
+def _classes(source: Source, split: str) -> tuple[str, ...]:
+    """Return the names of the classes: a class's index is its position."""
+    if source.classes:
+        return source.classes
+    has_train = Path(source.root, "train").is_dir()
+    return tuple(class_folders(_locate(source, "train" if has_train else split)))
 
 
 def data_folder(root: str) -> Path:
@@ -43,18 +68,33 @@ def data_folder(root: str) -> Path:
     return Path(root)
 
 
-def find_classes(root: str, split: str) -> list[str]:
-    """Return the names of the class folders, sorted: a class's index is its position.
+def _is_held_out(source: Source) -> bool:
+    """Return whether the split "val" is a part of other images."""
+    return bool(source.val_fraction) and not Path(source.root, "val").is_dir()
+
+
+def _locate(source: Source, split: str) -> Path:
+    """Return the folder with the class folders of a split.
 
     Raises:
-        UserError: the folder is missing or has no class folders.
+        UserError: there is none; the message says by which other name there may be one.
     """
-    folder = data_folder(root) / split
-    if not folder.is_dir():
-        other = next((name for name in OTHER_NAMES.get(split, ()) if (folder.parent / name).is_dir()), None)
-        hint = f" (there is {other}/: rename it, or link it under that name)" if other else ""
-        raise UserError(f"no folder {split}/ in {root!r}: one folder per class is expected in it{hint}")
-    return class_folders(folder)
+    root = data_folder(source.root)
+    names = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+    other = next((name for name in OTHER_NAMES.get(split, ()) if name in names), None)
+    if split in names:
+        return root / split
+    if _is_held_out(source) and (other is None or "train" not in names):
+        if "train" in names:
+            return root / "train"
+        if not names & {*OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
+            return root
+    hint = f" (there is {other}/: rename it, or link it under that name)" if other else ""
+    if split == "val" and not other and "train" in names:
+        hint = " (DATA.VAL_FRACTION holds a part of train/ out)"
+    elif not names & {"train", "val"} and not other and names:
+        hint = " (are the classes' folders in it? DATA.VAL_FRACTION holds a part of their images out)"
+    raise UserError(f"no folder {split}/ in {source.root!r}: one folder per class is expected in it{hint}")
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -69,25 +109,43 @@ def class_folders(folder: Path) -> list[str]:
     return classes
 
 
-def open_split(root: str, split: str) -> Files:
+def open_split(source: Source, split: str) -> Files:
     """Return the images of one split, class by class, sorted by path; what is hidden is passed over.
 
     Raises:
-        UserError: as `find_classes`, and where a class has no images.
+        UserError: as `describe`, and where a class has no images to train on, or no class has any.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    classes = find_classes(root, split)
-    folder = Path(root, split)
+    folder = _locate(source, split)
+    own = set(class_folders(folder))
+    indices = {name: index for index, name in enumerate(_classes(source, split)) if name in own}
 
     def is_image(path: str) -> bool:
         return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(str(folder)) :]
 
     try:
-        found = make_dataset(str(folder), {c: i for i, c in enumerate(classes)}, is_valid_file=is_image)
+        found = make_dataset(str(folder), indices, is_valid_file=is_image, allow_empty=split != "train")
     except FileNotFoundError as error:  # it lists the classes without images
         raise UserError(f"{str(folder)!r}: {error}") from error
+    if _is_held_out(source):
+        found = list(compress(found, _in_share(found, folder, source.val_fraction, held_out=split == "val")))
+    if not found:
+        raise UserError(f"no images of {split}/ in {str(folder)!r}")
     return Files(folder, *zip(*found, strict=True))
+
+
+def _in_share(images: Sequence[tuple[str, int]], folder: Path, fraction: float, *, held_out: bool) -> list[bool]:
+    """Return which images are in the part that is held out, or in the other: both have one of every class of two."""
+    names = [os.fsencode(Path(path).relative_to(folder)) for path, _ in images]
+    of_class: dict[int, list[bytes]] = {}
+    for name, (_, label) in zip(names, images, strict=True):
+        of_class.setdefault(label, []).append(name)
+    chosen: set[bytes] = set()
+    for own in of_class.values():
+        count = min(max(1, round(fraction * len(own))), len(own) - 1)
+        chosen |= set(sorted(own, key=lambda name: hashlib.sha256(name).digest())[:count])
+    return [(name in chosen) == held_out for name in names]
 
 
 class Files:

@@ -11,26 +11,22 @@ from torch import Tensor
 from data import seeding
 from data.types import Augmentation
 from repopt.errors import UserError, unknown
+from repopt.images import Normalization
 
 
 class Normalize:
-    """Makes float32 images of a given memory format of uint8 ones: (x / 255 - mean) / std per channel."""
+    """Makes normalized float32 images of a given memory format of uint8 ones."""
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], device: torch.device, memory_format: torch.memory_format
     ) -> None:
-        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
-        shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
-        self._scale = scale.float().view(3, 1, 1).to(device)
-        self._shift = shift.float().view(3, 1, 1).to(device)
-        self._memory_format = memory_format
+        self._normalization, self._memory_format = Normalization(mean, std, device), memory_format
 
     def __call__(self, images: Any) -> Any:
         """Return the normalized copy of images [B, 3, H, W], or of a list of images [3, H, W]."""
         if isinstance(images, list):
             return [self(image[None])[0] for image in images]
-        images = images.to(torch.float32, memory_format=self._memory_format)
-        return images.mul_(self._scale).add_(self._shift)
+        return self._normalization(images.to(torch.float32, memory_format=self._memory_format))
 
 
 class Erase:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -29,8 +29,8 @@ class DatasetSpec:
         zips: whether the images may also lie in a zip.
     """
 
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     flip: bool = True
     zips: bool = False
 
@@ -108,12 +108,12 @@ def _in_memory(
 
 
 def _describe_files(source: Source, splits: Sequence[str]) -> DatasetInfo:
-    return (zipped if source.zip_mode else folder).describe(source.root, splits)
+    return zipped.describe(source.root, splits) if source.zip_mode else folder.describe(source, splits)
 
 
 def _open_files(source: Source, split: str, num_classes: int, rank: int, world_size: int) -> EncodedImages:
     if not source.zip_mode:
-        return folder.open_split(source.root, split)
+        return folder.open_split(source, split)
     return zipped.ZippedImages(
         source.root, split, num_classes=num_classes, cache_mode=source.cache_mode, rank=rank, world_size=world_size
     )
@@ -168,7 +168,8 @@ def find(source: Source, kind: type[Spec]) -> Spec:
     """Return what a data set is for the task whose specifications are of a kind.
 
     Raises:
-        UserError: an unknown data set, zip mode with one that is in no zip, or an unknown way with unreadable images.
+        UserError: an unknown data set, zip mode with one that is in no zip, an unknown way with unreadable images, or
+            numbers of normalization that are none.
     """
     if source.on_bad_image not in ON_BAD_IMAGE:
         raise unknown("way with unreadable images", source.on_bad_image, ON_BAD_IMAGE)
@@ -179,4 +180,15 @@ def find(source: Source, kind: type[Spec]) -> Spec:
     if source.zip_mode and not spec.zips:
         zips = [name for name, specs in DATASETS.items() if any(spec.zips for spec in specs)]
         raise UserError(f"--zip is for {' and '.join(zips)}: data set {source.dataset!r} is in no zip")
-    return spec
+    return replace(
+        spec, mean=_of_channels(source, source.mean, spec.mean), std=_of_channels(source, source.std, spec.std)
+    )
+
+
+def _of_channels(source: Source, given: Sequence[float] | None, of_set: Sequence[float]) -> tuple[float, ...]:
+    """Return the numbers of normalization that are given, else the data set's: of grey images their mean."""
+    if given is None:
+        return tuple(of_set) if source.channels == len(of_set) else (sum(of_set) / len(of_set),)
+    if len(given) != source.channels or not all(0 <= number <= 1 for number in given):
+        raise UserError(f"images of {source.channels} channels are normalized by as many numbers in 0..1, not {given}")
+    return tuple(given)

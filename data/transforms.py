@@ -17,6 +17,7 @@ from data.decode import to_pillow, to_pixels
 from data.raug15 import Pixels, raug15
 from data.types import Augmentation
 from repopt.errors import UserError, unknown
+from repopt.images import resize_and_crop
 
 Transform = Callable[[bytes], Tensor]
 
@@ -80,16 +81,18 @@ def _resize(pixels: Tensor, size: int, mode: str) -> Tensor:
     return F.interpolate(batch, (size, size), mode=mode, antialias=True)[0].permute(1, 2, 0)
 
 
+def short_side(image_size: int, *, crop: bool) -> int:
+    """Return the short side of an image before the centre square of `image_size` is cut out in evaluation."""
+    return image_size * 256 // 224 if crop else image_size
+
+
 def eval_transform(image_size: int, interpolation: str, *, crop: bool) -> Transform:
     """Resize the short side to `image_size` (with `crop`: to 256/224 of it), then the centre square of `image_size`.
 
     'random' interpolation, which is for training, is bicubic here.
     """
-    from torchvision import transforms as T
-
-    mode = T.InterpolationMode(DETERMINISTIC[interpolation])
-    short_side = image_size * 256 // 224 if crop else image_size
-    return OnPillow(T.Compose([T.Resize(short_side, mode), T.CenterCrop(image_size)]))
+    side = short_side(image_size, crop=crop)
+    return OnPillow(resize_and_crop((image_size, image_size), side, DETERMINISTIC[interpolation]))
 
 
 def check_preset(name: str | None) -> None:

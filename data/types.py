@@ -24,6 +24,11 @@ class Source:
         on_bad_image: what to do at an image that cannot be read or decoded: 'raise' an error that names it, or 'skip'
             it with a warning. A skipped image gives its place to another of its batch in training, and counts as
             wrong in the evaluation of a classifier; in other evaluations it is an error anyway.
+        classes: names of the classes, in the order of their indices, as a trained network has them; empty = those of
+            the data set, in its own order.
+        val_fraction: part of every class's images that are the split "val" where class folders have no `val/`.
+        channels: of an image: 3, or 1 of grey.
+        mean, std: of normalization, per channel, of values in 0..1; None = the data set's.
     """
 
     dataset: str
@@ -31,6 +36,11 @@ class Source:
     zip_mode: bool = False
     cache_mode: str = "part"
     on_bad_image: str = "skip"
+    classes: tuple[str, ...] = ()
+    val_fraction: float = 0.0
+    channels: int = 3
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     @property
     def sharded(self) -> bool:

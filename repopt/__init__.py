@@ -15,6 +15,7 @@ from repopt.declare import declare
 from repopt.deploy import deploy
 from repopt.errors import EquivalenceWarning, UserError
 from repopt.layers import RepConv2d
+from repopt.load import load
 from repopt.models import create_model, list_models
 from repopt.optim import (
     BranchOptimizer,
@@ -77,6 +78,7 @@ __all__ = [
     "hold_branches",
     "initialize",
     "list_models",
+    "load",
     "load_scales",
     "load_weights",
     "param_groups",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from repopt import torchfile
-from repopt.errors import UserError, one_line, shown
+from repopt.errors import UserError, one_line, shown, unknown
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -100,6 +100,31 @@ def state_dict_of(content: Mapping[str, Any], key: str = "model") -> dict[str, T
     if len(weights) < len(state):
         raise UserError("the file holds weights of the same name with and without the prefix 'module.'")
     return weights
+
+
+WEIGHTS = {"model": "the model's weights", "ema": "the moving average of the weights"}
+
+
+def choose_weights(content: Mapping[str, Any], wanted: str = "best") -> str:
+    """Return which of a checkpoint's weights are meant, a key of `WEIGHTS`.
+
+    Args:
+        content: of the checkpoint.
+        wanted: one of the keys, or "best": the moving average where there is one that has reached a higher accuracy.
+
+    Raises:
+        UserError: the moving average is wanted, and there is none; or something else.
+    """
+    if wanted not in (*WEIGHTS, "best"):
+        raise unknown("weights", wanted, (*WEIGHTS, "best"))
+    averaged = isinstance(content.get("ema"), Mapping)
+    if wanted == "ema" and not averaged:
+        raise UserError("there is no moving average of the weights in it: take --weights model")
+    if wanted != "best":
+        return wanted
+    model, ema = (content.get(key) for key in ("max_accuracy", "max_ema_accuracy"))
+    better = isinstance(model, int | float) and isinstance(ema, int | float) and ema > model
+    return "ema" if averaged and better else "model"
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -10,8 +10,9 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ try:
 except ImportError as error:
     raise UserError(f"exporting needs more (pip install 'repopt[deploy]'): {one_line(error)}") from None
 
+Metadata = Mapping[str, str]
+
 OPSET = 20
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 # Between torch's and onnxruntime's outputs. Where a number is about halfway between two integers, float and integer
@@ -38,13 +41,14 @@ MAX_DIFFERENCE, MAX_DIFFERENCE_INT8 = 1e-3, 0.1
 
 
 @torch.no_grad()
-def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
+def write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: Metadata = MappingProxyType({})) -> float:
     """Write a network as ONNX for batches of up to `quantization.MAX_BATCH` images, and check it with onnxruntime.
 
     Args:
         model: a deployed network, or `Int8`, whose integers are QuantizeLinear and DequantizeLinear pairs.
         images: (N, C, H, W), on which both are compared; height and width are fixed.
         path: path of the file; there is none yet.
+        metadata: what the file says of itself.
 
     Returns:
         The difference of the outputs: root of the mean square, relative to that of torch's.
@@ -74,6 +78,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
             node.metadata_props.clear()  # where in our code it was traced
         _separate_zero_points(program.model.graph)
         _name_batches(program.model.graph)
+        program.model.metadata_props.update(metadata)
         program.save(temporary)
         difference = relative_difference(OnnxNetwork(temporary)(images), model(images))
         if not difference <= (MAX_DIFFERENCE_INT8 if isinstance(model, Int8) else MAX_DIFFERENCE):
@@ -122,6 +127,10 @@ class OnnxNetwork(nn.Module):
         path: path of the file.
         threads: threads of onnxruntime; None = as many as torch uses.
 
+    Attributes:
+        input_shape: channels, height and width of an image; None where any will do.
+        metadata: what the file says of itself.
+
     Raises:
         UserError: no such file, or no network that onnxruntime can run.
     """
@@ -130,6 +139,9 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self._session = _session(Path(path), threads=threads or torch.get_num_threads())
         self.training = False
+        inputs = self._session.get_inputs()[0]
+        self.input_shape = tuple(size if isinstance(size, int) else None for size in inputs.shape[1:])
+        self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     @torch.no_grad()
     @override
@@ -147,29 +159,30 @@ def operations(path: str | os.PathLike[str]) -> Counter[str]:
         return Counter(node.op_type for node in onnx.load(optimized, load_external_data=False).graph.node)
 
 
-def write_safetensors(model: nn.Module, path: Path) -> None:
+def write_safetensors(model: nn.Module, path: Path, metadata: Metadata = MappingProxyType({})) -> None:
     """Write the weights of a network by name.
 
     Raises:
         UserError: the file exists.
     """
     with new_file(path) as temporary:
-        temporary.write_bytes(as_safetensors({name: value.contiguous() for name, value in model.state_dict().items()}))
+        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+        temporary.write_bytes(as_safetensors(weights, dict(metadata)))
 
 
-def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
+def write_program(model: nn.Module, images: Tensor, path: Path, metadata: Metadata = MappingProxyType({})) -> None:
     """Write a network as a torch.export program (``.pt2``), which `torch.export.load` reads.
 
-    It takes batches of up to `quantization.MAX_BATCH` images.
+    It takes batches of up to `quantization.MAX_BATCH` images. The metadata are extra files.
 
     Raises:
         UserError: the file exists; an operation cannot be exported.
     """
     with new_file(path) as temporary:
-        torch.export.save(export_program(model, images), temporary)
+        torch.export.save(export_program(model, images), temporary, extra_files=dict(metadata))
 
 
-def write_compiled(model: nn.Module, images: Tensor, path: Path) -> None:
+def write_compiled(model: nn.Module, images: Tensor, path: Path, metadata: Metadata = MappingProxyType({})) -> None:
     """Compile a network ahead of time for this machine's kind (AOTInductor, ``.pt2``).
 
     C++ runs it without Python; in Python `torch._inductor.aoti_load_package` loads it.
@@ -178,7 +191,8 @@ def write_compiled(model: nn.Module, images: Tensor, path: Path) -> None:
         UserError: the file exists; it cannot be exported or compiled.
     """
     program = export_program(model, images)
-    with new_file(path) as temporary, torch._inductor.config.patch(freezing=True):
+    settings = {"freezing": True, "aot_inductor.metadata": dict(metadata)}
+    with new_file(path) as temporary, torch._inductor.config.patch(settings):
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
         except Exception as error:  # whatever a missing or broken compiler makes of it

@@ -80,6 +80,14 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
+def _by_learning_rate(group: dict[str, Any], lr: float | Tensor, factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return groups of those parameters of a group that have the same factor of the learning rate."""
+    parts: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, param in group["params"]:
+        parts.setdefault(factors.get(name, 1.0), []).append((name, param))
+    return [group | {"params": params, "lr": lr * factor} for factor, params in parts.items()]
+
+
 def build_optimizer(
     name: str,
     model: nn.Module,
@@ -90,6 +98,7 @@ def build_optimizer(
     implementation: Implementation = "auto",
     branches: Mapping[str, HeldBranches] | None = None,
     max_norm: float | None = None,
+    lr_factors: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over the model's parameter groups.
@@ -102,6 +111,8 @@ def build_optimizer(
         weight_decay: of the decayed group (`param_groups`).
         implementation: of the step of a `RepOptimizer` or a `BranchOptimizer`.
         branches: from `hold_branches` or `share_branches`: the rule is on the multi-branch network (`BranchOptimizer`).
+        lr_factors: of the learning rate by parameter name, 1 where a name is absent: a group for each. The branches of
+            a declared kernel learn at the rate of the kernel.
         max_norm: to which a step clips the gradients of the multi-branch network, where scales or branches are given.
         settings: hyper-parameters of the rules (momentum, nesterov, betas, eps ...). Those of other rules are passed
             over, so that one set of settings serves every rule.
@@ -127,6 +138,8 @@ def build_optimizer(
         if key not in known:
             raise unknown("optimizer setting", key, known)
     groups, arguments = param_groups(model, weight_decay), dict[str, Any](lr=lr)
+    if lr_factors is not None:
+        groups = [part for group in groups for part in _by_learning_rate(group, lr, lr_factors)]
     if scales is not None:
         rule = RULES[name]
         arguments |= {key: value for key, value in settings.items() if key in rule.hyperparameters}

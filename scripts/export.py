@@ -53,7 +53,7 @@ def export_all(arguments: argparse.Namespace) -> None:
     import torch
 
     import repopt
-    from repopt import export
+    from repopt import checkpoint, export
     from repopt.errors import UserError
     from train import trained
 
@@ -74,15 +74,17 @@ def export_all(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--image-size {size[0]}: the network was quantized for {' x '.join(map(str, source.image_size))}"
         )
-    print(f"{trained.WEIGHTS[source.weights]} of {source.path}")
+    print(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
     network = source.int8_network() if source.quantized else repopt.deploy(source.network())
-    images = torch.randn(8, 3, *size)
+    images = torch.randn(8, source.input_shape[0], *size)
     writers = {"onnx": export.write_onnx, "pt2": export.write_program, "compiled": export.write_compiled}
+    trained_for = source.in_out
+    metadata = trained_for._replace(images=trained_for.images.resized(size)).as_metadata()
     for name, path in paths.items():
         if name == "safetensors":
-            export.write_safetensors(network, path)
+            export.write_safetensors(network, path, metadata)
         else:
-            writers[name](network, images, path)
+            writers[name](network, images, path, metadata)
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -19,6 +19,7 @@ from repopt.optim import WITHOUT_MULTIPLIERS, HeldBranches
 from train import compilation
 from train.distributed import World
 from train.keys import CLASSIFY
+from train.layers import learning_rate_factors
 from train.logging import logger
 from train.parallel import data_parallel
 from train.placement import precision_of, to_device
@@ -45,8 +46,8 @@ def plain_form(
         plain = to_device(task.network("target"), task.world)
         return plain, share_branches(model, plain)
     rule = cfg.TRAIN.OPTIMIZER.NAME
-    held = scales is None or rule in WITHOUT_MULTIPLIERS or (cfg.TRAIN.SEARCH_EPOCHS and rule != "sgd")
-    if task.arch.repopt and cfg.TRAIN.CHANGE_GRADIENTS and held:
+    searched = cfg.TRAIN.SEARCH_EPOCHS and (scales is None or rule != "sgd")
+    if task.arch.repopt and cfg.TRAIN.CHANGE_GRADIENTS and (searched or (scales and rule in WITHOUT_MULTIPLIERS)):
         if not cfg.TRAIN.CHANGE_INITIALIZATION:
             raise UserError(f"optimizer {rule!r} holds branches, which make the initial kernels: leave that switch out")
         return model, hold_branches(model, scales, identity=cfg.TRAIN.IDENTITY_INIT, keep_weights=keep_weights)
@@ -90,6 +91,7 @@ def training_state(
         branches=branches,
         max_norm=None if branches is None and multiplied is None else cfg.TRAIN.CLIP_GRAD or None,
         lr=cfg.TRAIN.BASE_LR * scaling,
+        lr_factors=learning_rate_factors(task, plain),
         weight_decay=cfg.TRAIN.WEIGHT_DECAY,
         momentum=rule.MOMENTUM,
         nesterov=rule.MOMENTUM > 0,

@@ -127,6 +127,8 @@ def _coerce(name: str, value: Any) -> Any:
         value = _literal(value)
     elif value == "None" and key.default is None:
         value = None
+    if kind is list and isinstance(value, str):
+        value = value.split(",")
     if kind is float and type(value) is int and abs(value) <= sys.maxsize:
         value = float(value)
     if kind in (tuple, list) and isinstance(value, (tuple, list)):
@@ -144,6 +146,8 @@ def _coerce(name: str, value: Any) -> Any:
 def _check_range(name: str, key: Key, value: Any) -> None:
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{name} takes text without NUL characters, not {shown(value)}")
+    if isinstance(value, list) and not all(isinstance(text, str) and text and "\0" not in text for text in value):
+        raise UserError(f"{name} takes texts, such as one,two, not {shown(value)}")
     if type(value) in (int, float) and not key.minimum <= value <= key.maximum:
         limit = f"from {key.minimum} on" if key.maximum == sys.maxsize else f"from {key.minimum} to {key.maximum}"
         raise UserError(f"{name} is a number {limit}, not {shown(value)}")

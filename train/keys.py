@@ -23,6 +23,7 @@ class Key(NamedTuple):
         choices: All values that are allowed.
         words: Words that may stand instead of a value.
         flag: The flag of the command line that sets it; a bool key's flag takes no value and sets True.
+        former_flag: What the flag was called in earlier versions, which works still.
         minimum, maximum: Bounds of a number, or of each number of a tuple (`minimum`).
         length: The length of a tuple.
         integer: Whether a tuple holds integers.
@@ -38,6 +39,7 @@ class Key(NamedTuple):
     choices: tuple[Any, ...] | None = None
     words: tuple[str, ...] = ()
     flag: str | None = None
+    former_flag: str | None = None
     minimum: int = 0
     maximum: float = sys.maxsize
     length: int | None = None
@@ -85,6 +87,26 @@ KEYS: dict[str, Key] = {
         choices=("no", "full", "part"),
         flag="--cache-mode",
     ),
+    "DATA.CLASSES": Key(
+        None,
+        "Names of the classes in the order of their indices; None: those of the checkpoint that is evaluated or "
+        "quantized, else of the data set in its own order.",
+        list,
+    ),
+    "DATA.VAL_FRACTION": _classify(
+        0.0,
+        "Part of every class's images that are held out for evaluation where class folders have no val/, from train/ "
+        "or from the folder itself; 0: none.",
+        maximum=0.9,
+        immutable_on_resume=True,
+    ),
+    "DATA.MEAN": Key(
+        None,
+        "Mean of normalization per channel, of values in 0..1; None: the data set's.",
+        tuple,
+        immutable_on_resume=True,
+    ),
+    "DATA.STD": Key(None, "Standard deviation of normalization, likewise.", tuple, immutable_on_resume=True),
     "DATA.PIN_MEMORY": Key(True, "Copy batches to the GPU from pinned memory."),
     "DATA.NUM_WORKERS": Key(8, "Worker processes that decode images, per training process."),
     "DATA.ON_BAD_IMAGE": Key(
@@ -114,8 +136,16 @@ KEYS: dict[str, Key] = {
         choices=("repvgg", "acnet"),
         immutable_on_resume=True,
     ),
-    "MODEL.BACKBONE": Key(
-        "", "Checkpoint of a classifier, with whose weights the backbone begins.", flag="--backbone", tasks=DENSE
+    "MODEL.IN_CHANS": _model(
+        3, "Channels of an image; 1: grey.", choices=(1, 3), backbone_argument="in_chans", tasks=(CLASSIFY,)
+    ),
+    "MODEL.PRETRAINED": Key(
+        "",
+        "Weights with which a training begins: a checkpoint of this project or of the published release, or timm's; "
+        "the head, and what has another shape, is new. It also says the architecture, size and normalization if "
+        "nothing else does.",
+        flag="--pretrained",
+        former_flag="--backbone",
     ),
     "MODEL.WEIGHTS": Key(
         "best",
@@ -135,6 +165,20 @@ KEYS: dict[str, Key] = {
     "TRAIN.BASE_LR": Key(5e-4, "Learning rate per 256 images of an optimizer step; it is scaled linearly."),
     "TRAIN.WARMUP_LR": Key(0.0, "Learning rate at which the warm-up starts, per 256 images."),
     "TRAIN.MIN_LR": Key(0.0, "Learning rate at which the schedule ends, per 256 images."),
+    "TRAIN.HEAD_LR": Key(
+        None, "Learning rate per 256 images of what stands on the backbone; None: TRAIN.BASE_LR.", float
+    ),
+    "TRAIN.LAYER_DECAY": Key(
+        1.0,
+        "Factor of the learning rate from every layer of the backbone to the one before it; a block whose branches are "
+        "declared is one layer.",
+        maximum=1,
+    ),
+    "TRAIN.FREEZE": Key(
+        [],
+        "Modules that are not trained, their batch norms at rest: paths with * and ?, such as stage0,stage1*.",
+        immutable_on_resume=True,
+    ),
     "TRAIN.CLIP_GRAD": Key(
         0.0,
         "Bound of the gradient norm (under a RepOptimizer that of the equivalent multi-branch network); 0: none.",
@@ -314,14 +358,22 @@ KEYS: dict[str, Key] = {
     ),
 }
 
-RENAMED = {"TRAIN.MOST_SKIPPED_STEPS": "TRAIN.MAX_SKIPPED_STEPS"}
+RENAMED = {"TRAIN.MOST_SKIPPED_STEPS": "TRAIN.MAX_SKIPPED_STEPS", "MODEL.BACKBONE": "MODEL.PRETRAINED"}
 """Keys of earlier versions, which recipes and command lines may hold, and what they are called now."""
 
 
 def flags_of(task: str) -> dict[str, str]:
     """Return the flags of a task's runs, and the keys that they set."""
-    return {key.flag: name for name, key in KEYS.items() if key.flag and task in key.tasks}
+    return {
+        flag: name
+        for name, key in KEYS.items()
+        for flag in (key.flag, key.former_flag)
+        if flag is not None and task in key.tasks
+    }
 
 
-# Of what evaluation makes images, which a checkpoint's run says for whoever evaluates or quantizes it.
-OF_IMAGES = ("DATA.IMG_SIZE", "DATA.TEST_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
+# Of what a network is made but for its classes, and for what.
+OF_NETWORK = tuple(name for name, key in KEYS.items() if key.of_model and name not in ("TASK", "MODEL.NUM_CLASSES"))
+
+# How a picture becomes an image in evaluation, which a checkpoint says for whoever evaluates it or begins with it.
+OF_IMAGES = ("DATA.IMG_SIZE", "DATA.TEST_SIZE", "DATA.INTERPOLATION", "TEST.CROP", "DATA.MEAN", "DATA.STD")

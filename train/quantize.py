@@ -86,7 +86,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
     if (was := source.setting("TASK") or CLASSIFY) != cfg.TASK:
         raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and this recipe's is {cfg.TASK}")
-    logger.info(f"{trained.WEIGHTS[source.weights]} of {source.path}")
+    logger.info(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
     match_images(task, source.content, source.path)
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
     loader = task.eval_loader()
@@ -107,7 +107,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
         del trainer
     int8 = quantization.convert(prepared)
     results["INT8"] = evaluate(batches, "INT8, torch", int8)
-    written = run_on_main(lambda: write_artifacts(artifacts, cfg, prepared, float_network, int8, images))
+    written = run_on_main(lambda: write_artifacts(artifacts, task, prepared, float_network, int8, images))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     in_onnxruntime = export.OnnxNetwork(written / INT8_ONNX, threads)
     results["INT8, onnxruntime"] = evaluate(batches, "INT8, onnxruntime", in_onnxruntime)
@@ -172,7 +172,7 @@ def own_checkpoint(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
 
 def write_artifacts(
     path: Path,
-    cfg: CfgNode,
+    task: Task,
     prepared: quantization.PreparedModel,
     float_network: nn.Module,
     int8: quantization.Int8,
@@ -183,12 +183,17 @@ def write_artifacts(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        content = {"model": prepared.state_dict(), "config": config.as_dict(cfg), "image_size": list(images.shape[2:])}
-        checkpoint.write(content, new / QUANTIZED)
+        content = {
+            "model": prepared.state_dict(),
+            "config": config.as_dict(task.cfg),
+            "image_size": list(images.shape[2:]),
+        }
+        metadata = task.in_out().as_metadata()
+        checkpoint.write(content | task.notes(), new / QUANTIZED)
         write_json(quantization.signal_to_noise(prepared.cpu(), int8.cpu(), images), new / SIGNAL_TO_NOISE)
-        export.write_safetensors(float_network.cpu(), new / FP32_SAFETENSORS)
+        export.write_safetensors(float_network.cpu(), new / FP32_SAFETENSORS, metadata)
         for network, name in ((float_network, FP32_ONNX), (int8, INT8_ONNX)):
-            difference = export.write_onnx(network, images, new / name)
+            difference = export.write_onnx(network, images, new / name, metadata)
             logger.info(f"{name}: onnxruntime's outputs differ from torch's by {difference:.1e} (relative)")
     except UserError:
         shutil.rmtree(new)

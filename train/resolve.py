@@ -4,14 +4,41 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from yacs.config import CfgNode
 
 from repopt import checkpoint
 from repopt.errors import UserError
 from repopt.models import Arch, parse_arch
 from train import config, tasks
-from train.keys import AUTO, KEYS, OF_IMAGES
+from train.distributed import World
+from train.keys import AUTO, KEYS, OF_IMAGES, OF_NETWORK
 from train.resume import needs_scales
+
+
+def as_trained(settings: config.Settings) -> config.Settings:
+    """Return the settings in which what nobody says is as in the checkpoint that is evaluated or begun with.
+
+    Of one that is evaluated, or quantized, that is its network, its data set and its classes, too.
+
+    Raises:
+        UserError: there is no such file, or it is none.
+    """
+    cfg, given = settings
+    keys: tuple[str, ...]
+    if cfg.MODEL.PRETRAINED:
+        keys, content = ("MODEL.ARCH", "MODEL.STRIDES", *OF_IMAGES), checkpoint.read(cfg.MODEL.PRETRAINED)
+    elif cfg.MODEL.RESUME and (cfg.EVAL_MODE or cfg.QUANT.METHOD):
+        keys, content = (*OF_NETWORK, "DATA.VAL_FRACTION", *OF_IMAGES), checkpoint.read(cfg.MODEL.RESUME)
+        if isinstance(classes := content.get("classes"), list) and classes:
+            settings = settings.with_defaults({"DATA.CLASSES": classes})
+    else:
+        return settings
+    own = content.get("config")
+    if "DATA.IMG_SIZE" in given:
+        keys = tuple(key for key in keys if key != "DATA.TEST_SIZE")
+    taken = {key: value for key in keys if (value := config.lookup(own, key)) is not None}
+    return settings.with_defaults({key: value for key, value in taken.items() if cfg.TASK in KEYS[key].tasks})
 
 
 def resolve(settings: config.Settings) -> CfgNode:
@@ -20,7 +47,6 @@ def resolve(settings: config.Settings) -> CfgNode:
     Raises:
         UserError: keys contradict each other or the data set.
     """
-    settings = _as_trained(settings)
     cfg, given = settings
     arch = parse_arch(cfg.MODEL.ARCH)
     if cfg.EVAL_MODE and not cfg.MODEL.RESUME:
@@ -38,8 +64,15 @@ def resolve(settings: config.Settings) -> CfgNode:
         raise UserError(f"MODEL.PRIOR is of another library's network (timm/NAME-target), not of {cfg.MODEL.ARCH}")
     if cfg.TRAIN.SEARCH_EPOCHS:
         _check_search(cfg, arch)
-    if cfg.MODEL.BACKBONE and cfg.MODEL.RESUME:
-        raise UserError("--backbone is where a training begins, and so is --resume (or what is evaluated): give one")
+    for key in ("TRAIN.FREEZE", "TRAIN.HEAD_LR", "TRAIN.LAYER_DECAY"):
+        if arch.mode == "hs" and config.lookup(cfg, key) != KEYS[key].default:
+            raise UserError(f"a search begins with all layers, which learn alike: leave {key} out")
+    if cfg.TRAIN.FREEZE and cfg.TRAIN.SEARCH_EPOCHS:
+        raise UserError("scales are searched in all layers: TRAIN.SEARCH_EPOCHS goes without TRAIN.FREEZE")
+    if cfg.TRAIN.HEAD_LR is not None and not cfg.TRAIN.BASE_LR:
+        raise UserError("TRAIN.HEAD_LR is beside a TRAIN.BASE_LR above 0; TRAIN.FREEZE trains the head alone")
+    if cfg.MODEL.PRETRAINED and cfg.MODEL.RESUME:
+        raise UserError("--pretrained is where a training begins, and so is --resume (or what is evaluated): give one")
     if cfg.TRAIN.WARMUP_STEPS is not None and "TRAIN.WARMUP_EPOCHS" in given:
         raise UserError(
             f"the warm-up has TRAIN.WARMUP_STEPS {cfg.TRAIN.WARMUP_STEPS}, which goes before TRAIN.WARMUP_EPOCHS: "
@@ -57,17 +90,9 @@ def resolve(settings: config.Settings) -> CfgNode:
         "TRAIN.ACCUMULATION_STEPS": max(1, cfg.TRAIN.ACCUMULATION_STEPS),
         "OUTPUT": str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG)),
     }
-    return settings.with_values(values | tasks.task_class(cfg.TASK).finalize(cfg, given)).cfg
-
-
-def _as_trained(settings: config.Settings) -> config.Settings:
-    """Return the settings in which images of an evaluation or quantization are those that the checkpoint is used to."""
-    cfg, given = settings
-    if not cfg.MODEL.RESUME or not (cfg.EVAL_MODE or cfg.QUANT.METHOD):
-        return settings
-    own = checkpoint.read(cfg.MODEL.RESUME).get("config")
-    taken = (key for key in OF_IMAGES if key != "DATA.TEST_SIZE" or "DATA.IMG_SIZE" not in given)
-    return settings.with_defaults({key: value for key in taken if (value := config.lookup(own, key)) is not None})
+    settings = settings.with_values(values | tasks.task_class(cfg.TASK).finalize(cfg, given))
+    images = tasks.create(settings.cfg, World(0, 1, torch.device("cpu"))).images(training=False)
+    return settings.with_values({"DATA.MEAN": images.spec.mean, "DATA.STD": images.spec.std}).cfg
 
 
 def _check_search(cfg: CfgNode, arch: Arch) -> None:

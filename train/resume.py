@@ -17,11 +17,11 @@ from repopt.errors import UserError, shown
 from repopt.models import Arch, parse_arch, same_arch
 from repopt.scales import scales_of
 from train import config
-from train.backbone import add_prefix
 from train.checkpoint import RunFolder
 from train.distributed import run_on_main
 from train.keys import CLASSIFY, KEYS, OF_IMAGES
 from train.logging import logger
+from train.pretrained import add_prefix
 from train.tasks.base import Task
 from train.trained import LoadedCheckpoint
 
@@ -74,7 +74,7 @@ def goes_on(content: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
 
 
 # Keys that differ without a meaning for the training.
-OF_A_START = ("MODEL.RESUME", "MODEL.BACKBONE", "MODEL.WEIGHTS", "OUTPUT", "TAG", "EVAL_MODE")
+OF_A_START = ("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.WEIGHTS", "DATA.CLASSES", "OUTPUT", "TAG", "EVAL_MODE")
 
 
 def check_same_run(cfg: CfgNode, content: Mapping[str, Any]) -> None:
@@ -133,7 +133,7 @@ def needs_scales(arch: Arch) -> bool:
 
 
 def find_scales(
-    task: Task, model: nn.Module, content: Mapping[str, Any] | None, backbone: LoadedCheckpoint | None = None
+    task: Task, model: nn.Module, content: Mapping[str, Any] | None, pretrained: LoadedCheckpoint | None = None
 ) -> BoundScales | None:
     """Return the scales of a run that needs them, bound to its model.
 
@@ -155,9 +155,13 @@ def find_scales(
         return kept
     if path:
         searched = repopt.load_scales(path)
-    elif backbone is not None and "scales" in backbone.content:
-        searched = scales_of(backbone.content, backbone.path)
+    elif pretrained is not None and "scales" in pretrained.content:
+        searched = scales_of(pretrained.content, pretrained.path)
     elif cfg.TRAIN.CONSTANTS in ("searched", "channel-mean"):
+        if pretrained is not None and task.arch.repopt:
+            rule = cfg.TRAIN.OPTIMIZER.NAME
+            logger.info(f"{pretrained.path} holds no scales, and there is no --scales-path: a plain {rule} trains")
+            return None
         raise UserError(
             f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
             "hyper-search (TRAIN.SEARCH_EPOCHS auto searches in the training itself, TRAIN.CONSTANTS initial does "

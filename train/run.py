@@ -17,7 +17,7 @@ import repopt
 from repopt import checkpoint
 from repopt.errors import UserError, shown
 from repopt.models import parse_arch
-from train import backbone, config, run_record, tasks, trained
+from train import config, pretrained, run_record, tasks
 from train.build import clipping, distribute, plain_form, training_state
 from train.checkpoint import RunFolder
 from train.command import MAIN, Program
@@ -25,9 +25,10 @@ from train.distributed import run_on_main, world
 from train.file_names import THROUGHPUT
 from train.interruption import Interrupted
 from train.keys import CLASSIFY, DETECT
+from train.layers import freeze
 from train.logging import logger, start_log
 from train.placement import memory_format_of, precision_of, to_device
-from train.resolve import resolve
+from train.resolve import as_trained, resolve
 from train.resume import check_same_run, find_scales, goes_on, match_images, read_checkpoint
 from train.state import TrainingState
 from train.throughput import measure_throughput
@@ -70,6 +71,7 @@ def run(
         settings: as `argv`, the command line of `program`, was read.
         job: returns whether it came to its end.
     """
+    settings = as_trained(settings)
     parse_arch(settings.cfg.MODEL.ARCH)  # a mistake there is told before the processes meet
     with world() as here:
         task = tasks.create(resolve(settings), here)
@@ -105,6 +107,7 @@ def report_throughput(task: tasks.Task, folder: RunFolder) -> bool:
         to_device(repopt.deploy(model), world),
         batch_size=cfg.DATA.BATCH_SIZE,
         image_size=cfg.DATA.TEST_SIZE,
+        channels=cfg.MODEL.IN_CHANS,
         precision=precision_of(cfg, world),
         memory_format=memory_format_of(world),
     )
@@ -144,15 +147,15 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
     content = read_checkpoint(task, folder)
     if goes_on(content):
         check_same_run(task.cfg, content)
-    source = backbone.read(task.cfg) if task.cfg.MODEL.BACKBONE and content is None else None  # where it begins
+    source = pretrained.read(task.cfg) if task.cfg.MODEL.PRETRAINED and content is None else None  # where it begins
     scales = find_scales(task, model, content, source)
     if content is None:
         if task.cfg.MODEL.FREEZE_BN and source is None:
-            raise UserError("MODEL.FREEZE_BN keeps the statistics of a --backbone, and none is given")
+            raise UserError("MODEL.FREEZE_BN keeps the statistics of --pretrained weights, and none are given")
         if scales is not None and task.cfg.TRAIN.CHANGE_INITIALIZATION:
             scales.initialize(identity=task.cfg.TRAIN.IDENTITY_INIT)
         if source is not None:
-            backbone.load(task, model, source)
+            pretrained.load(task, model, source)
     trainer = prepare(task, to_device(model, task.world), scales, folder, content)
     del content, source  # as large as the network and its momenta
     return fit(trainer)
@@ -172,16 +175,17 @@ def prepare(
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
     given = content is not None and not goes_on(content)  # weights alone, of which branches are made, so before them
     if content is not None and given:
-        taken = trained.choose_weights(content, cfg.MODEL.WEIGHTS)
+        taken = checkpoint.choose_weights(content, cfg.MODEL.WEIGHTS)
         content = {"model": checkpoint.state_dict_of(content, taken)}
         repopt.load_weights(model, content["model"])
-        logger.info(f"begins with {trained.WEIGHTS[taken]} of {cfg.MODEL.RESUME}")
-    given = given or (content is None and bool(cfg.MODEL.BACKBONE))
+        logger.info(f"begins with {checkpoint.WEIGHTS[taken]} of {cfg.MODEL.RESUME}")
+    given = given or (content is None and bool(cfg.MODEL.PRETRAINED))
+    frozen = freeze(model, cfg.TRAIN.FREEZE)
     plain, branches = plain_form(task, model, scales, keep_weights=given)
     state: TrainingState = training_state(
         task, model, scales, batches=len(train_loader), plain=plain, branches=branches
     )
-    state.data, state.classes = train_loader.fingerprint, task.classes
+    state.data, state.notes = train_loader.fingerprint, task.notes()
     if content is not None:
         state.load_state_dict(content, rank=world.rank, processes=world.size)
         logger.info(f"goes on after epoch {state.epoch} of {cfg.TRAIN.EPOCHS}")
@@ -202,6 +206,7 @@ def prepare(
         val_loader,
         folder,
         model=distribute(task, plain),
+        frozen=frozen,
         clip=clipping(task.cfg, model, state.optimizer),
     )
 

@@ -35,7 +35,8 @@ class TrainingState:
         skipped: steps that were skipped because something was not finite.
         max_accuracy, max_ema_accuracy: best score so far (top-1 of a classifier), in percent.
         data: fingerprint of the training images; None where it is not known.
-        classes: names of the classes, by index; empty where they have none.
+        notes: what a checkpoint says of the network for whoever loads it, as plain data: its "classes" (names by index,
+            none where they have none), what it is made of ("network"), and how its "images" are made.
         searched: the scales of a search at the end of the last epoch; empty without, or in the first epoch.
         settled: whether they have settled then.
     """
@@ -52,7 +53,7 @@ class TrainingState:
     max_accuracy: float = 0.0
     max_ema_accuracy: float = 0.0
     data: str | None = None
-    classes: Sequence[str] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
     searched: Mapping[str, Tensor] = field(default_factory=dict)
     settled: bool = False
 
@@ -80,16 +81,19 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the entries of the published release's checkpoints, and ours; tensors are not copied."""
-        content = {key: part.state_dict() for key, part in self.parts().items()} | {
-            "lr_scheduler": self.schedule.state_dict(),  # for others: the learning rate is a function of the step
-            "epoch": self.epoch - 1,  # the last one done, as the published release counts
-            "max_accuracy": self.max_accuracy,
-            "max_ema_accuracy": self.max_ema_accuracy,
-            "skipped": self.skipped,
-            "data": self.data,
-            "classes": list(self.classes),
-            "seen": list(self.seen),
-        }
+        content = (
+            {key: part.state_dict() for key, part in self.parts().items()}
+            | dict(self.notes)
+            | {
+                "lr_scheduler": self.schedule.state_dict(),  # for others: the learning rate is a function of the step
+                "epoch": self.epoch - 1,  # the last one done, as the published release counts
+                "max_accuracy": self.max_accuracy,
+                "max_ema_accuracy": self.max_ema_accuracy,
+                "skipped": self.skipped,
+                "data": self.data,
+                "seen": list(self.seen),
+            }
+        )
         if self.searched:
             content["search"] = {"scales": dict(self.searched), "settled": self.settled}
         return content if self.scales is None else content | {"scales": dict(self.scales)}

@@ -16,13 +16,14 @@ def measure_throughput(
     *,
     batch_size: int,
     image_size: int,
+    channels: int = 3,
     precision: Precision,
     memory_format: torch.memory_format = torch.contiguous_format,
     seconds: float = 5.0,
 ) -> float:
     """Images per second in eval mode on one batch of random images, over at least `seconds` after a warm-up."""
     model.eval()
-    images = torch.randn(batch_size, 3, image_size, image_size, device=precision.device)
+    images = torch.randn(batch_size, channels, image_size, image_size, device=precision.device)
     images = images.contiguous(memory_format=memory_format)
 
     def run(batches: int) -> float:

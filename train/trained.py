@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,41 +12,17 @@ from yacs.config import CfgNode
 
 import repopt
 from repopt import checkpoint
+from repopt.description import InOut, names
 from repopt.errors import UserError, shown
-from repopt.models import Arch, list_models, parse_arch, same_arch
+from repopt.images import Preprocessing
+from repopt.load import count_classes, error_context
+from repopt.models import Arch, parse_arch, same_arch
 from train import config, tasks
 from train.distributed import World
-from train.keys import DENSE, KEYS
+from train.keys import DENSE, OF_IMAGES, OF_NETWORK
 
 if TYPE_CHECKING:
     from repopt import quantization
-
-
-# Keys of which a network is made.
-OF_NETWORK = [name for name, key in KEYS.items() if key.of_model]
-
-
-WEIGHTS = {"model": "the model's weights", "ema": "the moving average of the weights"}
-
-
-def choose_weights(content: Mapping[str, Any], wanted: str = "best") -> str:
-    """Return which of a checkpoint's weights are meant, a key of `WEIGHTS`.
-
-    Args:
-        content: of the checkpoint.
-        wanted: one of the keys, or "best": the moving average where there is one that has reached a higher accuracy.
-
-    Raises:
-        UserError: the moving average is wanted, and there is none.
-    """
-    averaged = isinstance(content.get("ema"), Mapping)
-    if wanted == "ema" and not averaged:
-        raise UserError("there is no moving average of the weights in it: take --weights model")
-    if wanted != "best":
-        return wanted
-    model, ema = (content.get(key) for key in ("max_accuracy", "max_ema_accuracy"))
-    better = isinstance(model, int | float) and isinstance(ema, int | float) and ema > model
-    return "ema" if averaged and better else "model"
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -58,7 +33,7 @@ class LoadedCheckpoint(NamedTuple):
         name: of the architecture, as ``--arch`` takes it.
         arch: what it stands for.
         content: of the file.
-        weights: which of its weights are taken, a key of `WEIGHTS`.
+        weights: which of its weights are taken, a key of `checkpoint.WEIGHTS`.
     """
 
     path: str
@@ -102,10 +77,27 @@ class LoadedCheckpoint(NamedTuple):
         from repopt import quantization  # an extra
 
         cfg = self.settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET")
-        images = torch.zeros(1, 3, *self.image_size)
+        images = torch.zeros(1, *self.input_shape)
         observed = quantization.prepare(self._build(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
         quantization.load(observed, checkpoint.state_dict_of(self.content))
         return quantization.convert(observed)
+
+    @property
+    def in_out(self) -> InOut:
+        """Return what the network takes and gives, as its training evaluated it.
+
+        Raises:
+            UserError: the content is not what a training writes.
+        """
+        cfg = self.settings("TASK", "DATA.DATASET", "MODEL.IN_CHANS", *OF_IMAGES)
+        images = self.content.get("images")
+        made = self._task(cfg).images(training=False).preprocessing if images is None else Preprocessing.of(images)
+        return InOut(cfg.TASK, names(self.content.get("classes", ())), made)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Return channels, height and width of what the network saw in evaluation; see `image_size`."""
+        return self.settings("MODEL.IN_CHANS").MODEL.IN_CHANS, *self.image_size
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -136,21 +128,13 @@ class LoadedCheckpoint(NamedTuple):
         return config.build(kept | {"MODEL.ARCH": self.name} | values).cfg
 
     def _classes(self, weights: Mapping[str, Tensor]) -> int:
-        """Return the number of classes: as the run was configured; of a classifier as its weights have them.
-
-        The classifier alone is of another shape in a network that has one output.
-        """
+        """Return the number of classes: as the run was configured; of a classifier as its weights have them."""
         if self.setting("TASK") in DENSE:
             return self.settings("MODEL.NUM_CLASSES").MODEL.NUM_CLASSES
-        # Some of the libraries' networks cannot be made without values: they compute their widths with tensors.
-        with torch.device("meta" if self.arch.model in list_models() else "cpu"):
-            own = self._build(1).state_dict()
-        other = (weights[name] for name in own if name in weights and weights[name].shape != own[name].shape)
-        sizes = {len(weight) for weight in other if weight.dim()}
-        return sizes.pop() if len(sizes) == 1 else 1
+        return count_classes(self.arch.model, weights, self._build)
 
     def _build(self, num_classes: int) -> nn.Module:
-        return self._task(self._settings(OF_NETWORK, {"MODEL.NUM_CLASSES": num_classes})).network()
+        return self._task(self._settings(("TASK", *OF_NETWORK), {"MODEL.NUM_CLASSES": num_classes})).network()
 
     def _task(self, cfg: CfgNode) -> tasks.Task:
         return tasks.create(cfg, World(0, 1, torch.device("cpu")))
@@ -165,7 +149,7 @@ def read(
         path: of the file.
         name: of its architecture; None = as the checkpoint says.
         fallback: the architecture of one that does not say.
-        weights: which of its weights are taken; see `choose_weights`.
+        weights: which of its weights are taken; see `checkpoint.choose_weights`.
 
     Raises:
         UserError: it is no checkpoint, or one of another architecture; or nothing says of which; or it lacks those
@@ -174,15 +158,6 @@ def read(
     path, content = os.fspath(path), checkpoint.read(path)
     with error_context(path):
         return _parse(path, content, name, fallback, weights)
-
-
-@contextmanager
-def error_context(path: str) -> Iterator[None]:
-    """Let a mistake in what a file holds name the file."""
-    try:
-        yield
-    except UserError as error:
-        raise error if path in str(error) else UserError(f"{path!r}: {error}") from None
 
 
 def _parse(
@@ -196,5 +171,5 @@ def _parse(
     arch = parse_arch(str(own) if name is None else name)
     if own is not None and not same_arch(str(own), arch):
         raise UserError(f"{path!r} is a checkpoint of {shown(own)}, not of {name}")
-    taken = choose_weights(content, weights)
+    taken = checkpoint.choose_weights(content, weights)
     return LoadedCheckpoint(path, str(own) if name is None else name, arch, content, taken)

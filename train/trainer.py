@@ -51,6 +51,7 @@ class Trainer:
         train_loader, val_loader: of this process.
         folder: where the first process writes checkpoints, metrics, and (in a hyper-search) the scales.
         model: what computes in training: ``state.model``, or what stands for it, in DDP or compiled.
+        frozen: modules of the network that stay in eval mode.
         clip: clips the gradients and returns their norm before; None = no clipping, or the optimizer does it.
     """
 
@@ -63,13 +64,14 @@ class Trainer:
         folder: RunFolder,
         *,
         model: nn.Module | None = None,
+        frozen: Sequence[nn.Module] = (),
         clip: Callable[[], Tensor] | None = None,
     ) -> None:
         self.task, self.cfg, self.world = task, task.cfg, task.world
         self.state, self.folder = state, folder
         self.train_loader, self.val_loader = train_loader, val_loader
         self.model = state.model if model is None else model
-        self.clip = clip
+        self.clip, self.frozen = clip, frozen
         self.guard = NonFiniteGuard(state.model, state.optimizer, state.precision.device)
         self.metrics = Metrics(None)
         train_loader.set_epoch(state.epoch)
@@ -193,6 +195,8 @@ class Trainer:
         """
         cfg, accumulation = self.cfg, self.cfg.TRAIN.ACCUMULATION_STEPS
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         self.guard.snapshot_buffers()
         self._done, self._first = 0, self._batches_done()  # batches of this iteration, and of the epoch before it
         self._recent, total = _Average(self.state.precision.device), _Average(self.state.precision.device)
@@ -258,7 +262,7 @@ class Trainer:
                 f"a row, up to step {step}; {self._last_good()}"
             )
         optimizer = self.state.optimizer
-        rate = optimizer.param_groups[0]["lr"]
+        rate = max(group["lr"] for group in optimizer.param_groups)
         numbers = {"loss": loss, "learning_rate": rate, "images_per_second": speed}
         if cfg.TRAIN.SEARCH_EPOCHS:
             numbers["searching"] = int(isinstance(optimizer, BranchOptimizer) and optimizer.searching)

@@ -104,25 +104,25 @@ def check_features(name: str, body: nn.Module) -> None:
     Raises:
         UserError: it does not take images of 64 px, or its features are not (N, C, H, W).
     """
-    features = _try(body, 64, f"{name} cannot be a backbone")
+    features = _try(body, (3, 64, 64), f"{name} cannot be a backbone")
     if [feature.shape[1] for feature in features] != feature_info(body).channels():
         raise UserError(f"{name} cannot be a backbone: its features are not (N, C, H, W)")
 
 
-def check_image_size(name: str, model: nn.Module, size: int) -> None:
+def check_image_size(name: str, model: nn.Module, channels: int, size: int) -> None:
     """Try a fresh network on an image: some are made for one size, others not for small ones.
 
     Raises:
-        UserError: it does not take (N, 3, size, size).
+        UserError: it does not take (N, channels, size, size).
     """
-    _try(model, size, f"{name} does not take images of {size} px")
+    _try(model, (channels, size, size), f"{name} does not take images of {size} px")
 
 
 @torch.no_grad()
-def _try(model: nn.Module, size: int, complaint: str) -> Any:
+def _try(model: nn.Module, shape: tuple[int, int, int], complaint: str) -> Any:
     """Return the outputs for an image; UserError where there are none."""
     try:
-        outputs = model.eval()(torch.zeros(1, 3, size, size))
+        outputs = model.eval()(torch.zeros(1, *shape))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"{complaint}: {one_line(error)}") from None
     model.train()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
+from overlays import MIN_SCORE, boxed, colored, outlined
 from torch import Tensor, nn
 from torchvision.ops import box_convert
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from yacs.config import CfgNode
 
 import data
@@ -25,11 +24,6 @@ from train.placement import to_device
 from train.tasks.base import source_of
 
 IMAGES = 6  # that are shown
-MIN_SCORE = 0.5  # of a box that is shown
-MIN_SIDE = 320  # pixels of the longer side of an image, so that labels can be read
-FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-PALETTE = [tuple(color) for color in matplotlib.colormaps["tab20"](range(20), bytes=True)[:, :3].tolist()]  # by class
-BOXES: dict[str, Any] = {"width": 2, "font": FONT, "font_size": 20, "label_colors": "white", "fill_labels": True}
 
 Rows = dict[str, list[Tensor]]  # uint8 (3, H, W) by what they show
 
@@ -65,16 +59,10 @@ def segmented(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Tensor, Te
         predicted = segmentation.predict(model, images, cfg.SEGMENT.WINDOW, cfg.SEGMENT.STRIDE).argmax(1)
         for image, *maps in zip(images.cpu(), labels.cpu(), predicted.cpu(), strict=True):
             picture = (255 * (image * std + mean)).round().clamp(0, 255).byte()
-            colored = [_colored(picture, classes, len(source.class_names)) for classes in maps]
+            colored = [colored(picture, classes, len(source.class_names)) for classes in maps]
             for row, drawn in zip(rows.values(), (picture, *colored), strict=True):
                 row.append(drawn)
     return rows
-
-
-def _colored(picture: Tensor, label: Tensor, classes: int) -> Tensor:
-    """Return a picture with a colour over every pixel of a class; label (H, W)."""
-    masks = torch.stack([label == index for index in range(classes)])
-    return draw_segmentation_masks(picture, masks, alpha=0.7, colors=_colors_of(range(classes)))
 
 
 def detected(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> Rows:
@@ -88,26 +76,6 @@ def detected(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Any, Any]])
             objects = truth.loadAnns(truth.getAnnIds(imgIds=[int(target["image_id"])]))
             boxes = box_convert(torch.tensor([thing["bbox"] for thing in objects]).view(-1, 4), "xywh", "xyxy")
             classes = [source.category_ids.index(thing["category_id"]) for thing in objects]
-            there.append(_boxed(picture, boxes, classes, source.class_names))
-            sure = output["scores"] >= MIN_SCORE
-            classes = (output["labels"][sure] - 1).tolist()
-            if "masks" in output and sure.any():
-                masks = output["masks"][sure, 0].cpu() > 0.5
-                picture = draw_segmentation_masks(picture, masks, alpha=0.6, colors=_colors_of(classes))
-            found.append(_boxed(picture, output["boxes"][sure].cpu(), classes, source.class_names))
+            there.append(boxed(picture, boxes, classes, source.class_names))
+            found.append(outlined(picture, output, source.class_names, MIN_SCORE))
     return {"objects": there, f"found (score of {MIN_SCORE} and more)": found}
-
-
-def _boxed(picture: Tensor, boxes: Tensor, classes: Sequence[int], class_names: Sequence[str]) -> Tensor:
-    """Return a picture, enlarged where it is small, with boxes (N, 4) and the names of their classes."""
-    times = -(-MIN_SIDE // max(picture.shape[1:]))
-    picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
-    if not len(boxes):
-        return picture
-    names = [class_names[index] for index in classes]
-    return draw_bounding_boxes(picture, times * boxes, names, _colors_of(classes), **BOXES)
-
-
-def _colors_of(classes: Iterable[int]) -> list[tuple[int, ...]]:
-    """Return the colour of every class."""
-    return [PALETTE[index % len(PALETTE)] for index in classes]

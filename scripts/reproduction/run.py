@@ -30,7 +30,7 @@ FOLDERS = {
 }
 
 # Keys by which runs do not differ.
-_OF_PLACES = {"BASE", "DATA.DATA_PATH", "OUTPUT", "MODEL.RESUME", "MODEL.BACKBONE", "TRAIN.SCALES_PATH"}
+_OF_PLACES = {"BASE", "DATA.DATA_PATH", "OUTPUT", "MODEL.RESUME", "MODEL.PRETRAINED", "TRAIN.SCALES_PATH"}
 
 
 @dataclass(frozen=True, eq=False)

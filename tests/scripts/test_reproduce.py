@@ -84,7 +84,7 @@ def test_backbones_are_those_of_the_classifiers():
     runs = {run.folder.name: run for name, run in every_run("full") if name == "table 7"}
     for name, classifier in (("segment-seed1", "target-seed1"), ("detect-repvgg-seed2", "repvgg-seed2")):
         assert runs[name].base == runs[classifier]
-        assert str(runs[classifier].folder / "latest.pth") == runs[name].cfg.MODEL.BACKBONE
+        assert str(runs[classifier].folder / "latest.pth") == runs[name].cfg.MODEL.PRETRAINED
     assert str(runs["segment-seed0"].folder / "latest.pth") == runs["int8-seed0"].cfg.MODEL.RESUME
     assert runs["int8-seed0"].cfg.TASK == "segment"
     segment, detect = runs["segment-seed0"].cfg, runs["detect-seed0"].cfg

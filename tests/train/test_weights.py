@@ -63,7 +63,7 @@ def test_a_training_begins_with_them(file, wanted, seed, tmp_path, monkeypatch):
     assert main_repopt.main([*map(str, arguments)]) == 0
     assert all(torch.equal(value, network(seed).state_dict()[name]) for name, value in begun[0].items())
     log = (tmp_path / ARCH / "default" / "log_rank0.txt").read_text()
-    assert f"begins with {list(trained.WEIGHTS.values())[seed]} of {tmp_path / 'a.pth'}" in log
+    assert f"begins with {list(checkpoint.WEIGHTS.values())[seed]} of {tmp_path / 'a.pth'}" in log
 
 
 @pytest.mark.parametrize(("wanted", "seed"), [("best", 1), ("model", 0)])
@@ -74,7 +74,7 @@ def test_they_are_exported(file, wanted, seed, capsys):
 
     path = file()
     assert export.main(["--resume", str(path), "--formats", "safetensors", "--weights", wanted]) == 0
-    assert f"{list(trained.WEIGHTS.values())[seed]} of {path}" in capsys.readouterr().out
+    assert f"{list(checkpoint.WEIGHTS.values())[seed]} of {path}" in capsys.readouterr().out
     written = load_file(path.parent / "export" / "fp32.safetensors")
     for name, value in repopt.deploy(network(seed)).state_dict().items():
         torch.testing.assert_close(written[name], value)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import data
+from repopt.description import InOut, NetworkDescription
 from repopt.errors import UserError
 from repopt.models import parse_arch
 from train import config
@@ -61,8 +62,27 @@ class Task(ABC):
         return COLUMNS[self.cfg.TASK][0].title
 
     @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the network's maker (`NetworkDescription`), but those of the backbone."""
+
+    def description(self, mode: str | None = None) -> NetworkDescription:
+        """Return of what the network is made, in its mode or another one."""
+        arguments = self.arguments() | self.of_backbone()
+        return NetworkDescription(self.cfg.TASK, self.arch.model, mode or self.arch.mode, arguments)
+
     def network(self, mode: str | None = None) -> nn.Module:
         """Return the network that the configuration describes, freshly initialized, in its mode or another one."""
+        return self.description(mode).create()
+
+    def notes(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the network for whoever loads it, as plain data."""
+        _, classes, images = self.in_out()
+        found: dict[str, Any] = {"classes": list(classes), "images": images.as_data()}
+        return found if self.cfg.QUANT.METHOD else found | {"network": self.description().as_data()}
+
+    def in_out(self) -> InOut:
+        """Return what the network takes and gives."""
+        return InOut(self.cfg.TASK, self.classes, self.images(training=False).preprocessing)
 
     def checked_network(self) -> nn.Module:
         """Return a fresh network, which takes the images.
@@ -151,9 +171,18 @@ class Task(ABC):
         }
 
 
-def source_of(cfg: CfgNode, **zipped: Any) -> data.Source:
+def source_of(cfg: CfgNode, **of_task: Any) -> data.Source:
     """Return where the images of a configuration come from."""
-    return data.Source(cfg.DATA.DATASET, cfg.DATA.DATA_PATH, on_bad_image=cfg.DATA.ON_BAD_IMAGE, **zipped)
+    return data.Source(
+        cfg.DATA.DATASET,
+        cfg.DATA.DATA_PATH,
+        on_bad_image=cfg.DATA.ON_BAD_IMAGE,
+        classes=tuple(cfg.DATA.CLASSES or ()),
+        channels=cfg.MODEL.IN_CHANS,
+        mean=cfg.DATA.MEAN,
+        std=cfg.DATA.STD,
+        **of_task,
+    )
 
 
 def agreed(cfg: CfgNode, given: Set[str], key: str, value: int) -> dict[str, int]:

@@ -13,7 +13,6 @@ from typing_extensions import override
 from yacs.config import CfgNode
 
 import data
-import repopt
 from repopt.models import zoo
 from train import config
 from train.evaluation.base import Evaluate
@@ -42,17 +41,15 @@ class Classify(Task):
         return values | {"DATA.TEST_SIZE": test_size or values.get("DATA.IMG_SIZE", cfg.DATA.IMG_SIZE)}
 
     @override
-    def network(self, mode: str | None = None) -> nn.Module:
-        return repopt.create_model(
-            self.arch.model, mode=mode or self.arch.mode, num_classes=self.cfg.MODEL.NUM_CLASSES, **self.of_backbone()
-        )
+    def arguments(self) -> dict[str, Any]:
+        return {"num_classes": self.cfg.MODEL.NUM_CLASSES}
 
     @override
     def check(self, model: nn.Module) -> None:
         if self.arch.mode == zoo.MODE:  # ours take images of every size
             trains = not (self.cfg.EVAL_MODE or self.cfg.THROUGHPUT_MODE)
             for size in {self.cfg.DATA.TEST_SIZE, *((self.cfg.DATA.IMG_SIZE,) if trains else ())}:
-                zoo.check_image_size(self.arch.model, model, size)
+                zoo.check_image_size(self.arch.model, model, self.cfg.MODEL.IN_CHANS, size)
 
     @cached_property
     @override
@@ -74,7 +71,7 @@ class Classify(Task):
 
     @override
     def example(self) -> tuple[Tensor, Tensor]:
-        images = torch.zeros(2, 3, self.cfg.DATA.IMG_SIZE, self.cfg.DATA.IMG_SIZE, device=self.world.device)
+        images = torch.zeros(2, self.cfg.MODEL.IN_CHANS, *[self.cfg.DATA.IMG_SIZE] * 2, device=self.world.device)
         return images, torch.zeros(2, dtype=torch.int64, device=self.world.device)
 
     @cached_property
@@ -95,7 +92,12 @@ class Classify(Task):
 
 
 def _source(cfg: CfgNode) -> data.Source:
-    return source_of(cfg, zip_mode=cfg.DATA.ZIP_MODE, cache_mode=cfg.DATA.CACHE_MODE)
+    return source_of(
+        cfg,
+        zip_mode=cfg.DATA.ZIP_MODE,
+        cache_mode=cfg.DATA.CACHE_MODE,
+        val_fraction=cfg.DATA.VAL_FRACTION,
+    )
 
 
 def _augmentation(cfg: CfgNode) -> data.Augmentation:

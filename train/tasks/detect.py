@@ -34,24 +34,22 @@ class Detect(Task):
         return {"TRAIN.COMPILE": "off"} | agreed(cfg, given, "MODEL.NUM_CLASSES", classes)
 
     @override
-    def network(self, mode: str | None = None) -> nn.Module:
-        return detection.create_detector(
-            self.arch.model,
-            mode=mode or self.arch.mode,
-            num_classes=self.cfg.MODEL.NUM_CLASSES,
-            head=self.cfg.DETECT.HEAD,
-            neck=self.cfg.DETECT.NECK,
-            channels=self.cfg.MODEL.CHANNELS,
-            hidden=self.cfg.DETECT.HIDDEN,
-            rois=self.cfg.DETECT.ROIS,
-            sizes=self.cfg.DETECT.SIZES,
-            max_size=self.cfg.DETECT.MAX_SIZE,
-            anchor_scale=self.cfg.DETECT.ANCHOR_SCALE,
-            freeze_batch_norm=self.cfg.MODEL.FREEZE_BN,
-            mean=_images(self.cfg).spec.mean,
-            std=_images(self.cfg).spec.std,
-            **self.of_backbone(),
-        )
+    def arguments(self) -> dict[str, Any]:
+        cfg, spec = self.cfg, _images(self.cfg).spec
+        return {
+            "num_classes": cfg.MODEL.NUM_CLASSES,
+            "head": cfg.DETECT.HEAD,
+            "neck": cfg.DETECT.NECK,
+            "channels": cfg.MODEL.CHANNELS,
+            "hidden": cfg.DETECT.HIDDEN,
+            "rois": cfg.DETECT.ROIS,
+            "sizes": cfg.DETECT.SIZES,
+            "max_size": cfg.DETECT.MAX_SIZE,
+            "anchor_scale": cfg.DETECT.ANCHOR_SCALE,
+            "freeze_batch_norm": cfg.MODEL.FREEZE_BN,
+            "mean": spec.mean,
+            "std": spec.std,
+        }
 
     @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:

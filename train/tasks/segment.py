@@ -41,14 +41,8 @@ class Segment(Task):
         return agreed(cfg, given, "MODEL.NUM_CLASSES", len(_images(cfg).class_names))
 
     @override
-    def network(self, mode: str | None = None) -> nn.Module:
-        return segmentation.create_segmenter(
-            self.arch.model,
-            mode=mode or self.arch.mode,
-            num_classes=self.cfg.MODEL.NUM_CLASSES,
-            channels=self.cfg.MODEL.CHANNELS,
-            **self.of_backbone(),
-        )
+    def arguments(self) -> dict[str, Any]:
+        return {"num_classes": self.cfg.MODEL.NUM_CLASSES, "channels": self.cfg.MODEL.CHANNELS}
 
     @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:

@@ -1,0 +1,118 @@
+"""Weights of another training as the beginning of this one: of the same network, or of a classifier as its backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import repopt
+from repopt import checkpoint
+from repopt.errors import UserError, shown
+from repopt.load import error_context
+from repopt.models import list_models
+from train import config, trained
+from train.keys import CLASSIFY
+from train.logging import logger
+from train.tasks.base import Task
+
+
+def read(cfg: CfgNode) -> trained.LoadedCheckpoint:
+    """Return what MODEL.PRETRAINED holds.
+
+    Raises:
+        UserError: it is no checkpoint, or one of another model.
+    """
+    return trained.read(cfg.MODEL.PRETRAINED, fallback=cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
+
+
+def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None:
+    """Give a network the weights of a file, as far as they are of its architecture, and log what is new.
+
+    New are the tensors that depend on the number of classes, unless the classes are the same, and those of another
+    shape. In a network with a classifier's backbone, all else is new.
+
+    Raises:
+        UserError: the file is of another architecture, names are missing or unknown, or no kernel fits.
+    """
+    path = source.path
+    _check(task, source)
+    logger.info(f"begins with {checkpoint.WEIGHTS[source.weights]} of {path}")
+    weights = checkpoint.state_dict_of(source.content, source.weights)
+    if (source.setting("TASK") or CLASSIFY) == task.cfg.TASK:
+        head = of_classes(task, model)
+        if task.classes and list(task.classes) == source.content.get("classes"):
+            head = set()
+        new = _fit(model, {name: value for name, value in weights.items() if name not in head}, path, head)
+        if new:
+            logger.info(f"new: {_listed(new)}")
+        return
+    body = model.get_submodule(task.backbone_path)
+    own = body.state_dict()
+    if unnamed := [name for name in own if name not in weights]:
+        raise UserError(
+            f"the weights of {path!r} have no places in the backbone, which has others, such as {unnamed[0]!r}: timm's "
+            "features of some networks go by other names than their classifiers'"
+        )
+    new = _fit(body, {name: weights.pop(name) for name in own}, path, set())
+    logger.info(f"backbone: {len(own) - len(new)} tensors of {path}; left out: {_listed(list(weights))}")
+
+
+def of_classes(task: Task, model: nn.Module) -> set[str]:
+    """Return the names of the tensors whose shapes depend on the number of classes."""
+    more = {"MODEL.NUM_CLASSES": task.cfg.MODEL.NUM_CLASSES + 1}
+    other = type(task)(config.Settings(task.cfg, frozenset()).with_values(more).cfg, task.world)
+    # Some of the libraries' networks cannot be made without values: they compute their widths with tensors.
+    with torch.device("meta" if task.arch.model in list_models() else "cpu"):
+        shapes = {name: value.shape for name, value in other.network().state_dict().items()}
+    return {name for name, value in model.state_dict().items() if value.shape != shapes[name]}
+
+
+def add_prefix(task: Task, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return scales by the names of the task's network, also where they are those of a classifier."""
+    prefix = f"{task.backbone_path}." if task.backbone_path else ""
+    if any(name.startswith(prefix) for name in scales):
+        return scales
+    return {f"{prefix}{name}": values for name, values in scales.items()}
+
+
+def _check(task: Task, source: trained.LoadedCheckpoint) -> None:
+    """Raise a UserError where a file is of another task, architecture or function."""
+    path, name, strides = source.path, task.cfg.MODEL.ARCH, task.cfg.MODEL.STRIDES
+    if (was := source.setting("TASK")) not in (None, CLASSIFY, task.cfg.TASK):
+        raise UserError(
+            f"{path!r} is a checkpoint of TASK {shown(was)}: this training begins with one of {task.cfg.TASK}, or its "
+            "backbone with a classifier's"
+        )
+    if source.quantized:
+        raise UserError(f"{path!r} holds a quantized network: give the checkpoint that it was made of")
+    if (source.arch.model, source.arch.mode) != (task.arch.model, task.arch.mode):
+        raise UserError(f"{path!r} is a checkpoint of {shown(source.name)}, whose layers are not those of {name}")
+    if (then := source.settings("MODEL.STRIDES").MODEL.STRIDES) != strides:
+        raise UserError(f"{path!r} was trained with MODEL.STRIDES {then}, and they are {strides} now")
+
+
+def _fit(model: nn.Module, weights: Mapping[str, Tensor], path: str, head: set[str]) -> list[str]:
+    """Load weights into a network but for those of other shapes; return the names of what stays as it was.
+
+    Raises:
+        UserError: names other than the head's are missing or unknown, or no kernel is of the network's shape.
+    """
+    own = model.state_dict()
+    other = [name for name, value in weights.items() if name in own and own[name].shape != value.shape]
+    kept = [name for name in own if name in head and name not in weights]
+    taken = {name: value for name, value in weights.items() if name not in other}
+    if not any(value.dim() > 1 and name in own for name, value in taken.items()):
+        raise UserError(f"no kernel of {path!r} has the name and shape of one of {type(model).__name__}'s")
+    with error_context(path):
+        repopt.load_weights(model, {name: own[name] for name in (*other, *kept)} | taken)
+    if other:
+        logger.warning(f"of another shape in {path}, and so new: {_listed(other)}")
+    return other + kept
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
