@@ -100,10 +100,14 @@ class DetectionSpec(DatasetSpec):
 
 
 def _in_memory(
-    module: ModuleType, load: Callable[[Source, str, int, int], tuple[Tensor, Tensor]], *, flip: bool = True
+    module: ModuleType,
+    load: Callable[[Source, str, int, int], tuple[Tensor, Tensor]],
+    *,
+    flip: bool = True,
+    classes: Sequence[str] = (),
 ) -> InMemorySpec:
     """Return the specification of a set whose module names its classes, size, mean and standard deviation."""
-    info = DatasetInfo(module.NUM_CLASSES, module.SIZE)
+    info = DatasetInfo(module.NUM_CLASSES, module.SIZE, tuple(classes))
     return InMemorySpec(describe=lambda source, splits: info, load=load, mean=module.MEAN, std=module.STD, flip=flip)
 
 
@@ -122,9 +126,13 @@ def _open_files(source: Source, split: str, num_classes: int, rank: int, world_s
 _CLASS_FOLDERS = FileSpec(describe=_describe_files, open=_open_files, zips=True)
 
 DATASETS: dict[str, list[DatasetSpec]] = {  # by task; a mirrored digit or character is another thing
-    "digits": [_in_memory(digits, lambda source, split, *_: digits.load(split), flip=False)],
+    "digits": [_in_memory(digits, lambda source, split, *_: digits.load(split), flip=False, classes="0123456789")],
     "cf100": [_in_memory(cifar, lambda source, split, *_: cifar.load(source.root, split))],
-    "glyphs": [_in_memory(glyphs, lambda source, split, *_: glyphs.load(source.root, split), flip=False)],
+    "glyphs": [
+        _in_memory(
+            glyphs, lambda source, split, *_: glyphs.load(source.root, split), flip=False, classes=glyphs.CHARACTERS
+        )
+    ],
     "fake": [
         InMemorySpec(
             describe=lambda source, splits: DatasetInfo(None, None),

@@ -249,8 +249,8 @@ def load_scales(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def scales_of(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the searched scales of what `path` holds; see `load_scales`."""
-    kept = content.get("scales")
-    state = checkpoint.state_dict_of(content, "scales" if isinstance(kept, Mapping) and kept else "model")
+    kept = kept_scales(content)
+    state = checkpoint.state_dict_of(content) if kept is None else checkpoint.state_dict_of({"scales": kept}, "scales")
     if any(value.dim() > 2 for value in state.values()):  # kernels: a whole state dict
         state = {name: value for name, value in state.items() if value.dim() == 1 and value.is_floating_point()}
     if not state:
@@ -259,6 +259,13 @@ def scales_of(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[
         if problem := invalid_reason(value):
             raise UserError(f"{os.fspath(path)!r} cannot give scales: {shown(name)} {problem}")
     return state
+
+
+def kept_scales(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the entry with the scales of a target's training, constants or still searched, if there is one."""
+    search = content.get("search")
+    entries = (content.get("scales"), search.get("scales") if isinstance(search, Mapping) else None)
+    return next((entry for entry in entries if isinstance(entry, Mapping) and entry), None)
 
 
 def save_scales(scales: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

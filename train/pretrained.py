@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 import repopt
 from repopt import checkpoint
@@ -19,13 +18,16 @@ from train.logging import logger
 from train.tasks.base import Task
 
 
-def read(cfg: CfgNode) -> trained.LoadedCheckpoint:
+def read(task: Task) -> trained.LoadedCheckpoint:
     """Return what MODEL.PRETRAINED holds.
 
     Raises:
-        UserError: it is no checkpoint, or one of another model.
+        UserError: it is no checkpoint, or one of another task, architecture or function.
     """
-    return trained.read(cfg.MODEL.PRETRAINED, fallback=cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
+    cfg = task.cfg
+    source = trained.read(cfg.MODEL.PRETRAINED, fallback=cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
+    _check(task, source)
+    return source
 
 
 def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None:
@@ -35,10 +37,9 @@ def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None
     shape. In a network with a classifier's backbone, all else is new.
 
     Raises:
-        UserError: the file is of another architecture, names are missing or unknown, or no kernel fits.
+        UserError: names are missing or unknown, or no kernel fits.
     """
     path = source.path
-    _check(task, source)
     logger.info(f"begins with {checkpoint.WEIGHTS[source.weights]} of {path}")
     weights = checkpoint.state_dict_of(source.content, source.weights)
     if (source.setting("TASK") or CLASSIFY) == task.cfg.TASK:
@@ -53,11 +54,14 @@ def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None
     own = body.state_dict()
     if unnamed := [name for name in own if name not in weights]:
         raise UserError(
-            f"the weights of {path!r} have no places in the backbone, which has others, such as {unnamed[0]!r}: timm's "
-            "features of some networks go by other names than their classifiers'"
+            f"the weights of {path!r} have no places in the backbone, which has {unnamed[0]!r} and others: "
+            f"timm's features of some networks go by other names than their classifiers'"
         )
     new = _fit(body, {name: weights.pop(name) for name in own}, path, set())
-    logger.info(f"backbone: {len(own) - len(new)} tensors of {path}; left out: {_listed(list(weights))}")
+    left = _listed([*weights])
+    logger.info(
+        f"backbone: {len(own) - len(new)} tensors of {path}; left out, since they are of the classifier: {left}"
+    )
 
 
 def of_classes(task: Task, model: nn.Module) -> set[str]:

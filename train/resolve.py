@@ -22,12 +22,17 @@ def as_trained(settings: config.Settings) -> config.Settings:
     Of one that is evaluated, or quantized, that is its network, its data set and its classes, too.
 
     Raises:
-        UserError: there is no such file, or it is none.
+        UserError: there is no such file, it is no checkpoint, or there are two.
     """
     cfg, given = settings
     keys: tuple[str, ...]
+    if cfg.MODEL.PRETRAINED and cfg.MODEL.RESUME:
+        raise UserError("--pretrained is where a training begins, and so is --resume (or what is evaluated): give one")
     if cfg.MODEL.PRETRAINED:
-        keys, content = ("MODEL.ARCH", "MODEL.STRIDES", *OF_IMAGES), checkpoint.read(cfg.MODEL.PRETRAINED)
+        keys, content = (
+            ("MODEL.ARCH", "MODEL.STRIDES", "MODEL.IN_CHANS", *OF_IMAGES),
+            checkpoint.read(cfg.MODEL.PRETRAINED),
+        )
     elif cfg.MODEL.RESUME and (cfg.EVAL_MODE or cfg.QUANT.METHOD):
         keys, content = (*OF_NETWORK, "DATA.VAL_FRACTION", *OF_IMAGES), checkpoint.read(cfg.MODEL.RESUME)
         if isinstance(classes := content.get("classes"), list) and classes:
@@ -35,9 +40,11 @@ def as_trained(settings: config.Settings) -> config.Settings:
     else:
         return settings
     own = content.get("config")
-    if "DATA.IMG_SIZE" in given:
-        keys = tuple(key for key in keys if key != "DATA.TEST_SIZE")
     taken = {key: value for key in keys if (value := config.lookup(own, key)) is not None}
+    if "DATA.IMG_SIZE" in given:
+        taken.pop("DATA.TEST_SIZE", None)
+    if "MODEL.IN_CHANS" in given and taken.get("MODEL.IN_CHANS") != cfg.MODEL.IN_CHANS:
+        taken = {key: value for key, value in taken.items() if key not in ("DATA.MEAN", "DATA.STD")}
     return settings.with_defaults({key: value for key, value in taken.items() if cfg.TASK in KEYS[key].tasks})
 
 
@@ -71,8 +78,6 @@ def resolve(settings: config.Settings) -> CfgNode:
         raise UserError("scales are searched in all layers: TRAIN.SEARCH_EPOCHS goes without TRAIN.FREEZE")
     if cfg.TRAIN.HEAD_LR is not None and not cfg.TRAIN.BASE_LR:
         raise UserError("TRAIN.HEAD_LR is beside a TRAIN.BASE_LR above 0; TRAIN.FREEZE trains the head alone")
-    if cfg.MODEL.PRETRAINED and cfg.MODEL.RESUME:
-        raise UserError("--pretrained is where a training begins, and so is --resume (or what is evaluated): give one")
     if cfg.TRAIN.WARMUP_STEPS is not None and "TRAIN.WARMUP_EPOCHS" in given:
         raise UserError(
             f"the warm-up has TRAIN.WARMUP_STEPS {cfg.TRAIN.WARMUP_STEPS}, which goes before TRAIN.WARMUP_EPOCHS: "

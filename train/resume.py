@@ -15,7 +15,7 @@ import repopt
 from repopt import BoundScales, checkpoint
 from repopt.errors import UserError, shown
 from repopt.models import Arch, parse_arch, same_arch
-from repopt.scales import scales_of
+from repopt.scales import kept_scales, scales_of
 from train import config
 from train.checkpoint import RunFolder
 from train.distributed import run_on_main
@@ -111,12 +111,17 @@ def check_classes(task: Task, content: Mapping[str, Any], path: str) -> None:
 
 
 def match_images(task: Task, content: Mapping[str, Any], path: str) -> None:
-    """Log of what a classifier's images are made, and how that is to the run that wrote a checkpoint.
+    """Log how a classifier's images are made, and how that is to the run that wrote a checkpoint.
 
     Raises:
         UserError: the checkpoint is of other classes.
     """
     check_classes(task, content, path)
+    log_images(task, content)
+
+
+def log_images(task: Task, content: Mapping[str, Any]) -> None:
+    """Log how a classifier's images are made, and how that is to the run that wrote a checkpoint."""
     if task.cfg.TASK != CLASSIFY:
         return
     parts = []
@@ -155,7 +160,7 @@ def find_scales(
         return kept
     if path:
         searched = repopt.load_scales(path)
-    elif pretrained is not None and "scales" in pretrained.content:
+    elif pretrained is not None and kept_scales(pretrained.content):
         searched = scales_of(pretrained.content, pretrained.path)
     elif cfg.TRAIN.CONSTANTS in ("searched", "channel-mean"):
         if pretrained is not None and task.arch.repopt:

@@ -29,7 +29,7 @@ from train.layers import freeze
 from train.logging import logger, start_log
 from train.placement import memory_format_of, precision_of, to_device
 from train.resolve import as_trained, resolve
-from train.resume import check_same_run, find_scales, goes_on, match_images, read_checkpoint
+from train.resume import check_same_run, find_scales, goes_on, log_images, match_images, read_checkpoint
 from train.state import TrainingState
 from train.throughput import measure_throughput
 from train.trainer import Trainer
@@ -147,7 +147,7 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
     content = read_checkpoint(task, folder)
     if goes_on(content):
         check_same_run(task.cfg, content)
-    source = pretrained.read(task.cfg) if task.cfg.MODEL.PRETRAINED and content is None else None  # where it begins
+    source = pretrained.read(task) if task.cfg.MODEL.PRETRAINED and content is None else None  # where it begins
     scales = find_scales(task, model, content, source)
     if content is None:
         if task.cfg.MODEL.FREEZE_BN and source is None:
@@ -156,6 +156,7 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
             scales.initialize(identity=task.cfg.TRAIN.IDENTITY_INIT)
         if source is not None:
             pretrained.load(task, model, source)
+            log_images(task, source.content)
     trainer = prepare(task, to_device(model, task.world), scales, folder, content)
     del content, source  # as large as the network and its momenta
     return fit(trainer)

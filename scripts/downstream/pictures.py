@@ -59,9 +59,9 @@ def segmented(cfg: CfgNode, model: nn.Module, batches: Iterable[tuple[Tensor, Te
         predicted = segmentation.predict(model, images, cfg.SEGMENT.WINDOW, cfg.SEGMENT.STRIDE).argmax(1)
         for image, *maps in zip(images.cpu(), labels.cpu(), predicted.cpu(), strict=True):
             picture = (255 * (image * std + mean)).round().clamp(0, 255).byte()
-            colored = [colored(picture, classes, len(source.class_names)) for classes in maps]
-            for row, drawn in zip(rows.values(), (picture, *colored), strict=True):
-                row.append(drawn)
+            drawn = [colored(picture, classes, len(source.class_names)) for classes in maps]
+            for row, shown in zip(rows.values(), (picture, *drawn), strict=True):
+                row.append(shown)
     return rows
 
 

@@ -11,7 +11,7 @@ import main_repopt
 from repopt import checkpoint
 from repopt.errors import UserError
 from train import config
-from train.resolve import resolve
+from train.resolve import as_trained, resolve
 
 ARCH = "RepOpt-VGG-nano-target-norepopt"
 FOLDER = ("DATA.DATASET", "folder", "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 4)
@@ -95,11 +95,11 @@ def test_other_classes_are_refused_by_name(trained, pictures, tmp_path, capsys, 
 )
 def test_sizes(trained, pictures, values, size):
     own = {"MODEL.ARCH": ARCH, "MODEL.RESUME": str(trained), "DATA.DATASET": "folder", "DATA.DATA_PATH": str(pictures)}
-    assert size == resolve(config.build(own | values)).DATA.TEST_SIZE
+    assert size == resolve(as_trained(config.build(own | values))).DATA.TEST_SIZE
 
 
 def test_a_size_that_is_none_is_refused(pictures, tmp_path):
     checkpoint.write({"model": {}, "config": {"DATA": {"IMG_SIZE": "large"}}}, tmp_path / "a.pth")
     own = {"MODEL.ARCH": ARCH, "MODEL.RESUME": str(tmp_path / "a.pth"), "DATA.DATASET": "folder", "EVAL_MODE": True}
     with pytest.raises(UserError, match=r"^DATA.IMG_SIZE takes a value of type int, not 'large'$"):
-        resolve(config.build(own | {"DATA.DATA_PATH": str(pictures)}))
+        as_trained(config.build(own | {"DATA.DATA_PATH": str(pictures)}))

@@ -278,15 +278,21 @@ def test_windows_and_whole_images(command, tmp_path):
             PLAIN,
             ["--backbone", "{target}"],
             ["MODEL.STRIDES", "(1, 2, 2, 2, 2)"],
-            r"'{target}' was trained with MODEL.STRIDES \(2, 2, 2, 2, 2\), and the backbone's are \(1, 2, 2, 2, 2\)",
+            r"'{target}' was trained with MODEL.STRIDES \(2, 2, 2, 2, 2\), and they are \(1, 2, 2, 2, 2\) now",
         ),
         ("segment", PLAIN, [], ["MODEL.STRIDES", "(1, 2, 2, 2, 2)"], "UPerNet takes features 4, 8, 16 and 32 times"),
         ("segment", PLAIN, [], ["AUG.MIXUP", "0.5"], "AUG.MIXUP is for TASK classify, and this one is segment"),
         ("segment", PLAIN, [], ["SEGMENT.CROP", "(64, 80)"], r"SEGMENT.CROP is of multiples of 32, not \(64, 80\)"),
-        ("detect", PLAIN, [], ["MODEL.FREEZE_BN", "True"], "MODEL.FREEZE_BN keeps the statistics of a --backbone"),
+        (
+            "detect",
+            PLAIN,
+            [],
+            ["MODEL.FREEZE_BN", "True"],
+            "MODEL.FREEZE_BN keeps the statistics of --pretrained weights",
+        ),
         ("segment", PLAIN, ["--backbone", "a.pth", "--resume", "b.pth"], [], "give one"),
         ("segment", PLAIN, [], ["TRAIN.WARMUP_STEPS", "5"], "which goes before TRAIN.WARMUP_EPOCHS: set it to None"),
-        ("segment", PLAIN, ["--backbone", "{bare}"], [], "'{bare}': the weights are not those of this model: "),
+        ("segment", PLAIN, ["--backbone", "{bare}"], [], "the weights of '{bare}' have no places in the backbone"),
         ("segment", "timm/repvgg_a0", ["--backbone", "{repvgg}"], [], "'{repvgg}' have no places in the backbone"),
         ("segment", PLAIN, [], ["SEGMENT.STRIDE", "(8, 8)"], "SEGMENT.STRIDE is at most SEGMENT.WINDOW"),
         ("segment", PLAIN, [], ["DATA.BATCH_SIZE", "1"], "train on batches of 2 at least, or with TRAIN.SYNC_BN"),
@@ -343,7 +349,7 @@ def test_every_key_of_a_task_is_read_by_it():
     keys = {name: key.tasks[0] for name, key in KEYS.items() if len(key.tasks) == 1}
     for name, task in keys.items():
         assert task == CLASSIFY or f"cfg.{name}" in files[task], name
-    for name in (name for name, key in KEYS.items() if key.tasks == DENSE and name != "MODEL.BACKBONE"):
+    for name in (name for name, key in KEYS.items() if key.tasks == DENSE and name != "MODEL.PRETRAINED"):
         assert all(f"cfg.{name}" in file for file in files.values()), name
 
 

@@ -61,7 +61,7 @@ class Classify(Task):
         source = _source(self.cfg)
         return data.Classification(
             replace(source, cache_mode="no") if subset else source,
-            image_size=self.cfg.DATA.IMG_SIZE if training else self.cfg.DATA.TEST_SIZE,
+            image_size=self.cfg.DATA.IMG_SIZE if training else self.image_size()[0],
             num_classes=self.cfg.MODEL.NUM_CLASSES,
             interpolation=self.cfg.DATA.INTERPOLATION,
             augmentation=_augmentation(self.cfg),
