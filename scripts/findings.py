@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +150,8 @@ def find_pictures(patterns: Sequence[str]) -> list[str]:
         elif root.is_file():
             own = [pattern]
         else:
-            own = sorted(str(path) for path in Path().glob(pattern) if path.is_file())
+            there = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path's takes hidden folders)
+            own = sorted(path for path in there if Path(path).is_file())
         if not own:
             raise UserError(f"there are no pictures at {pattern!r}")
         found += own

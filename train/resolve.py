@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from repopt.errors import UserError
 from repopt.models import Arch, parse_arch
 from train import config, tasks
 from train.distributed import World
+from train.file_names import CONFIG
 from train.keys import AUTO, KEYS, OF_IMAGES, OF_NETWORK
 from train.resume import needs_scales
 
@@ -29,23 +31,36 @@ def as_trained(settings: config.Settings) -> config.Settings:
     if cfg.MODEL.PRETRAINED and cfg.MODEL.RESUME:
         raise UserError("--pretrained is where a training begins, and so is --resume (or what is evaluated): give one")
     if cfg.MODEL.PRETRAINED:
-        keys, content = (
-            ("MODEL.ARCH", "MODEL.STRIDES", "MODEL.IN_CHANS", *OF_IMAGES),
-            checkpoint.read(cfg.MODEL.PRETRAINED),
-        )
+        keys, own = ("MODEL.ARCH", "MODEL.STRIDES", "MODEL.IN_CHANS", *OF_IMAGES), _config_of_beginning(cfg)
     elif cfg.MODEL.RESUME and (cfg.EVAL_MODE or cfg.QUANT.METHOD):
-        keys, content = (*OF_NETWORK, "DATA.VAL_FRACTION", *OF_IMAGES), checkpoint.read(cfg.MODEL.RESUME)
+        content = checkpoint.read(cfg.MODEL.RESUME)
+        keys, own = (*OF_NETWORK, "DATA.VAL_FRACTION", *OF_IMAGES), content.get("config")
         if isinstance(classes := content.get("classes"), list) and classes:
             settings = settings.with_defaults({"DATA.CLASSES": classes})
     else:
         return settings
-    own = content.get("config")
     taken = {key: value for key in keys if (value := config.lookup(own, key)) is not None}
     if "DATA.IMG_SIZE" in given:
         taken.pop("DATA.TEST_SIZE", None)
     if "MODEL.IN_CHANS" in given and taken.get("MODEL.IN_CHANS") != cfg.MODEL.IN_CHANS:
         taken = {key: value for key, value in taken.items() if key not in ("DATA.MEAN", "DATA.STD")}
     return settings.with_defaults({key: value for key, value in taken.items() if cfg.TASK in KEYS[key].tasks})
+
+
+def _config_of_beginning(cfg: CfgNode) -> object:
+    """Return the configuration in MODEL.PRETRAINED; where it is gone, of the run that began with it and goes on."""
+    before = Path(_output(cfg), CONFIG)
+    if cfg.TRAIN.AUTO_RESUME and before.is_file() and not Path(cfg.MODEL.PRETRAINED).is_file():
+        try:
+            return json.loads(before.read_text())
+        except ValueError:
+            pass  # that there is no such file is what a user can mend
+    return checkpoint.read(cfg.MODEL.PRETRAINED).get("config")
+
+
+def _output(cfg: CfgNode) -> str:
+    """Return the folder of a run."""
+    return str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG))
 
 
 def resolve(settings: config.Settings) -> CfgNode:
@@ -93,7 +108,7 @@ def resolve(settings: config.Settings) -> CfgNode:
     values = {
         "DATA.TEST_BATCH_SIZE": cfg.DATA.TEST_BATCH_SIZE or cfg.DATA.BATCH_SIZE,
         "TRAIN.ACCUMULATION_STEPS": max(1, cfg.TRAIN.ACCUMULATION_STEPS),
-        "OUTPUT": str(Path(cfg.OUTPUT or "output", cfg.MODEL.ARCH, cfg.TAG)),
+        "OUTPUT": _output(cfg),
     }
     settings = settings.with_values(values | tasks.task_class(cfg.TASK).finalize(cfg, given))
     images = tasks.create(settings.cfg, World(0, 1, torch.device("cpu"))).images(training=False)

@@ -334,8 +334,8 @@ def test_what_is_not_for_a_program(command, classifiers, capsys, tmp_path, in_on
     assert run("segment", command("segment", PLAIN, epochs=1)) == 0
     latest = tmp_path / PLAIN / "segment" / "latest.pth"
     capsys.readouterr()
-    assert run("segment", command("segment", PLAIN, "--backbone", latest, "--tag", "other")) == MISTAKE
-    in_one_line("segment.py", "is a checkpoint of TASK 'segment': a backbone begins with a classifier's weights", {})
+    assert run("detect", command("detect", PLAIN, "--backbone", latest)) == MISTAKE
+    in_one_line("detect.py", "is a checkpoint of TASK 'segment': this training begins with one of detect", {})
     digits = ["--opts", "DATA.DATASET", "digits", "OUTPUT", str(tmp_path)]
     assert quantize.main(["--arch", PLAIN, "--method", "ptq", "--resume", str(latest), *digits]) == MISTAKE
     in_one_line("quantize.py", "is a checkpoint of TASK 'segment', and this recipe's is classify", {})
