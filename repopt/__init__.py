@@ -15,6 +15,7 @@ from repopt.declare import declare
 from repopt.deploy import deploy
 from repopt.errors import EquivalenceWarning, UserError
 from repopt.layers import RepConv2d
+from repopt.merge import PlainNetwork, merge_branches
 from repopt.models import create_model, list_models
 from repopt.optim import (
     BranchOptimizer,
@@ -53,6 +54,7 @@ __all__ = [
     "HeldBranches",
     "IdentityBranch",
     "JointOptimizer",
+    "PlainNetwork",
     "RepAdam",
     "RepAdamW",
     "RepConv2d",
@@ -79,6 +81,7 @@ __all__ = [
     "list_models",
     "load_scales",
     "load_weights",
+    "merge_branches",
     "param_groups",
     "register_block",
     "save_scales",

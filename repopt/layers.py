@@ -140,13 +140,15 @@ class FusedBranches(NamedTuple):
     bias: Tensor
 
 
+# The convolution (None: an identity) and batch norm (None: none) of every branch, by the names of the kernels.
 BranchModules = Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d | None]]
-"""The convolution (None: an identity) and batch norm (None: none) of every branch, by the names of the kernels."""
 
 
 def fuse_branches(block: Block, modules: BranchModules) -> FusedBranches:
     """Return a multi-branch block in eval mode: a batch norm is a scale and a shift, that of an identity its kernel."""
-    like = next(part for pair in modules.values() for module in pair if module for part in module.parameters())
+    like = next(
+        part for pair in modules.values() for module in pair if module is not None for part in module.parameters()
+    )
     ones = like.new_ones(block.target.shape[0])
     kernels, scales, bias = {}, {}, 0 * ones
     for branch in block.branches:
