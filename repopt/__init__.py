@@ -16,6 +16,7 @@ from repopt.deploy import deploy
 from repopt.errors import EquivalenceWarning, UserError
 from repopt.layers import RepConv2d
 from repopt.load import load
+from repopt.merge import PlainNetwork, merge_branches
 from repopt.models import create_model, list_models
 from repopt.optim import (
     BranchOptimizer,
@@ -54,6 +55,7 @@ __all__ = [
     "HeldBranches",
     "IdentityBranch",
     "JointOptimizer",
+    "PlainNetwork",
     "RepAdam",
     "RepAdamW",
     "RepConv2d",
@@ -81,6 +83,7 @@ __all__ = [
     "load",
     "load_scales",
     "load_weights",
+    "merge_branches",
     "param_groups",
     "register_block",
     "save_scales",

@@ -140,6 +140,29 @@ class FusedBranches(NamedTuple):
     bias: Tensor
 
 
+# The convolution (None: an identity) and batch norm (None: none) of every branch, by the names of the kernels.
+BranchModules = Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d | None]]
+
+
+def fuse_branches(block: Block, modules: BranchModules) -> FusedBranches:
+    """Return a multi-branch block in eval mode: a batch norm is a scale and a shift, that of an identity its kernel."""
+    like = next(
+        part for pair in modules.values() for module in pair if module is not None for part in module.parameters()
+    )
+    ones = like.new_ones(block.target.shape[0])
+    kernels, scales, bias = {}, {}, 0 * ones
+    for branch in block.branches:
+        conv, bn = modules[branch.kernel]
+        scale, shift = (ones, 0 * ones) if bn is None else batch_norm_as_affine(bn)
+        kernels[branch.kernel] = scale if conv is None else conv.weight
+        if branch.scale is not None:
+            scales[branch.scale] = scale
+        if conv is not None and conv.bias is not None:
+            shift = shift + scale * conv.bias
+        bias = bias + shift
+    return FusedBranches(kernels, scales, bias)
+
+
 class Baseline(Deployable):
     """The block that a declared one is compared with: a batch norm ends every branch, all are folded after training.
 
@@ -150,25 +173,16 @@ class Baseline(Deployable):
     block: Block
 
     @abstractmethod
-    def branches(self) -> Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
-        """Return the convolution (None: an identity) and the batch norm after it, by the names of the kernels."""
+    def branches(self) -> BranchModules:
+        """Return the branches' convolutions and batch norms."""
 
-    def fused_branches(self) -> FusedBranches:
-        """Return the block in eval mode: a batch norm is a scale and a shift, that of an identity its kernel."""
-        kernels, scales, shifts = {}, {}, []
-        modules = self.branches()
-        for branch in self.block.branches:
-            conv, bn = modules[branch.kernel]
-            scale, shift = batch_norm_as_affine(bn)
-            kernels[branch.kernel] = scale if conv is None else conv.weight
-            if branch.scale is not None:
-                scales[branch.scale] = scale
-            shifts.append(shift)
-        return FusedBranches(kernels, scales, sum(shifts, torch.zeros(())))
+    @abstractmethod
+    def as_target(self) -> tuple[RepConv2d, nn.BatchNorm2d]:
+        """Return the declared block in target mode, and its batch norm, both fresh, with all else that this one has."""
 
     def merged(self, stride: int = 1) -> nn.Conv2d:
         """Return the convolution with a bias that the block is in eval mode, up to its non-linearity."""
-        kernels, scales, bias = self.fused_branches()
+        kernels, scales, bias = fuse_branches(self.block, self.branches())
         return conv2d_of(self.block.merge(kernels, scales), bias, stride, self.block.target.groups)
 
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import repopt
 from repopt.errors import UserError, unknown
-from repopt.layers import Baseline, RepConv2d
+from repopt.layers import Baseline, RepConv2d, fuse_branches
 from repopt.models import zoo
 from repopt.models.network import Network
 from train import trained
@@ -135,7 +135,7 @@ def forms_of(model: nn.Module) -> Kernels:
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, Baseline):
-            kernels, scales, _ = module.fused_branches()
+            kernels, scales, _ = fuse_branches(module.block, module.branches())
             shape = module.block.target.shape
             branch = next(branch for branch in module.block.branches if kernels[branch.kernel].shape == shape)
             assert branch.scale is not None  # a baseline's branches have batch norms

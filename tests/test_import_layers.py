@@ -20,7 +20,7 @@ LAYERS = [
     {"repopt.blocks"},
     {"repopt.scales"},
     {"repopt.reparam"},
-    {"repopt.branches", "repopt.declare", "repopt.models", "repopt.convert", "repopt.deploy"},
+    {"repopt.branches", "repopt.declare", "repopt.models", "repopt.convert", "repopt.deploy", "repopt.merge"},
     {"repopt.quantization", "repopt.export", "repopt.segmentation", "repopt.detection", "repopt.integrations"},
     {"repopt.description"},
     {"repopt.load"},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repopt.convert.declaration import Declaration
 from repopt.csla import Block, IdentityBranch
 from repopt.errors import UserError, one_line
-from repopt.layers import batch_norm_as_affine, conv2d_of
+from repopt.layers import BranchModules, conv2d_of, fuse_branches
 
 
 class _Call(NamedTuple):
@@ -24,24 +24,17 @@ class _Call(NamedTuple):
     y: Tensor
 
 
-class _Branch(NamedTuple):
-    """A branch of a module that was run: its kernel, and the scale and shift that came after."""
-
-    kernel: Tensor
-    scale: Tensor
-    shift: Tensor
-
-
 @torch.no_grad()
-def check_declaration(module: nn.Module, declaration: Declaration) -> None:
+def check_declaration(original: nn.Module, declaration: Declaration) -> BranchModules:
     """Refuse a declaration that is another function than its module in eval mode, on random statistics and input.
 
-    Which of the module's convolutions and batch norms are the declared branches is seen by running it.
+    Returns:
+        The module's convolutions and batch norms that are the declared branches, which is seen by running it.
 
     Raises:
         UserError: another function, other branches, or a module that does not run.
     """
-    module, declaration = copy.deepcopy((module, declaration))
+    module, declaration = copy.deepcopy((original, declaration))
     target = declaration.block.target
     parts = nn.ModuleList([module, declaration.before, declaration.after])
     with torch.random.fork_rng(devices=[]):
@@ -57,11 +50,8 @@ def check_declaration(module: nn.Module, declaration: Declaration) -> None:
         raise UserError(f"it cannot be run on an input of {tuple(x.shape)}: {one_line(error)}") from error
     u = declaration.before(x.clone())
     branches = _branches(declaration.block, calls, u)
-    kernel = declaration.block.merge(
-        {name: found.kernel for name, found in branches.items()},
-        {b.scale: branches[b.kernel].scale for b in declaration.block.branches if b.scale is not None},
-    )
-    bias = torch.stack([found.shift for found in branches.values()]).sum(0)
+    kernels, scales, bias = fuse_branches(declaration.block, branches)
+    kernel = declaration.block.merge(kernels, scales)
     conv = conv2d_of(kernel, bias, declaration.stride, target.groups, declaration.dilation)
     declared = declaration.after(conv(u))
     if declared.shape != y.shape:
@@ -75,6 +65,8 @@ def check_declaration(module: nn.Module, declaration: Declaration) -> None:
             "it is declared to be another function: on random statistics and input the outputs differ by "
             f"{difference:.1g} of their norm (a branch, an identity, or what comes before or after that was forgotten?)"
         )
+    originals: dict[Any, Any] = {part: original.get_submodule(path) for path, part in module.named_modules()}
+    return {name: (originals.get(conv), originals.get(bn)) for name, (conv, bn) in branches.items()}
 
 
 def _in_channels(declaration: Declaration) -> int:
@@ -120,30 +112,26 @@ def _run(module: nn.Module, x: Tensor, others: set[nn.Module]) -> tuple[Tensor, 
     return y, calls
 
 
-def _branches(block: Block, calls: list[_Call], u: Tensor) -> dict[str, _Branch]:
-    """Return what was run as the declared branches, by the names of their kernels.
+def _branches(block: Block, calls: list[_Call], u: Tensor) -> BranchModules:
+    """Return what was run as the declared branches.
 
     A batch norm belongs to the convolution whose output it takes, or to the identity if it takes the branches' input.
     """
     convs = [call for call in calls if isinstance(call.module, nn.Conv2d)]
     norms = [call for call in calls if isinstance(call.module, nn.BatchNorm2d)]
-    ones = u.new_ones(block.target.shape[0])
-    found: dict[str, _Branch] = {}
+    found: dict[str, tuple[nn.Conv2d | None, nn.BatchNorm2d | None]] = {}
     for branch in block.branches:
         shape = branch.kernel_shape(block.target)
         if isinstance(branch, IdentityBranch):
             norm = next((call for call in norms if call.value.shape == u.shape and torch.allclose(call.value, u)), None)
-            scale, shift = (ones, 0 * ones) if norm is None else batch_norm_as_affine(norm.module)
-            found[branch.kernel] = _Branch(scale, ones, shift)
+            found[branch.kernel] = None, norm and norm.module
             continue
         conv = next((call for call in convs if call.module.weight.shape == shape), None)
         if conv is None:
             raise UserError(f"branch {branch.kernel!r} is declared with a kernel of {shape}, and no such one was run")
         convs.remove(conv)
         norm = next((call for call in norms if call.x is conv.y), None)
-        scale, shift = (ones, 0 * ones) if norm is None else batch_norm_as_affine(norm.module)
-        bias = 0 if conv.module.bias is None else conv.module.bias * scale
-        found[branch.kernel] = _Branch(conv.module.weight, scale, shift + bias)
+        found[branch.kernel] = conv.module, norm and norm.module
     if convs:
         raise UserError(f"its convolution with a kernel of {tuple(convs[0].module.weight.shape)} is not declared")
     return found

@@ -35,6 +35,11 @@ Declare = Callable[[Any], Declaration]
 DECLARE: dict[type[nn.Module], Declare] = {}  # by the type of the module
 
 
+def registered_types() -> str:
+    """Return the names of all registered types, as messages list them."""
+    return ", ".join(sorted(f"{block_type.__module__}.{block_type.__qualname__}" for block_type in DECLARE))
+
+
 def register_block(block_type: type[nn.Module]) -> Callable[[Declare], Declare]:
     """Decorate the function that declares a module of this type; the last one registered for a type counts.
 

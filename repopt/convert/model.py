@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from repopt.convert.check import check_declaration
-from repopt.convert.declaration import DECLARE, Declaration
+from repopt.convert.declaration import DECLARE, Declaration, registered_types
 from repopt.errors import UserError, unknown
-from repopt.layers import MODES, Deployable, Mode, RepConv2d, initial_scale
+from repopt.layers import MODES, BranchModules, Deployable, Mode, RepConv2d, initial_scale
 
 
 class ConvertedBlock(RepConv2d, Deployable):
@@ -43,7 +45,14 @@ class ConvertedBlock(RepConv2d, Deployable):
         return nn.Sequential(self.before, self.folded(self.bn), self.after)
 
 
-class _Depth:
+class Converted(NamedTuple):
+    """A declared block, and the modules in whose place it stands that were its branches."""
+
+    block: ConvertedBlock
+    branches: BranchModules
+
+
+class Depth:
     """Counts the blocks of a stage; one that changes width or resolution is a first block."""
 
     def __init__(self) -> None:
@@ -80,43 +89,71 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
-    done: dict[nn.Module, nn.Module] = {}  # a module may stand at several places
+    found = []
 
-    def convert(module: nn.Module, path: str, depth: _Depth) -> nn.Module:
-        if module not in done:
-            done[module] = new = _converted(module, path, mode, depth)
-            if isinstance(new, nn.Sequential | nn.ModuleList):
-                depth = _Depth()
-            for name, child in list(new._modules.items()):
-                if child is not None:
-                    setattr(new, name, convert(child, f"{path}.{name}" if path else name, depth))
-        return done[module]
+    def convert(module: nn.Module, path: str, depth: Depth) -> nn.Module:
+        if (converted := convert_block(module, path, mode, depth)) is None:
+            return module
+        found.append(converted)
+        return converted.block
 
-    converted = convert(copy.deepcopy(model), "", _Depth())
-    if all(new is module for module, new in done.items()):
-        registered = sorted(f"{block_type.__module__}.{block_type.__qualname__}" for block_type in DECLARE)
+    copied = replace_modules(model, convert)
+    if not found:
         raise UserError(
-            f"{type(model).__name__} has no block of a registered type ({', '.join(registered)}): "
+            f"{type(model).__name__} has no block of a registered type ({registered_types()}): "
             "repopt.register_block registers one; a network without branches is taken as it is by repopt.declare"
         )
-    return converted
+    return copied
 
 
-def _converted(module: nn.Module, path: str, mode: Mode, depth: _Depth) -> nn.Module:
-    """Return the declared block in the place of a module of a registered type; any other module as it is."""
+def replace_modules(model: nn.Module, replacement: Callable[[nn.Module, str, Depth], nn.Module]) -> nn.Module:
+    """Return a copy in which other modules stand in the place of some, with the same device, type and training mode.
+
+    Args:
+        model: stays as it is.
+        replacement: takes a module of the copy, its path, and the depth at which it stands, and returns the one that is
+            to stand there, be it the same; the modules within that one are next.
+
+    Raises:
+        UserError: a module that is to be replaced has forward hooks.
+    """
+    done: dict[nn.Module, nn.Module] = {}  # a module may stand at several places
+
+    def replaced(module: nn.Module, path: str, depth: Depth) -> nn.Module:
+        if module not in done:
+            done[module] = new = replacement(module, path, depth)
+            if new is not module:
+                if module._forward_hooks or module._forward_pre_hooks:
+                    raise UserError(f"cannot convert {_place(module, path)}: its forward hooks would be lost")
+                like = next(module.parameters())
+                new.to(like.device, like.dtype).train(module.training)
+            if isinstance(new, nn.Sequential | nn.ModuleList):
+                depth = Depth()
+            for name, child in list(new._modules.items()):
+                if child is not None:
+                    setattr(new, name, replaced(child, f"{path}.{name}" if path else name, depth))
+        return done[module]
+
+    return replaced(copy.deepcopy(model), "", Depth())
+
+
+def convert_block(module: nn.Module, path: str, mode: Mode, depth: Depth) -> Converted | None:
+    """Return the declared block that takes the place of a module of a registered type; None for any other module.
+
+    Raises:
+        UserError: it computes something else than it can declare or is declared to; the message names the path.
+    """
     cls = next((cls for cls in type(module).__mro__ if cls in DECLARE), None)
     if cls is None:
-        return module
+        return None
     try:
         if cls is not type(module):  # it may compute something else
             raise UserError(f"its type derives from {cls.__name__}, and needs a declaration of its own")
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UserError("its forward hooks would be lost")
         declaration = DECLARE[cls](module)
-        check_declaration(module, declaration)
+        branches = check_declaration(module, declaration)
         new = ConvertedBlock(depth.scaled(declaration), mode)
     except Exception as error:  # of a declaration that others wrote, too
-        which = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
+        which = _place(module, path)
         if isinstance(error, UserError):
             raise UserError(f"cannot convert {which}: {error}") from None
         raise UserError(f"cannot convert {which}: its declaration raised {type(error).__name__}: {error}") from error
@@ -124,5 +161,8 @@ def _converted(module: nn.Module, path: str, mode: Mode, depth: _Depth) -> nn.Mo
         of_all = name not in vars(new) and hasattr(nn.Module, name)
         if not hasattr(new, name) or (of_all and getattr(type(new), name) is getattr(nn.Module, name)):
             setattr(new, name, value)
-    like = next(module.parameters())
-    return new.to(like.device, like.dtype).train(module.training)
+    return Converted(new, branches)
+
+
+def _place(module: nn.Module, path: str) -> str:
+    return f"{path!r} ({type(module).__name__})" if path else type(module).__name__

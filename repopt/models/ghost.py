@@ -6,7 +6,7 @@ All modules are (N, C, H, W) -> (N, O, H', W') unless they say otherwise.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 from timm.layers import make_divisible
@@ -15,7 +15,17 @@ from torch.nn.functional import hardsigmoid, relu
 from typing_extensions import override
 
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
-from repopt.layers import MODES, Baseline, Deployable, InitialScales, Mode, RepConv2d, fold_batch_norm, initial_scale
+from repopt.layers import (
+    MODES,
+    Baseline,
+    BranchModules,
+    Deployable,
+    InitialScales,
+    Mode,
+    RepConv2d,
+    fold_batch_norm,
+    initial_scale,
+)
 from repopt.models.network import Network, check_strides
 from repopt.models.registry import register
 
@@ -79,12 +89,15 @@ class GhostModule(RepConv2d, Deployable):
 class RepGhostModule(Baseline):
     """The baseline's ghost module, with batch norms instead of scales.
 
-    The arguments are those of `GhostModule`; `initial_scale` has no effect.
+    The arguments are those of `GhostModule`; there are no scales, so `initial_scale` is of the declaration alone.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, active: bool, initial_scale: float) -> None:
         super().__init__()
-        self.block, self.active = ghost_block(out_channels), active
+        self.block, self.active = ghost_block(out_channels, initial_scale), active
+        self._target = functools.partial(
+            GhostModule, in_channels, out_channels, active=active, initial_scale=initial_scale, mode="target"
+        )
         self.primary_conv = nn.Sequential(*_conv_bn(in_channels, out_channels, 1), _activation(active))
         self.fusion_bn = nn.BatchNorm2d(out_channels)
         self.cheap_operation = nn.Sequential(*_conv_bn(out_channels, out_channels, 3, groups=out_channels))
@@ -96,9 +109,16 @@ class RepGhostModule(Baseline):
         return self.activation(self.cheap_operation(x) + self.fusion_bn(x))
 
     @override
-    def branches(self) -> Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
+    def branches(self) -> BranchModules:
         conv, bn = cast("tuple[nn.Conv2d, nn.BatchNorm2d]", tuple(self.cheap_operation))
         return {"cheap_operation.0": (conv, bn), "fusion_scale": (None, self.fusion_bn)}
+
+    @override
+    def as_target(self) -> tuple[GhostModule, nn.BatchNorm2d]:
+        block = self._target()
+        block.final_bn.eps, block.final_bn.momentum = self.fusion_bn.eps, self.fusion_bn.momentum
+        block.primary_conv = self.primary_conv
+        return block, block.final_bn
 
     @override
     def fuse(self) -> nn.Sequential:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from repopt.csla import Block, ConvBranch, IdentityBranch, Target
-from repopt.layers import MODES, Baseline, Deployable, InitialScales, Mode, RepConv2d, initial_scale
+from repopt.layers import MODES, Baseline, BranchModules, Deployable, InitialScales, Mode, RepConv2d, initial_scale
 from repopt.models.network import Network, check_strides
 from repopt.models.registry import register
 
@@ -104,14 +104,24 @@ class VGGBlock(RepConv2d, Deployable):
 class RepVGGBlock(Baseline):
     """RepVGG's block: every branch has a batch norm of its own, folded into one kernel after training.
 
-    The arguments are those of `VGGBlock`; there are no scales, so `initial_scale` has no effect.
+    The arguments are those of `VGGBlock`; there are no scales, so `initial_scale` is of the declaration alone.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, *, stride: int, identity: bool, initial_scale: float, se: bool
     ) -> None:
         super().__init__()
-        self.block, self.stride = vgg_block(in_channels, out_channels, identity), stride
+        self.block, self.stride = vgg_block(in_channels, out_channels, identity, initial_scale), stride
+        self._target = functools.partial(
+            VGGBlock,
+            in_channels,
+            out_channels,
+            stride=stride,
+            identity=identity,
+            initial_scale=initial_scale,
+            mode="target",
+            se=se,
+        )
         self.conv_3x3 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn_3x3 = nn.BatchNorm2d(out_channels)
         self.conv_1x1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -128,9 +138,16 @@ class RepVGGBlock(Baseline):
         return self.post_se(self.relu(y))
 
     @override
-    def branches(self) -> Mapping[str, tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
+    def branches(self) -> BranchModules:
         convs = {"conv": (self.conv_3x3, self.bn_3x3), "conv_1x1": (self.conv_1x1, self.bn_1x1)}
         return convs if self.bn_identity is None else {**convs, "scale_identity": (None, self.bn_identity)}
+
+    @override
+    def as_target(self) -> tuple[VGGBlock, nn.BatchNorm2d]:
+        block = self._target()
+        block.bn.eps, block.bn.momentum = self.bn_3x3.eps, self.bn_3x3.momentum
+        block.post_se = self.post_se
+        return block, block.bn
 
     @override
     def fuse(self) -> PlainBlock:

@@ -340,6 +340,15 @@ def test_the_documented_use():
     assert list(repopt.declared_blocks(namespace["model"], "target"))
 
 
+def test_the_documented_merge():
+    namespace = {}
+    exec(fenced_code(DOCS)[2], namespace)
+    model, network, batches = (namespace[name] for name in ("model", "network", "batches"))
+    assert isinstance(namespace["optimizer"], repopt.RepSGD)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(batches[0]), network.eval()(batches[0]), rtol=1e-4, atol=1e-5)
+
+
 class Small(nn.Module):
     """A 1x1 convolution and, at stride 1, the identity."""
 
