@@ -10,24 +10,42 @@ from torch import Tensor, nn
 import repopt
 from repopt import checkpoint
 from repopt.errors import UserError, shown
+from repopt.layers import MODES
 from repopt.load import error_context
 from repopt.models import list_models
 from train import config, trained
-from train.keys import CLASSIFY
+from train.keys import CLASSIFY, DETECT
 from train.logging import logger
+from train.placement import to_device
 from train.tasks.base import Task
 
 
-def read(task: Task) -> trained.LoadedCheckpoint:
-    """Return what MODEL.PRETRAINED holds.
+def read(task: Task, path: str) -> trained.LoadedCheckpoint:
+    """Return a checkpoint of the task's network, or of a multi-branch one, merged, that it is the plain form of.
 
     Raises:
         UserError: it is no checkpoint, or one of another task, architecture or function.
     """
     cfg = task.cfg
-    source = trained.read(cfg.MODEL.PRETRAINED, fallback=cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
+    source = trained.read(path, fallback=cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
     _check(task, source)
-    return source
+    return source if source.arch.mode == task.arch.mode else _merged(task, source)
+
+
+def _merged(task: Task, source: trained.LoadedCheckpoint) -> trained.LoadedCheckpoint:
+    """Return the checkpoint of a baseline as that of a target network, with its scales (`repopt.merge_branches`)."""
+    if task.cfg.TASK == DETECT:
+        raise UserError(f"{source.path!r} has branches, which are merged for a classifier or a segmentation network")
+    loader = task.calibration_loader()
+    network = to_device(source.network(), task.world)
+    plain = repopt.merge_branches(network, (task.network_input(images) for images, _ in loader))
+    logger.info(
+        f"{source.path}: the branches of {source.name} are merged, and {loader.num_images} training images give the "
+        "batch norms their statistics; their scales are constants"
+    )
+    known = {key: source.content[key] for key in ("config", "classes") if key in source.content}
+    content = {**known, "model": plain.model.state_dict(), "scales": plain.scales}
+    return source._replace(name=task.cfg.MODEL.ARCH, arch=task.arch, content=content, weights="model")
 
 
 def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None:
@@ -92,7 +110,8 @@ def _check(task: Task, source: trained.LoadedCheckpoint) -> None:
         )
     if source.quantized:
         raise UserError(f"{path!r} holds a quantized network: give the checkpoint that it was made of")
-    if (source.arch.model, source.arch.mode) != (task.arch.model, task.arch.mode):
+    merges = task.arch.mode == "target" and source.arch.mode not in MODES  # a baseline's branches
+    if source.arch.model != task.arch.model or not (merges or source.arch.mode == task.arch.mode):
         raise UserError(f"{path!r} is a checkpoint of {shown(source.name)}, whose layers are not those of {name}")
     if (then := source.settings("MODEL.STRIDES").MODEL.STRIDES) != strides:
         raise UserError(f"{path!r} was trained with MODEL.STRIDES {then}, and they are {strides} now")

@@ -17,7 +17,7 @@ import data
 import repopt
 from repopt import checkpoint, export, quantization
 from repopt.errors import UserError, shown
-from train import config, run_record, trained
+from train import config, pretrained, run_record
 from train.checkpoint import RunFolder
 from train.command import Program
 from train.distributed import run_on_main
@@ -83,7 +83,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     if not trains:  # a training writes it when it is sure to go on
         run_record.write(task, folder)
     logger.info(f"{cfg.QUANT.PRESET}: {quantization.find_preset(cfg.QUANT.PRESET).meaning}")
-    source = trained.read(cfg.MODEL.RESUME, cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS)
+    source = pretrained.read(task, cfg.MODEL.RESUME)
     if (was := source.setting("TASK") or CLASSIFY) != cfg.TASK:
         raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and this recipe's is {cfg.TASK}")
     logger.info(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")

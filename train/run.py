@@ -147,7 +147,9 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
     content = read_checkpoint(task, folder)
     if goes_on(content):
         check_same_run(task.cfg, content)
-    source = pretrained.read(task) if task.cfg.MODEL.PRETRAINED and content is None else None  # where it begins
+    source = (
+        pretrained.read(task, task.cfg.MODEL.PRETRAINED) if task.cfg.MODEL.PRETRAINED and content is None else None
+    )  # where it begins
     scales = find_scales(task, model, content, source)
     if content is None:
         if task.cfg.MODEL.FREEZE_BN and source is None:
