@@ -175,3 +175,34 @@ def test_what_a_checkpoint_says_of_itself_loads_it(source):
         assert torch.equal(network.state_dict()[name], value)
     config = json.loads((source.parent / "config.json").read_text())
     assert tuple(config["DATA"]["MEAN"]) == transform.mean
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """A trained RepVGG."""
+    output, arch = tmp_path_factory.mktemp("baseline"), "RepOpt-VGG-nano-repvgg"
+    assert main("--arch", arch, "--output", output, "--opts", *QUICK, "TRAIN.EPOCHS", 2, "TRAIN.BASE_LR", 0.1) == 0
+    return output / arch / "default" / "latest.pth"
+
+
+def test_branches_of_a_trained_network_are_merged(baseline, tmp_path):
+    found, log = untouched(tmp_path, "--pretrained", baseline, arch=TARGET, dataset="digits")
+    assert "the branches of RepOpt-VGG-nano-repvgg are merged, and 300 training images give the batch norms" in log
+    network = repopt.load(baseline).network
+    for path, block in network.named_modules():
+        if hasattr(block, "branches"):
+            kernels, scales, _ = repopt.layers.fuse_branches(block.block, block.branches())
+            merged = block.block.merge(kernels, scales)
+            assert torch.allclose(found["model"][f"{path}.conv.weight"], merged, atol=1e-6), path
+            for name in ("scale_conv", "scale_1x1"):
+                assert torch.equal(found["scales"][f"{path}.{name}.weight"], scales[name])
+    assert torch.equal(found["model"]["linear.weight"], network.state_dict()["linear.weight"])
+
+
+def test_a_detector_does_not_begin_with_branches(baseline, tmp_path, capsys):
+    pytest.importorskip("torchmetrics")
+    from downstream import detect
+
+    recipe = ("--cfg", "configs/scenes/detect.yaml", "--arch", TARGET, "--output", str(tmp_path))
+    assert detect.main([*recipe, "--data-path", str(tmp_path / "scenes"), "--pretrained", str(baseline)]) == 2
+    assert "has branches, which are merged for a classifier or a segmentation network" in capsys.readouterr().err
