@@ -48,6 +48,7 @@ def test_every_document_is_tested():
         "converting",
         "downstream",
         "glyphs",
+        "finetuning",
         "frameworks",
         "equivalence",
         "index",
@@ -269,3 +270,11 @@ class TestTrainingLoop:
         images, labels, test = (documented[name] for name in ("images", "labels", "test"))
         with torch.no_grad():
             assert (documented["model"].eval()(images[test]).argmax(1) == labels[test]).float().mean() > 0.9
+
+
+def test_finetuning(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    found = run("finetuning")
+    assert found["scores"].shape == (1, 10)
+    assert found["task"] == "classify"
+    assert "does not say how its images are made" in caplog.text

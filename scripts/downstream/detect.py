@@ -1,11 +1,11 @@
 """Train and evaluate detection: Faster, Mask or Cascade Mask R-CNN with a feature pyramid on a backbone of ours.
 
-    torchrun --nproc_per_node 8 scripts/downstream/detect.py --arch RepOpt-VGG-B1-target-norepopt --backbone FILE \\
+    torchrun --nproc_per_node 8 scripts/downstream/detect.py --arch RepOpt-VGG-B1-target-norepopt --pretrained FILE \\
         --data-path COCO
-    python scripts/downstream/detect.py --cfg configs/scenes/detect.yaml --arch RepOpt-VGG-nano-target --backbone FILE
+    python scripts/downstream/detect.py --cfg configs/scenes/detect.yaml --arch RepOpt-VGG-nano-target --pretrained FILE
     python scripts/downstream/detect.py --arch RepOpt-VGG-B1-target --data-path COCO --eval --resume FILE
 
-The backbone begins with a classifier's weights (--backbone) or from scratch; DETECT.NECK declared makes the pyramid's
+The backbone begins with a classifier's weights (--pretrained) or from scratch; DETECT.NECK declared makes the pyramid's
 3x3 convolutions blocks of RepOpt-VGG, whose scales an -hs run searches. The configuration, folder, logs and checkpoints
 are those of main_repopt.py; predictions.png shows what the network finds in some images.
 """

@@ -1,12 +1,12 @@
 """Train and evaluate semantic segmentation: UPerNet on a backbone of ours.
 
-    torchrun --nproc_per_node 4 scripts/downstream/segment.py --arch RepOpt-VGG-B1-target-norepopt --backbone FILE \\
+    torchrun --nproc_per_node 4 scripts/downstream/segment.py --arch RepOpt-VGG-B1-target-norepopt --pretrained FILE \\
         --data-path CITYSCAPES
     python scripts/downstream/segment.py --cfg configs/scenes/segment.yaml --arch RepOpt-VGG-nano-target \\
-        --backbone FILE
+        --pretrained FILE
     python scripts/downstream/segment.py --arch RepOpt-VGG-B1-target --data-path CITYSCAPES --eval --resume FILE
 
-The backbone begins with a classifier's weights (--backbone) or from scratch. The configuration, folder, logs and
+The backbone begins with a classifier's weights (--pretrained) or from scratch. The configuration, folder, logs and
 checkpoints are those of main_repopt.py; predictions.png shows what the network makes of some images.
 """
 
