@@ -7,10 +7,10 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from repopt import checkpoint
-from repopt.errors import UserError
+from repopt.errors import UserError, shown
 from repopt.models import Arch, parse_arch
 from train import config, tasks
-from train.keys import AUTO, KEYS, OF_IMAGES
+from train.keys import AUTO, CLASSIFY, DETECT, KEYS, OF_IMAGES
 from train.resume import needs_scales
 
 
@@ -61,11 +61,21 @@ def resolve(settings: config.Settings) -> CfgNode:
 
 
 def _as_trained(settings: config.Settings) -> config.Settings:
-    """Return the settings in which images of an evaluation or quantization are those that the checkpoint is used to."""
+    """Return the settings in which images of an evaluation or quantization are those that the checkpoint is used to.
+
+    Raises:
+        UserError: the checkpoint is of another task, or a detector that is to be quantized.
+    """
     cfg, given = settings
     if not cfg.MODEL.RESUME or not (cfg.EVAL_MODE or cfg.QUANT.METHOD):
         return settings
     own = checkpoint.read(cfg.MODEL.RESUME).get("config")
+    # A file that does not say is quantized as a classifier, and evaluated as what its weights fit.
+    was = config.lookup(own, "TASK") or (CLASSIFY if cfg.QUANT.METHOD else cfg.TASK)
+    if cfg.QUANT.METHOD and DETECT in (was, cfg.TASK):
+        raise UserError("a detector (TASK detect) cannot be quantized: what it computes depends on what it has found")
+    if was != cfg.TASK:
+        raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and TASK is {cfg.TASK} here")
     taken = (key for key in OF_IMAGES if key != "DATA.TEST_SIZE" or "DATA.IMG_SIZE" not in given)
     return settings.with_defaults({key: value for key in taken if (value := config.lookup(own, key)) is not None})
 

@@ -53,6 +53,11 @@ class Detect(Task):
             **self.of_backbone(),
         )
 
+    @cached_property
+    @override
+    def classes(self) -> tuple[str, ...]:
+        return _images(self.cfg).class_names
+
     @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
         return _images(self.cfg)

@@ -50,6 +50,11 @@ class Segment(Task):
             **self.of_backbone(),
         )
 
+    @cached_property
+    @override
+    def classes(self) -> tuple[str, ...]:
+        return _images(self.cfg).class_names
+
     @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
         if training and self.cfg.DATA.BATCH_SIZE * (self.world.size if self.cfg.TRAIN.SYNC_BN else 1) == 1:
