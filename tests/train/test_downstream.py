@@ -235,8 +235,10 @@ def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, i
     assert results["INT8"]["pixel_accuracy"] == pytest.approx(results["INT8, onnxruntime"]["pixel_accuracy"], abs=1)
     assert "| network | mIoU (%) | pixel accuracy (%) | file (MB) |" in (artifacts / "results.md").read_text()
     capsys.readouterr()
-    assert export.main(["--resume", str(latest), "--image-size", "100", "--out", str(tmp_path / "no")]) == MISTAKE
-    in_one_line("export.py", "--image-size 100: the network takes multiples of 32", {})
+    for size in ("100", "64 100", "100 64"):
+        argv = ["--resume", str(latest), "--image-size", *size.split(), "--out", str(tmp_path / "no")]
+        assert export.main(argv) == MISTAKE
+        in_one_line("export.py", f"--image-size {size}: the network takes multiples of 32", {})
     assert export.main(["--resume", str(artifacts / "quantized.pth"), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "int8.onnx").read_bytes() == (artifacts / "int8.onnx").read_bytes()
     assert report.main([str(latest.parent), str(artifacts.parent), "--out", str(tmp_path / "report.html")]) == 0
