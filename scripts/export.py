@@ -92,7 +92,7 @@ def image_size(given: Sequence[int], multiple: int) -> tuple[int, int]:
     """Return height and width as --image-size gives them.
 
     Raises:
-        UserError: these are more than two numbers, or none that are multiples of what the network takes.
+        UserError: more than two numbers, or one that is no multiple of what the network takes.
     """
     from repopt.errors import UserError
 

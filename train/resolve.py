@@ -40,14 +40,12 @@ def resolve(settings: config.Settings) -> CfgNode:
         _check_search(cfg, arch)
     if cfg.MODEL.BACKBONE and cfg.MODEL.RESUME:
         raise UserError("--backbone is where a training begins, and so is --resume (or what is evaluated): give one")
-    if cfg.TRAIN.WARMUP_STEPS is not None and "TRAIN.WARMUP_EPOCHS" in given:
-        raise UserError(
-            f"the warm-up has TRAIN.WARMUP_STEPS {cfg.TRAIN.WARMUP_STEPS}, which goes before TRAIN.WARMUP_EPOCHS: "
-            "set it to None"
-        )
     for key in sorted(given):
         if cfg.TASK not in (takes := KEYS[key].tasks):
             raise UserError(f"{key} is for TASK {' and '.join(takes)}, and this one is {cfg.TASK}: leave it out")
+        other = KEYS[key].excludes
+        if other in given and None not in (config.lookup(cfg, key), config.lookup(cfg, other)):
+            raise UserError(f"{key} and {other} are given side by side, and say the same otherwise: give one")
     if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.EPOCHS:
         raise UserError(
             f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH} leaves none of {cfg.TRAIN.EPOCHS} TRAIN.EPOCHS to train"

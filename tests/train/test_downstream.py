@@ -336,7 +336,6 @@ def test_windows_and_whole_images(command, tmp_path):
         ("segment", PLAIN, [], ["SEGMENT.CROP", "(64, 80)"], r"SEGMENT.CROP is of multiples of 32, not \(64, 80\)"),
         ("detect", PLAIN, [], ["MODEL.FREEZE_BN", "True"], "MODEL.FREEZE_BN keeps the statistics of a --backbone"),
         ("segment", PLAIN, ["--backbone", "a.pth", "--resume", "b.pth"], [], "give one"),
-        ("segment", PLAIN, [], ["TRAIN.WARMUP_STEPS", "5"], "which goes before TRAIN.WARMUP_EPOCHS: set it to None"),
         ("segment", PLAIN, ["--backbone", "{bare}"], [], "'{bare}': the weights are not those of this model: "),
         ("segment", "timm/repvgg_a0", ["--backbone", "{repvgg}"], [], "'{repvgg}' have no places in the backbone"),
         ("segment", PLAIN, [], ["SEGMENT.STRIDE", "(8, 8)"], "SEGMENT.STRIDE is at most SEGMENT.WINDOW"),
