@@ -18,6 +18,7 @@ import repopt
 from repopt import checkpoint, export, quantization
 from repopt.errors import UserError, shown
 from train import config, run_record, trained
+from train.build import check_batch_norms
 from train.checkpoint import RunFolder
 from train.command import Program
 from train.distributed import run_on_main
@@ -85,6 +86,8 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     logger.info(f"{trained.WEIGHTS[source.weights]} of {source.path}")
     match_images(task, source.content, source.path)
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
+    if trains:
+        check_batch_norms(task, model)
     loader = task.eval_loader()
     images = run_on_main(lambda: task.network_input(next(iter(loader))[0])[:16].cpu())
     batches = FixedSizeBatches(task, loader, images.shape[2:])

@@ -194,6 +194,7 @@ MISTAKES = {
     "no scales": (["--arch", TARGET, "--method", "qat", "--resume", "{weights}"], "needs searched scales"),
     "moving average": ([*QAT, "--opts", "TRAIN.EMA_ALPHA", 0.1], "takes TRAIN.EMA_ALPHA 0.0 only"),
     "compiled": ([*QAT, "--opts", "TRAIN.COMPILE", "default"], "takes TRAIN.COMPILE off only"),
+    "one image": ([*QAT, "--batch-size", 1], "a batch norm would see one value per channel"),
     "autocast": ([*QAT, "--amp-opt-level", "O1"], "takes AMP_OPT_LEVEL O0 only"),
 }
 

@@ -57,11 +57,6 @@ class Segment(Task):
 
     @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
-        if training and self.cfg.DATA.BATCH_SIZE * (self.world.size if self.cfg.TRAIN.SYNC_BN else 1) == 1:
-            raise UserError(
-                "a batch norm of UPerNet sees a value per image: train on batches of 2 at least, or with TRAIN.SYNC_BN "
-                "in several processes"
-            )
         return _images(self.cfg)
 
     @override
