@@ -68,8 +68,9 @@ def _as_trained(settings: config.Settings) -> config.Settings:
     if not cfg.MODEL.RESUME or not (cfg.EVAL_MODE or cfg.QUANT.METHOD):
         return settings
     own = checkpoint.read(cfg.MODEL.RESUME).get("config")
-    # A file that does not say is quantized as a classifier, and evaluated as what its weights fit.
-    was = config.lookup(own, "TASK") or (CLASSIFY if cfg.QUANT.METHOD else cfg.TASK)
+    was = config.lookup(own, "TASK")
+    if was is None:  # quantized as a classifier, and evaluated as what its weights fit
+        was = CLASSIFY if cfg.QUANT.METHOD else cfg.TASK
     if cfg.QUANT.METHOD and DETECT in (was, cfg.TASK):
         raise UserError("a detector (TASK detect) cannot be quantized: what it computes depends on what it has found")
     if was != cfg.TASK:
