@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from data import coco, registry
 from data.build import ImageSet
-from data.decode import to_pixels
+from data.decode import advice_on_size, to_pixels
 from data.decoded import ImageDataset, Sample
 from data.folder import Files
 from data.registry import DetectionSpec
@@ -53,7 +53,8 @@ class Detection(ImageSet):
     """A data set with boxes, and masks where they are asked for; the annotations of "val" are read once.
 
     Training leaves out crowds, and images that have no boxes then; half the images are mirrored where the set is one
-    that may be. In evaluation the targets are the images' ids.
+    that may be. In evaluation the targets are the images' ids. Boxes and masks are of an image as viewers show it,
+    turned where EXIF says so (data.decode).
 
     Attributes:
         source: where the images come from; `on_bad_image` also says what to do with boxes that are empty or outside
@@ -164,12 +165,13 @@ class DetectionDataset(ImageDataset):
 
     @override
     def sample(self, index: int) -> tuple[Tensor, Target]:
-        pixels = to_pixels(self._images.read(index))
+        encoded = self._images.read(index)
+        pixels = to_pixels(encoded)
         width, height = self._sizes[index].tolist()
         if pixels.shape[:2] != (height, width):
             raise UserError(
                 f"image {self._images.name(index)!r} has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-                f"{self._file} says {width} x {height}"
+                f"{self._file} says {width} x {height}{advice_on_size(encoded)}"
             )
         return pixels, {"image_id": self._ids[index].clone()}
 

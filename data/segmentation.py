@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from data import cityscapes, registry
 from data.build import ImageSet
-from data.decode import to_pixels, to_values
+from data.decode import advice_on_size, to_pixels, to_values
 from data.decoded import ImageDataset, Sample
 from data.registry import SegmentationSpec
 from data.types import LoaderConfig, Source
@@ -151,11 +151,17 @@ class SegmentationDataset(ImageDataset):
     @override
     def sample(self, index: int) -> tuple[Tensor, Tensor]:
         """Return uint8 [H, W, 3], and class indices uint8 [H, W]."""
-        pixels = to_pixels(self._images.read(index))
-        labels = self._label_image(index, pixels.shape[0], pixels.shape[1])
+        encoded = self._images.read(index)
+        pixels, labels = to_pixels(encoded), self._label_image(index)
+        if labels.shape != pixels.shape[:2]:
+            (height, width), (label_height, label_width) = pixels.shape[:2], labels.shape
+            raise UserError(
+                f"label image {self._labels.name(index)!r} has {label_width} x {label_height} pixels, its image "
+                f"{width} x {height}{advice_on_size(encoded)}"
+            )
         return (pixels, labels) if self._transform is None else self._transform(pixels, labels)
 
-    def _label_image(self, index: int, height: int, width: int) -> Tensor:
+    def _label_image(self, index: int) -> Tensor:
         name = self._labels.name(index)
         try:
             values = to_values(self._labels.read(index))
@@ -163,10 +169,6 @@ class SegmentationDataset(ImageDataset):
             raise OSError(f"its label image {name!r}: {error}") from error
         if values.dtype != np.uint8 or values.ndim != 2:
             raise UserError(f"{name!r} is no label image: one channel of 8 bits is expected")
-        if values.shape != (height, width):
-            raise UserError(
-                f"label image {name!r} has {values.shape[1]} x {values.shape[0]} pixels, its image {width} x {height}"
-            )
         classes = self._classes[values]
         if (invalid := classes == _INVALID).any():
             raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision import transforms as T
 
@@ -17,6 +17,18 @@ from repopt.errors import UserError, shown
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, as Pillow weights them (ITU-R 601-2)
+
+
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation, what shows the stored pixels; Pillow's exif_transpose fails where other tags are damaged."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +125,30 @@ class Normalization:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an RGB image; of 16 bits in one channel, as of 16 in three, the upper 8.
+    """Return an RGB image as viewers show it (`turned`); of 16 bits in one channel, as of 16 in three, the upper 8.
 
     Raises:
         ValueError: its values have no range (32 bits or floating point in one channel).
     """
+    turn = turn_of(image)
     if image.mode.startswith("I;16"):
         image.load()
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"values without a range, in Pillow's mode {image.mode}: convert them to 8 or 16 bits")
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def turned(image: Image.Image) -> Image.Image:
+    """Return an image as viewers show it: turned or mirrored where its EXIF tag says so."""
+    turn = turn_of(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """Return what an image's tag says is done to its pixels; None where it has none, or one that cannot be read."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # nothing but Pillow runs here, whose parsers raise many kinds at damaged bytes
+        return None

@@ -1,6 +1,7 @@
 """Write a trained or quantized network as files that other software runs.
 
-    python scripts/export.py --resume FILE [--arch ARCH] [--out DIR] [--formats onnx safetensors pt2 compiled]
+    python scripts/export.py --resume FILE [--arch ARCH] [--out DIR] [--formats onnx safetensors pt2 compiled] \\
+        [--image-size HEIGHT WIDTH]
 
 FILE is a checkpoint of main_repopt.py or of the published release (with --arch), or one of scripts/quantize.py
 (quantized.pth, or a checkpoint of its training), which gives an INT8 network. Branches and batch norms are folded. The
@@ -39,7 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", choices=ENDINGS, default=["onnx", "safetensors"])
     weights = KEYS["MODEL.WEIGHTS"]
     parser.add_argument("--weights", choices=weights.choices, default=weights.default, help=weights.help)
-    parser.add_argument("--image-size", type=positive, help="height and width (default: as FILE says, else 224)")
+    parser.add_argument(
+        "--image-size",
+        metavar="PIXELS",
+        nargs="+",
+        type=positive,
+        help="height and width, or one number for both (default: as FILE says, else 224)",
+    )
     arguments = parser.parse_args(argv)
     return run_command("export.py", lambda: export_all(arguments))
 
@@ -65,15 +72,10 @@ def export_all(arguments: argparse.Namespace) -> None:
     paths = {name: out / f"{kind}{ENDINGS[name]}" for name in arguments.formats}
     for path in paths.values():
         export.refuse_existing(path)
-    size = source.image_size
-    if arguments.image_size is not None:
-        if arguments.image_size % source.multiple:
-            raise UserError(f"--image-size {arguments.image_size}: the network takes multiples of {source.multiple}")
-        size = (arguments.image_size,) * 2
+    size = source.image_size if arguments.image_size is None else image_size(arguments.image_size, source.multiple)
     if source.quantized and size != source.image_size:
-        raise UserError(
-            f"--image-size {size[0]}: the network was quantized for {' x '.join(map(str, source.image_size))}"
-        )
+        took, takes = (" x ".join(map(str, sides)) for sides in (source.image_size, size))
+        raise UserError(f"--image-size: the network was quantized for {took}, not for {takes}")
     print(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
     network = source.int8_network() if source.quantized else repopt.deploy(source.network())
     images = torch.randn(8, source.input_shape[0], *size)
@@ -86,6 +88,22 @@ def export_all(arguments: argparse.Namespace) -> None:
         else:
             writers[name](network, images, path, metadata)
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+def image_size(given: Sequence[int], multiple: int) -> tuple[int, int]:
+    """Return height and width as --image-size gives them.
+
+    Raises:
+        UserError: more than two numbers, or one that is no multiple of what the network takes.
+    """
+    from repopt.errors import UserError
+
+    option = f"--image-size {' '.join(map(str, given))}"
+    if len(given) > 2:
+        raise UserError(f"{option}: a height and a width, or one number for both, are expected")
+    if any(side % multiple for side in given):
+        raise UserError(f"{option}: the network takes multiples of {multiple}")
+    return given[0], given[-1]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What several tests of loaders do."""
 
+import io
 import random
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 
 import data
 from repopt.errors import UserError
@@ -59,3 +61,24 @@ def assert_equal(actual, expected):
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
         assert all(map(torch.equal, one, other))
+
+
+AS_STORED = {
+    1: lambda shown: shown,
+    2: lambda shown: shown[:, ::-1],
+    3: lambda shown: shown[::-1, ::-1],
+    4: lambda shown: shown[::-1],
+    5: lambda shown: shown.swapaxes(0, 1),
+    6: lambda shown: np.rot90(shown),
+    7: lambda shown: shown[::-1, ::-1].swapaxes(0, 1),
+    8: lambda shown: np.rot90(shown, -1),
+}
+"""By EXIF's orientation, the pixels that a file stores to show others."""
+
+
+def tagged(shown, orientation, kind="PNG", **options):
+    """A file that a viewer shows as these pixels, uint8 [H, W, 3] or [H, W], since its tag says how to turn them."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(np.ascontiguousarray(AS_STORED[orientation](shown))).save(file, kind, exif=exif, **options)
+    return file.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
+from data import seeding
 from repopt import BoundScales
 from repopt.branches import hold_branches, share_branches
 from repopt.errors import UserError
@@ -27,7 +29,34 @@ from train.schedule import build_schedule
 from train.state import TrainingState, count_steps
 from train.tasks import Task
 
+ONE_VALUE = "Expected more than 1 value per channel"  # torch, where a batch norm that trains meets one
 MAX_GRAPH_PIXELS = 2**19  # of a batch that is small: 128 images of 64 x 64
+
+
+def check_batch_norms(task: Task, model: nn.Module) -> None:
+    """Refuse batches of one image in which a batch norm of a model would meet one value per channel.
+
+    Args:
+        task: of the training.
+        model: on the task's device; it stays as it is.
+
+    Raises:
+        UserError: it would.
+    """
+    cfg, world = task.cfg, task.world
+    if cfg.DATA.BATCH_SIZE * (world.size if cfg.TRAIN.SYNC_BN else 1) > 1:
+        return
+    images, targets = task.example()
+    try:
+        with torch.no_grad(), seeding.preserved():
+            task.forward(copy.deepcopy(model).train(), images[:1], targets[:1])
+    except ValueError as error:
+        if ONE_VALUE not in str(error):
+            raise
+        raise UserError(
+            "a batch norm would see one value per channel, which has no variance: train on batches of 2 at least "
+            "(--batch-size), on larger images, or with TRAIN.SYNC_BN in several processes"
+        ) from None
 
 
 def plain_form(

@@ -1,6 +1,7 @@
 """Configuration: from a command line and recipes to the values of all keys (train/keys.py).
 
 Precedence: defaults < ``--cfg`` file (its ``BASE`` files first) < flags that were given < ``--opts KEY VALUE ...``.
+A key also goes before one that it excludes: steps of warm-up on the command line before epochs of warm-up in a recipe.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -68,20 +70,26 @@ def read(flags: argparse.Namespace, program: Program) -> Settings:
     """
     arguments = vars(flags)
     recipe, opts = arguments["cfg"], arguments["opts"]
-    values: dict[str, Any] = dict(_read_recipe(Path(recipe))) if recipe else {}
-    values |= {name: arguments[name] for name in program.flags.values() if arguments[name] is not None}
+    recipes = _read_recipe(Path(recipe)) if recipe else ()
+    values = {name: arguments[name] for name in program.flags.values() if arguments[name] is not None}
     if len(opts) % 2:
         raise UserError(f"--opts takes pairs of KEY and VALUE; the last one, {opts[-1]!r}, stands alone")
     values |= zip(map(_current_name, opts[::2]), opts[1::2], strict=True)
     if "BASE" in values:
         raise UserError("BASE stands in a recipe; on the command line give --cfg")
-    return build(values).with_defaults({"TASK": program.task})
+    return build(functools.reduce(_over, (*recipes, values), {})).with_defaults({"TASK": program.task})
 
 
 def build(values: Mapping[str, Any]) -> Settings:
     """Return the defaults with `values` (by dotted key) over them; strings are read as on a command line."""
     defaults = Settings(_nest({name: key.default for name, key in KEYS.items()}), frozenset(values))
     return defaults.with_values(values)
+
+
+def _over(values: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with others over them, and without what these exclude."""
+    excluded = {KEYS[name].excludes for name, value in higher.items() if name in KEYS and value not in (None, "None")}
+    return {name: value for name, value in values.items() if name not in excluded} | dict(higher)
 
 
 def as_dict(cfg: CfgNode) -> dict[str, Any]:
@@ -181,8 +189,8 @@ def _is_integer(value: object) -> bool:
     return type(value) is int and _is_number(value)
 
 
-def _read_recipe(path: Path) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a YAML recipe, those of its BASE recipes first.
+def _read_recipe(path: Path) -> Iterator[dict[str, Any]]:
+    """Dotted keys and values of a YAML recipe, behind those of each of its BASE recipes.
 
     Raises:
         UserError: a recipe that is not there, is no plain YAML, has unknown keys or builds upon itself.
@@ -190,7 +198,7 @@ def _read_recipe(path: Path) -> Iterator[tuple[str, Any]]:
     yield from _recipe_and_bases(path, above=(), done=set())
 
 
-def _recipe_and_bases(path: Path, above: tuple[Path, ...], done: set[Path]) -> Iterator[tuple[str, Any]]:
+def _recipe_and_bases(path: Path, above: tuple[Path, ...], done: set[Path]) -> Iterator[dict[str, Any]]:
     try:
         found = path.is_file()
     except OSError:  # a name that is too long
@@ -211,15 +219,15 @@ def _recipe_and_bases(path: Path, above: tuple[Path, ...], done: set[Path]) -> I
         raise UserError(f"BASE of recipe {shown(str(path))} lists recipes, not {shown(bases)}")
     for base in map(path.parent.joinpath, filter(None, bases)):
         yield from _recipe_and_bases(base, (*above, path), done)
-    given = set()
+    values: dict[str, Any] = {}
     for old, value in flatten(content):
         name = _current_name(old)
         if name not in KEYS:
             raise UserError(f"{unknown('config key', name, KEYS)} in {shown(str(path))}")
-        if name in given:
+        if name in values:
             raise UserError(f"{name} stands twice in {shown(str(path))}")
-        given.add(name)
-        yield name, value
+        values[name] = value
+    yield values
     done.add(path)
 
 

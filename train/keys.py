@@ -31,6 +31,7 @@ class Key(NamedTuple):
         of_model: Whether the network is made of it, so that a checkpoint's network cannot be made without.
         backbone_argument: The argument of `repopt.create_model` that it is.
         tasks: The tasks whose runs read it.
+        excludes: The key that says the same otherwise: where one of the two is set, the other is not.
     """
 
     default: Any
@@ -48,6 +49,7 @@ class Key(NamedTuple):
     of_model: bool = False
     backbone_argument: str | None = None
     tasks: tuple[str, ...] = TASKS
+    excludes: str | None = None
 
 
 def _model(default: Any, help: str, **options: Any) -> Key:
@@ -159,8 +161,13 @@ KEYS: dict[str, Key] = {
     "MODEL.LABEL_SMOOTHING": _classify(0.1, "Label smoothing of the training loss.", maximum=1),
     "TRAIN.START_EPOCH": Key(0, "Epoch to start at when nothing is resumed."),
     "TRAIN.EPOCHS": Key(300, "Number of epochs in all.", minimum=1),
-    "TRAIN.WARMUP_EPOCHS": Key(20, "Epochs of linear warm-up."),
-    "TRAIN.WARMUP_STEPS": Key(None, "Optimizer steps of linear warm-up, instead of TRAIN.WARMUP_EPOCHS.", int),
+    "TRAIN.WARMUP_EPOCHS": Key(20, "Epochs of linear warm-up.", excludes="TRAIN.WARMUP_STEPS"),
+    "TRAIN.WARMUP_STEPS": Key(
+        None,
+        "Optimizer steps of linear warm-up, instead of TRAIN.WARMUP_EPOCHS.",
+        int,
+        excludes="TRAIN.WARMUP_EPOCHS",
+    ),
     "TRAIN.WEIGHT_DECAY": Key(0.05, "Weight decay of kernels; biases and other 1-D parameters are not decayed."),
     "TRAIN.BASE_LR": Key(5e-4, "Learning rate per 256 images of an optimizer step; it is scaled linearly."),
     "TRAIN.WARMUP_LR": Key(0.0, "Learning rate at which the warm-up starts, per 256 images."),

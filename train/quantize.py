@@ -18,12 +18,13 @@ import repopt
 from repopt import checkpoint, export, quantization
 from repopt.errors import UserError, shown
 from train import config, pretrained, run_record
+from train.build import check_batch_norms
 from train.checkpoint import RunFolder
 from train.command import Program
 from train.distributed import run_on_main
 from train.evaluation.base import Result
 from train.file_names import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
-from train.keys import CLASSIFY, DETECT
+from train.keys import CLASSIFY
 from train.logging import as_json, logger
 from train.placement import to_device
 from train.precision import Precision
@@ -53,8 +54,6 @@ def start(settings: config.Settings, argv: Sequence[str], program: Program) -> C
     if not cfg.MODEL.RESUME:
         raise UserError("a trained network is needed: --resume FILE")
     quantization.find_preset(cfg.QUANT.PRESET)
-    if cfg.TASK == DETECT:
-        raise UserError("TASK detect cannot be quantized: what a detector computes depends on what it has found")
     settings = settings.with_defaults({"TAG": f"{cfg.QUANT.METHOD}-{cfg.QUANT.PRESET}"})
     if cfg.QUANT.METHOD == "ptq":  # nothing is trained, and on GPUs histograms have no such algorithm
         return run(settings.with_values({"DETERMINISTIC": False}), argv, program, quantize_network)
@@ -84,11 +83,11 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
         run_record.write(task, folder)
     logger.info(f"{cfg.QUANT.PRESET}: {quantization.find_preset(cfg.QUANT.PRESET).meaning}")
     source = pretrained.read(task, cfg.MODEL.RESUME)
-    if (was := source.setting("TASK") or CLASSIFY) != cfg.TASK:
-        raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and this recipe's is {cfg.TASK}")
     logger.info(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
     match_images(task, source.content, source.path)
     model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
+    if trains:
+        check_batch_norms(task, model)
     loader = task.eval_loader()
     images = run_on_main(lambda: task.network_input(next(iter(loader))[0])[:16].cpu())
     batches = FixedSizeBatches(task, loader, images.shape[2:])

@@ -9,12 +9,12 @@ import torch
 from yacs.config import CfgNode
 
 from repopt import checkpoint
-from repopt.errors import UserError
+from repopt.errors import UserError, shown
 from repopt.models import Arch, parse_arch
 from train import config, tasks
 from train.distributed import World
 from train.file_names import CONFIG
-from train.keys import AUTO, KEYS, OF_IMAGES, OF_NETWORK
+from train.keys import AUTO, CLASSIFY, DETECT, KEYS, OF_IMAGES, OF_NETWORK
 from train.resume import needs_scales
 
 
@@ -24,7 +24,7 @@ def as_trained(settings: config.Settings) -> config.Settings:
     Of one that is evaluated, or quantized, that is its network, its data set and its classes, too.
 
     Raises:
-        UserError: there is no such file, it is no checkpoint, or there are two.
+        UserError: there is no such file, it is no checkpoint, or there are two; or it is of another task.
     """
     cfg, given = settings
     keys: tuple[str, ...]
@@ -35,6 +35,7 @@ def as_trained(settings: config.Settings) -> config.Settings:
     elif cfg.MODEL.RESUME and (cfg.EVAL_MODE or cfg.QUANT.METHOD):
         content = checkpoint.read(cfg.MODEL.RESUME)
         keys, own = (*OF_NETWORK, "DATA.VAL_FRACTION", *OF_IMAGES), content.get("config")
+        _check_task(cfg, own)
         if isinstance(classes := content.get("classes"), list) and classes:
             settings = settings.with_defaults({"DATA.CLASSES": classes})
     else:
@@ -45,6 +46,17 @@ def as_trained(settings: config.Settings) -> config.Settings:
     if "MODEL.IN_CHANS" in given and taken.get("MODEL.IN_CHANS") != cfg.MODEL.IN_CHANS:
         taken = {key: value for key, value in taken.items() if key not in ("DATA.MEAN", "DATA.STD")}
     return settings.with_defaults({key: value for key, value in taken.items() if cfg.TASK in KEYS[key].tasks})
+
+
+def _check_task(cfg: CfgNode, own: object) -> None:
+    """Raise a UserError where a checkpoint with this configuration is of another task, or a detector's, for INT8."""
+    was = config.lookup(own, "TASK")
+    if was is None:  # quantized as a classifier, and evaluated as what its weights fit
+        was = CLASSIFY if cfg.QUANT.METHOD else cfg.TASK
+    if cfg.QUANT.METHOD and DETECT in (was, cfg.TASK):
+        raise UserError("a detector (TASK detect) cannot be quantized: what it computes depends on what it has found")
+    if was != cfg.TASK:
+        raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and TASK is {cfg.TASK} here")
 
 
 def _config_of_beginning(cfg: CfgNode) -> object:
@@ -93,14 +105,12 @@ def resolve(settings: config.Settings) -> CfgNode:
         raise UserError("scales are searched in all layers: TRAIN.SEARCH_EPOCHS goes without TRAIN.FREEZE")
     if cfg.TRAIN.HEAD_LR is not None and not cfg.TRAIN.BASE_LR:
         raise UserError("TRAIN.HEAD_LR is beside a TRAIN.BASE_LR above 0; TRAIN.FREEZE trains the head alone")
-    if cfg.TRAIN.WARMUP_STEPS is not None and "TRAIN.WARMUP_EPOCHS" in given:
-        raise UserError(
-            f"the warm-up has TRAIN.WARMUP_STEPS {cfg.TRAIN.WARMUP_STEPS}, which goes before TRAIN.WARMUP_EPOCHS: "
-            "set it to None"
-        )
     for key in sorted(given):
         if cfg.TASK not in (takes := KEYS[key].tasks):
             raise UserError(f"{key} is for TASK {' and '.join(takes)}, and this one is {cfg.TASK}: leave it out")
+        other = KEYS[key].excludes
+        if other in given and None not in (config.lookup(cfg, key), config.lookup(cfg, other)):
+            raise UserError(f"{key} and {other} are given side by side, and say the same otherwise: give one")
     if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.EPOCHS:
         raise UserError(
             f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH} leaves none of {cfg.TRAIN.EPOCHS} TRAIN.EPOCHS to train"

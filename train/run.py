@@ -18,7 +18,7 @@ from repopt import checkpoint
 from repopt.errors import UserError, shown
 from repopt.models import parse_arch
 from train import config, pretrained, run_record, tasks
-from train.build import clipping, distribute, plain_form, training_state
+from train.build import check_batch_norms, clipping, distribute, plain_form, training_state
 from train.checkpoint import RunFolder
 from train.command import MAIN, Program
 from train.distributed import run_on_main, world
@@ -159,7 +159,9 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
         if source is not None:
             pretrained.load(task, model, source)
             log_images(task, source.content)
-    trainer = prepare(task, to_device(model, task.world), scales, folder, content)
+    model = to_device(model, task.world)
+    check_batch_norms(task, model)
+    trainer = prepare(task, model, scales, folder, content)
     del content, source  # as large as the network and its momenta
     return fit(trainer)
 

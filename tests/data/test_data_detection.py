@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from data_helpers import error_of, global_generators_at_rest
+from data_helpers import AS_STORED, error_of, global_generators_at_rest, tagged
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -370,6 +370,43 @@ def test_an_image_of_another_size_than_the_file_says(root, workers):
         assert error_of(make(root, num_workers=workers)) == (
             f"image {str(path)!r} has 32 x 44 pixels, {annotation_file(root, split)} says 44 x 32"
         )
+
+
+@pytest.mark.parametrize("kind", ("PNG", "JPEG"))
+def test_boxes_and_masks_are_of_the_image_that_is_shown(tmp_path, kind):
+    """Whatever a tag says of how it is stored: the annotated rectangle is the one that is red."""
+    width, height, (left, top, right, bottom) = 64, 48, (8, 16, 40, 24)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[top:bottom, left:right, 0] = 255
+    images = [{"id": o, "file_name": f"{o}.{kind}", "width": width, "height": height} for o in AS_STORED]
+    outline = [[left, top, right, top, right, bottom, left, bottom]]
+    box = {"bbox": [left, top, right - left, bottom - top], "segmentation": outline, "area": 256, "iscrowd": 0}
+    annotations = [{"id": o, "image_id": o, "category_id": 7} | box for o in AS_STORED]
+    (tmp_path / "annotations").mkdir()
+    for split in COUNTS:
+        write(tmp_path, {"images": images, "annotations": annotations, "categories": CATEGORIES}, split)
+        (tmp_path / f"{split}2017").mkdir()
+        for o, image in zip(AS_STORED, images, strict=True):
+            (tmp_path / f"{split}2017" / image["file_name"]).write_bytes(tagged(pixels, o, kind, quality=95))
+    for image, _ in pairs(list(evaluation(tmp_path))):
+        assert ((image[0] > 0.5) == torch.from_numpy(pixels[..., 0] > 0)).all()
+    trained_on = pairs(list(train(tmp_path)))
+    assert sorted(int(target["image_id"]) for _, target in trained_on) == [*AS_STORED]
+    for image, target in trained_on:
+        red = image[0] > 0.5
+        rows, columns = red.nonzero().unbind(1)
+        assert target["boxes"].tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+        assert torch.equal(target["masks"][0] > 0, red)
+
+
+def test_annotations_of_an_image_as_it_is_stored(root):
+    """It lies on its side: the sizes tell."""
+    path = root / "val2017" / "val002.png"
+    path.write_bytes(tagged(np.array(Image.open(path)).swapaxes(0, 1), 6))
+    assert error_of(evaluation(root)) == (
+        f"image {str(path)!r} has 32 x 44 pixels, {annotation_file(root, 'val')} says 44 x 32; its EXIF tag turns it: "
+        "annotate it as viewers show it, or store it turned, without the tag"
+    )
 
 
 def changed(content, path, value):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import EPOCH, assert_equal, batches, error_of, global_generators_at_rest
+from data_helpers import EPOCH, assert_equal, batches, error_of, global_generators_at_rest, tagged
 from PIL import Image
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
@@ -312,6 +312,27 @@ def test_malformed_label_images_are_refused_in_one_line(root, what, workers):
         loader = make(root, num_workers=workers)  # although unreadable images are skipped
         assert error_of(loader) == message.format(path=path)
         assert loader.unreadable == {}
+
+
+def test_label_images_are_of_the_image_that_is_shown(made, root):
+    """Neither tag of an image and its label image changes anything: both may lie in their files in any way."""
+    for split, count in COUNTS.items():
+        for number in range(count):
+            image, labels = (place(root, split, kind, number) for kind in ("leftImg8bit", "gtFine"))
+            orientation, other = 1 + number % 8, 1 + 5 * number % 8
+            image.write_bytes(tagged(np.array(Image.open(image)), orientation))
+            labels.write_bytes(tagged(np.array(Image.open(labels)), other))
+    assert_equal(list(evaluation(root)), list(evaluation(made)))
+    assert_equal(batches(train(root)), batches(train(made)))
+
+
+def test_a_label_image_of_an_image_as_it_is_stored(root):
+    image, labels = (place(root, "val", kind, 3) for kind in ("leftImg8bit", "gtFine"))
+    image.write_bytes(tagged(np.array(Image.open(image)).swapaxes(0, 1), 6))
+    assert error_of(evaluation(root)) == (
+        f"label image {str(labels)!r} has {WIDTH} x {HEIGHT} pixels, its image {HEIGHT} x {WIDTH}; its EXIF tag "
+        "turns it: annotate it as viewers show it, or store it turned, without the tag"
+    )
 
 
 def test_palette_images_hold_their_indices(root):

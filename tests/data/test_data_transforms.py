@@ -1,11 +1,13 @@
 import io
 import random
+import struct
 
 import numpy as np
 import pytest
 import simplejpeg
 import torch
-from PIL import Image
+from data_helpers import AS_STORED, tagged
+from PIL import Image, ImageOps
 from torchvision import transforms as T
 
 from data import decode, raug15, seeding
@@ -156,10 +158,39 @@ def test_statistics_are_those_of_pillows_pipeline(photograph, photo_size):
     assert ((left - right).mean().abs() < 5 * (left - right).std() / count**0.5).all()
 
 
+def segment(content):
+    """A JPEG's segment of metadata."""
+    return b"\xff\xe1" + struct.pack(">H", 2 + len(content)) + content
+
+
+def exif(*tags):
+    """A segment with tags: number, type, count, and 4 bytes of value."""
+    entries = b"".join(struct.pack(">HHI", *tag) + value for *tag, value in tags)
+    return segment(b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(tags)) + entries + bytes(4))
+
+
+def orientation(value):
+    return (0x0112, 3, 1, struct.pack(">HH", value, 0))
+
+
+XMP = b"http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation='%d' tiff:Orientation=\"%d\"/>"
+METADATA = {
+    "exif 1": exif(orientation(1)),
+    "exif 6": exif(orientation(6)),
+    "exif 9": exif(orientation(9)),
+    "exif text": exif((0x0112, 2, 2, b"6\0\0\0")),
+    "exif garbage": segment(b"Exif\0\0garbage, garbage"),
+    "exif empty": segment(b"Exif\0\0"),
+    "xmp 1": segment(XMP % (6, 1)),
+    "xmp 6": segment(XMP % (1, 6)),
+    "another tag is text": exif(orientation(6), (0x011A, 2, 4, b"abc\0")),
+    "another tag lies nowhere": exif(orientation(6), (0x011A, 5, 1, b"\0\0\xff\xff")),
+}
+
+
 def jpegs(photograph):
     image = photograph(11, 61, 47)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side, which neither decoder mends
+    pixels, plain = np.asarray(image), encoded(image, "JPEG")
     yield "baseline", encoded(image, "JPEG", quality=90)
     yield "no subsampling", encoded(image, "JPEG", quality=95, subsampling=0)
     yield "half subsampling", encoded(image, "JPEG", quality=95, subsampling=1)
@@ -167,7 +198,15 @@ def jpegs(photograph):
     yield "grey", encoded(image.convert("L"), "JPEG")
     yield "cmyk", encoded(image.convert("CMYK"), "JPEG")
     yield "rgb", encoded(image, "JPEG", keep_rgb=True)
-    yield "exif", encoded(image, "JPEG", exif=exif)
+    for orientation in AS_STORED:
+        for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+            yield f"{kind} {orientation}", tagged(pixels, orientation, kind)
+    yield "grey 6", tagged(pixels[..., 0], 6, "JPEG")
+    yield "16 bits 8", tagged(pixels[..., 0].astype(np.uint16) << 8, 8)
+    for name, metadata in METADATA.items():
+        yield name, plain[:2] + metadata + plain[2:]
+    at = plain.index(b"\xff\xc4")  # behind the frame
+    yield "late 6", plain[:at] + METADATA["exif 6"] + plain[at:]
     yield "restarts", encoded(image, "JPEG", restart_marker_rows=1)
     yield "comment", encoded(image, "JPEG", comment=b"\xff\xc0\x00\x11\x08\xff\xff\xff\xff\x03" * 9)
     yield "bytes before", b"\xff\xd8\xff" + encoded(image, "JPEG")[2:]
@@ -176,6 +215,7 @@ def jpegs(photograph):
     yield "webp", encoded(image, "WEBP")
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")  # of Pillow's own function
 def test_pixels_are_pillows_whatever_decodes_them(photograph, monkeypatch):
     by_pillow = []
     to_pillow = decode.to_pillow
@@ -183,15 +223,62 @@ def test_pixels_are_pillows_whatever_decodes_them(photograph, monkeypatch):
     for name, data in jpegs(photograph):
         pixels = decode.to_pixels(data)
         assert pixels.dtype == torch.uint8
+        assert np.array_equal(pixels, shown(data)), name
         assert np.array_equal(pixels, np.asarray(to_pillow(data))), name
-    assert by_pillow == ["cmyk", "bytes before", "png", "palette", "webp"]
+    by_simplejpeg = {name for name, _ in jpegs(photograph)} - {*by_pillow}
+    assert by_simplejpeg == {
+        *("baseline", "no subsampling", "half subsampling", "progressive", "grey", "rgb", "restarts", "comment"),
+        *("JPEG 1", "exif 1", "exif 9", "exif text", "exif garbage", "exif empty", "xmp 1"),
+    }
+
+
+def shown(data):
+    """The pixels that viewers show, by Pillow's own function where it can."""
+    image = Image.open(io.BytesIO(data))
+    try:
+        image = ImageOps.exif_transpose(image)
+    except TypeError:  # at the other tag
+        image = image.transpose(Image.Transpose.ROTATE_270)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", AS_STORED)
+def test_what_is_shown_is_what_was_to_be_seen(photograph, orientation):
+    """In pixels, in values, and in what every transform begins with."""
+    pixels = np.asarray(photograph(12, 61, 47))
+    data = tagged(pixels, orientation)
+    assert np.array_equal(decode.to_pixels(data), pixels)
+    assert np.array_equal(decode.to_values(tagged(pixels[..., 0], orientation)), pixels[..., 0])
+    for preset in ("weak", "raug15", "none", None):
+        transform = train_transform(Augmentation(preset=preset), 24, "bilinear")
+        made = []
+        for encoded_image in (data, encoded(Image.fromarray(pixels))):
+            with seeding.preserved():
+                seeding.reseed(0)
+                made.append(transform(encoded_image))
+        assert torch.equal(*made)
+
+
+def test_damaged_tags_are_no_warnings(recwarn, photograph):
+    plain = encoded(photograph(11, 61, 47), "JPEG")
+    for metadata in METADATA.values():
+        decode.to_pixels(plain[:2] + metadata + plain[2:])
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("skipped", [b"\xff\xff\xc0", b"\xff\x01", b"\xff\xd0", b"\xff\xc3\x00\x11", b"\x00"])
 def test_a_frame_that_a_decoder_may_not_see_is_not_believed(skipped):
-    frame = b"\xff\xc0\x00\x11\x08\x00\x01\x00\x01\x03" + bytes(99)
-    assert decode._jpeg_frame(b"\xff\xd8" + frame) == (8, 1, 1, 3)
-    assert decode._jpeg_frame(b"\xff\xd8" + skipped + frame) == (0, 0, 0, 0)
+    frame, scan = b"\xff\xc0\x00\x11\x08\x00\x01\x00\x01\x03" + bytes(9), b"\xff\xda" + bytes(99)
+    none = (0, 0, 0, 0, False)
+    assert decode._jpeg_frame(b"\xff\xd8" + frame + scan) == (8, 1, 1, 3, False)
+    for metadata in (exif(), segment(b"")):
+        for data in (metadata + frame + scan, frame + metadata + scan):
+            assert decode._jpeg_frame(b"\xff\xd8" + data) == (8, 1, 1, 3, True)
+    assert decode._jpeg_frame(b"\xff\xd8" + frame + scan + exif()) == (8, 1, 1, 3, False)
+    for data in (skipped + frame + scan, frame + skipped + scan, frame + frame + scan, scan + frame, frame, b""):
+        assert decode._jpeg_frame(b"\xff\xd8" + data) == none
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

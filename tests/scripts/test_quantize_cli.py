@@ -194,6 +194,7 @@ MISTAKES = {
     "no scales": (["--arch", TARGET, "--method", "qat", "--resume", "{weights}"], "needs searched scales"),
     "moving average": ([*QAT, "--opts", "TRAIN.EMA_ALPHA", 0.1], "takes TRAIN.EMA_ALPHA 0.0 only"),
     "compiled": ([*QAT, "--opts", "TRAIN.COMPILE", "default"], "takes TRAIN.COMPILE off only"),
+    "one image": ([*QAT, "--batch-size", 1], "a batch norm would see one value per channel"),
     "autocast": ([*QAT, "--amp-opt-level", "O1"], "takes AMP_OPT_LEVEL O0 only"),
 }
 
@@ -251,9 +252,24 @@ EXPORT_MISTAKES = {
     "another arch": (["--resume", "{target}", "--arch", REPVGG], "not of RepOpt-VGG-nano-repvgg"),
     "other weights": (["--resume", "{weights}", "--arch", REPVGG], "weights are not those of this model"),
     "exists": (["--resume", "{target}", "--out", "{full}"], "'{full}/fp32.onnx' exists"),
-    "size": (["--resume", "{int8}", "--image-size", "64"], "quantized for 32"),
+    "size": (["--resume", "{int8}", "--image-size", "64"], "quantized for 32 x 32, not for 64 x 64"),
+    "one side": (["--resume", "{int8}", "--image-size", "32", "64"], "quantized for 32 x 32, not for 32 x 64"),
+    "three sides": (
+        ["--resume", "{weights}", "--arch", TARGET, "--image-size", "32", "64", "3"],
+        "--image-size 32 64 3: a height and a width, or one number for both, are expected",
+    ),
     "compiled": (["--resume", "{int8}", "--formats", "compiled"], "in float: export it as onnx"),
 }
+
+
+def test_export_for_images_that_are_no_squares(target, tmp_path):
+    arguments = ["--resume", target, "--out", tmp_path, "--formats", "onnx", "--image-size", 32, 64]
+    assert export_script.main([*map(str, arguments)]) == 0
+    network = export.OnnxNetwork(tmp_path / "fp32.onnx")
+    x = torch.randn(2, 3, 32, 64)
+    torch.testing.assert_close(network(x), trained.read(target).network()(x), rtol=1e-3, atol=1e-3)
+    with pytest.raises(Exception, match="Expected: 32"):
+        network(x.transpose(2, 3))
 
 
 @pytest.mark.parametrize("name", EXPORT_MISTAKES)

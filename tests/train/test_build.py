@@ -4,10 +4,11 @@ import logging
 
 import pytest
 import torch
+from data_helpers import global_generators_at_rest
 from torch import nn
 
 from repopt.errors import UserError
-from train import build, compilation, config
+from train import build, compilation, config, tasks
 from train.distributed import World
 from train.logging import logger
 
@@ -79,3 +80,35 @@ def test_cuda_graphs_do_not_go_with_accumulation(mode):
     cfg = config.build({"TRAIN.COMPILE": mode, "TRAIN.ACCUMULATION_STEPS": 2}).cfg
     with pytest.raises(UserError, match=f"TRAIN.COMPILE {mode} runs CUDA graphs"):
         build.compiled(cfg, World(0, 1, GPU), nn.Linear(2, 2))
+
+
+def classifier(batch_size, image_size, processes=1):
+    """A task whose network's last features are 32 times smaller than its images, and the network."""
+    keys = {"DATA.BATCH_SIZE": batch_size, "DATA.IMG_SIZE": image_size, "TRAIN.SYNC_BN": processes > 1}
+    task = tasks.create(config.build(keys | {"MODEL.ARCH": "RepOpt-VGG-nano-hs"}).cfg, World(0, processes, CPU))
+    return task, task.network()
+
+
+@pytest.mark.parametrize(("batch_size", "image_size", "processes"), [(1, 33, 1), (2, 32, 1), (1, 32, 2)])
+def test_batch_norms_that_meet_two_values_leave_no_trace(batch_size, image_size, processes):
+    task, model = classifier(batch_size, image_size, processes)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with global_generators_at_rest():
+        build.check_batch_norms(task, model)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_batch_norms_that_meet_one_value_are_refused():
+    with pytest.raises(UserError, match=r"^a batch norm would see one value per channel"):
+        build.check_batch_norms(*classifier(1, 32))
+
+
+def test_other_errors_of_a_network_stay_loud():
+    def fails(images):
+        raise ValueError("a defect")
+
+    task, model = classifier(1, 32)
+    model.forward = fails
+    with pytest.raises(ValueError, match="a defect"):
+        build.check_batch_norms(task, model)

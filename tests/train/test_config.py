@@ -94,6 +94,45 @@ def test_precedence(tmp_path):
     assert config.parse(["--opts", "SEED", "3", "--tag", "t", "--opts", "TAG", "u"]).given == {"SEED", "TAG"}
 
 
+EPOCHS, STEPS = "TRAIN.WARMUP_EPOCHS", "TRAIN.WARMUP_STEPS"
+BY_DEFAULT = {EPOCHS: 20, STEPS: None}
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "opts", "expected"),
+    [
+        ({}, {EPOCHS: 3}, {STEPS: 100}, {STEPS: 100}),
+        ({}, {STEPS: 100}, {EPOCHS: 3}, {EPOCHS: 3}),
+        ({EPOCHS: 3}, {STEPS: 100}, {}, {STEPS: 100}),
+        ({STEPS: 100}, {EPOCHS: 3}, {}, {EPOCHS: 3}),
+        ({STEPS: 100}, {EPOCHS: 3}, {STEPS: 200}, {STEPS: 200}),
+        ({}, {STEPS: 100}, {STEPS: None}, {STEPS: None}),
+        ({}, {STEPS: 100}, {STEPS: None, EPOCHS: 3}, {STEPS: None, EPOCHS: 3}),
+        ({}, {EPOCHS: 3}, {STEPS: None}, {STEPS: None, EPOCHS: 3}),
+        ({EPOCHS: 3, STEPS: 100}, {}, {EPOCHS: 4}, {EPOCHS: 4}),
+        ({}, {}, {EPOCHS: 3, STEPS: 100}, None),
+        ({}, {EPOCHS: 3, STEPS: 100}, {}, None),
+        ({EPOCHS: 3, STEPS: 100}, {}, {}, None),
+    ],
+)
+def test_the_warm_up_that_is_said_last_is_taken(tmp_path, base, recipe, opts, expected):
+    """Epochs or steps: what is given on a higher level; both are refused where they are given on one."""
+    for name, values in (("base", base), ("top", recipe)):
+        lines = [f"  {key.removeprefix('TRAIN.')}: {value}\n" for key, value in values.items()]
+        more = "BASE: base.yaml\n" if name == "top" else "TAG: a\n"
+        (tmp_path / f"{name}.yaml").write_text(f"{more}TRAIN:\n  EPOCHS: 30\n{''.join(lines)}")
+    arguments = ["--arch", "RepOpt-VGG-nano-hs", "--cfg", tmp_path / "top.yaml", "--opts", "DATA.DATASET", "digits"]
+    arguments += [word for pair in opts.items() for word in pair]
+    settings = config.parse([*map(str, arguments)])
+    if expected is None:
+        with pytest.raises(UserError, match=rf"^{EPOCHS} and {STEPS} are given side by side.*: give one$"):
+            resolve(settings)
+        return
+    cfg = resolve(settings)
+    assert {key: config.lookup(cfg, key) for key in BY_DEFAULT} == BY_DEFAULT | expected
+    assert settings.given & {*BY_DEFAULT} == {*expected}
+
+
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [

@@ -235,8 +235,10 @@ def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, i
     assert results["INT8"]["pixel_accuracy"] == pytest.approx(results["INT8, onnxruntime"]["pixel_accuracy"], abs=1)
     assert "| network | mIoU (%) | pixel accuracy (%) | file (MB) |" in (artifacts / "results.md").read_text()
     capsys.readouterr()
-    assert export.main(["--resume", str(latest), "--image-size", "100", "--out", str(tmp_path / "no")]) == MISTAKE
-    in_one_line("export.py", "--image-size 100: the network takes multiples of 32", {})
+    for size in ("100", "64 100", "100 64"):
+        argv = ["--resume", str(latest), "--image-size", *size.split(), "--out", str(tmp_path / "no")]
+        assert export.main(argv) == MISTAKE
+        in_one_line("export.py", f"--image-size {size}: the network takes multiples of 32", {})
     assert export.main(["--resume", str(artifacts / "quantized.pth"), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "int8.onnx").read_bytes() == (artifacts / "int8.onnx").read_bytes()
     assert report.main([str(latest.parent), str(artifacts.parent), "--out", str(tmp_path / "report.html")]) == 0
@@ -244,6 +246,55 @@ def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, i
     assert "mIoU by epoch" in page
     assert "some test images" in page
     assert "data:image/png;base64" in page
+
+
+def swap(names, one, other):
+    """The names with two in each other's place."""
+    return type(names)({one: other, other: one}.get(name, name) for name in names)
+
+
+@pytest.fixture
+def renamed(few_scenes, tmp_path, monkeypatch):
+    """Makes the scenes of a task with two classes in each other's place."""
+
+    def make(task):
+        folder = shutil.copytree(few_scenes, tmp_path / "renamed")
+        if task == "segment":  # whose data sets name their classes themselves
+            monkeypatch.setattr(scenes, "CLASS_NAMES", swap(scenes.CLASS_NAMES, "3", "5"))
+            return folder
+        for file in (folder / "coco" / "annotations").iterdir():
+            content = json.loads(file.read_text())
+            names = swap([category["name"] for category in content["categories"]], "3", "5")
+            for category, name in zip(content["categories"], names, strict=True):
+                category["name"] = name
+            file.write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("task", PROGRAMS)
+def test_other_classes_are_refused_by_name(task, command, renamed, tmp_path, capsys, in_one_line):
+    """As many, two of them in each other's place."""
+    assert run(task, command(task, PLAIN, epochs=1)) == 0
+    folder = tmp_path / PLAIN / task
+    latest = folder / "latest.pth"
+    background = ["background"] * (task == "segment")
+    assert checkpoint.read(latest)["classes"] == [*background, *"0123456789"]
+    capsys.readouterr()
+    others, resume, place = ["--data-path", renamed(task)], ["--resume", latest], len(background) + 3
+    runs = {
+        "resume": (task, command(task, PLAIN, *others, *resume, "--tag", "other"), latest),
+        "go on": (task, command(task, PLAIN, *others, epochs=3), folder),
+        "evaluate": (task, command(task, PLAIN, *others, *resume, "--eval"), latest),
+    }
+    if task == "segment":
+        recipe = ["--cfg", ROOT / "configs" / "scenes" / "quantize.yaml", "--method", "ptq"]
+        runs["quantize"] = ("quantize", command(task, PLAIN, *others, *resume, *recipe), latest)
+    for program, argv, path in runs.values():
+        assert (PROGRAMS | {"quantize": quantize})[program].main(argv) == MISTAKE
+        message = f"'{path}' was trained on other classes: its class {place} is '3', that of DATA.DATA_PATH is '5'"
+        in_one_line(f"{program}.py", message, {})
 
 
 def test_windows_and_whole_images(command, tmp_path):
@@ -291,11 +342,17 @@ def test_windows_and_whole_images(command, tmp_path):
             "MODEL.FREEZE_BN keeps the statistics of --pretrained weights",
         ),
         ("segment", PLAIN, ["--backbone", "a.pth", "--resume", "b.pth"], [], "give one"),
-        ("segment", PLAIN, [], ["TRAIN.WARMUP_STEPS", "5"], "which goes before TRAIN.WARMUP_EPOCHS: set it to None"),
         ("segment", PLAIN, ["--backbone", "{bare}"], [], "the weights of '{bare}' have no places in the backbone"),
         ("segment", "timm/repvgg_a0", ["--backbone", "{repvgg}"], [], "'{repvgg}' have no places in the backbone"),
         ("segment", PLAIN, [], ["SEGMENT.STRIDE", "(8, 8)"], "SEGMENT.STRIDE is at most SEGMENT.WINDOW"),
-        ("segment", PLAIN, [], ["DATA.BATCH_SIZE", "1"], "train on batches of 2 at least, or with TRAIN.SYNC_BN"),
+        ("segment", PLAIN, [], ["DATA.BATCH_SIZE", "1"], "a batch norm would see one value per channel"),
+        (
+            "detect",
+            PLAIN,
+            [],
+            ["DATA.BATCH_SIZE", "1", "DETECT.SIZES", "(32,)", "DETECT.MAX_SIZE", "32"],
+            "train on batches of 2 at least",
+        ),
         ("detect", PLAIN, [], ["TRAIN.COMPILE", "default"], "TRAIN.COMPILE is off, not default"),
         ("detect", PLAIN, [], ["TASK", "segment"], "TASK segment is not what detect.py does: its TASK is detect"),
         ("detect", PLAIN, [], ["DATA.DATASET", "scene"], "unknown data set 'scene'; did you mean 'scenes'"),
@@ -338,7 +395,9 @@ def test_what_is_not_for_a_program(command, classifiers, capsys, tmp_path, in_on
     in_one_line("detect.py", "is a checkpoint of TASK 'segment': this training begins with one of detect", {})
     digits = ["--opts", "DATA.DATASET", "digits", "OUTPUT", str(tmp_path)]
     assert quantize.main(["--arch", PLAIN, "--method", "ptq", "--resume", str(latest), *digits]) == MISTAKE
-    in_one_line("quantize.py", "is a checkpoint of TASK 'segment', and this recipe's is classify", {})
+    in_one_line("quantize.py", "is a checkpoint of TASK 'segment', and TASK is classify here", {})
+    assert main_repopt.main(["--arch", PLAIN, "--eval", "--resume", str(latest), *digits]) == MISTAKE
+    in_one_line("main_repopt.py", "is a checkpoint of TASK 'segment', and TASK is classify here", {})
     assert quantize.main(["--cfg", str(recipe), "--arch", PLAIN, "--method", "qat", "--resume", str(latest)]) == MISTAKE
     in_one_line("quantize.py", "--method qat takes TASK classify only, not segment", {})
 
@@ -395,6 +454,10 @@ def test_a_trained_detector_is_read_from_its_checkpoint(
     other = command("detect", PLAIN, "--eval", "--resume", latest, options=["DETECT.ANCHOR_SCALE", 8])
     assert run("detect", other) == MISTAKE  # the weights would not tell
     in_one_line("detect.py", "'{latest}' was trained with DETECT.ANCHOR_SCALE 4, and it is 8 now", {"latest": latest})
+    for recipe in ("detect.yaml", "quantize.yaml"):  # one without a TASK, one of another
+        argv = ["--cfg", str(ROOT / "configs" / "scenes" / recipe), "--arch", PLAIN, "--resume", str(latest)]
+        assert quantize.main([*argv, "--method", "ptq", "--output", str(tmp_path)]) == MISTAKE
+        in_one_line("quantize.py", r"a detector \(TASK detect\) cannot be quantized: what it computes", {})
     monkeypatch.chdir(tmp_path)  # where no data set is
     network = trained.read(latest).network()
     assert same(network.state_dict(), weights(latest.parent))

@@ -32,3 +32,13 @@ def test_a_step_is_not_longer_than_an_epoch(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "TRAIN.ACCUMULATION_STEPS is 3, and an epoch has 2 batches: a step would have fewer images than its" in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_batch_norm_needs_two_values(tmp_path, capsys):
+    """An image of 32 px is one pixel at the end of the network: a batch of one has no variance."""
+    assert main("--arch", ARCH, "--output", tmp_path, "--batch-size", 1, "--opts", *DIGITS[:2]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "a batch norm would see one value per channel, which has no variance: train on batches of 2 at least" in error
+    )
+    assert len(error.splitlines()) == 1

@@ -44,13 +44,13 @@ class Segment(Task):
     def arguments(self) -> dict[str, Any]:
         return {"num_classes": self.cfg.MODEL.NUM_CLASSES, "channels": self.cfg.MODEL.CHANNELS}
 
+    @cached_property
+    @override
+    def classes(self) -> tuple[str, ...]:
+        return _images(self.cfg).class_names
+
     @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
-        if training and self.cfg.DATA.BATCH_SIZE * (self.world.size if self.cfg.TRAIN.SYNC_BN else 1) == 1:
-            raise UserError(
-                "a batch norm of UPerNet sees a value per image: train on batches of 2 at least, or with TRAIN.SYNC_BN "
-                "in several processes"
-            )
         return _images(self.cfg)
 
     @override
