@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import marshal
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ class Split:
         file: the annotation file.
         folder: of the images.
         content: the file's.
-        category_ids: ascending; the label k stands for the k-th, counted from 1.
+        category_ids: the label k stands for the k-th, counted from 1: ascending, or in the order of given classes.
         class_names: of the same.
         image_ids: int64 [N].
         names: of the N image files, relative to the folder.
@@ -37,11 +38,18 @@ class Split:
         crowd: bool [A].
         boxes: float64 [A, 4], left, top, right and bottom, as far as they lie in the image.
 
+    Args:
+        root: the folder of the data set.
+        split: "train" or "val".
+        classes: names in the order of the labels; empty = the categories in the order of their ids. A class that is no
+            category of the file has an id that the file does not have.
+
     Raises:
-        UserError: there are none, or they are not sound, or name images that the folder does not have.
+        UserError: there are none, or they are not sound, or name images that the folder does not have, or a category
+            that is none of the classes.
     """
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, classes: Sequence[str] = ()) -> None:
         self.file, self.folder = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
         self.content = _parse(self.file)
         images, annotations, categories = (
@@ -49,8 +57,17 @@ class Split:
         )
         category_ids, class_names = categories.ids(), categories.column("name", _is_text, "text")
         by_id = np.argsort(category_ids)
-        self.category_ids = tuple(category_ids[by_id].tolist())
-        self.class_names = tuple(class_names[k] for k in by_id)
+        own = {class_names[k]: int(category_ids[k]) for k in by_id}
+        if classes and (foreign := [name for name in own if name not in classes]):
+            raise UserError(
+                f"{self.file}: category {foreign[0]!r} is no class of those that the network was trained on "
+                f"({len(foreign)} of {len(own)} categories are none)"
+            )
+        others = itertools.count(int(category_ids.max()) + 1)
+        self.class_names = tuple(classes) or tuple(class_names[k] for k in by_id)
+        self.category_ids = tuple(own.get(name) or next(others) for name in classes) or tuple(
+            category_ids[by_id].tolist()
+        )
 
         self.image_ids = images.ids()
         self.names = images.column("file_name", _is_text, "text")
@@ -61,7 +78,7 @@ class Split:
 
         self.annotation_ids = annotations.ids(1)  # pycocotools takes others for no annotation
         self.images = self._places("image", annotations.integers("image_id"), self.image_ids)
-        self.labels = 1 + self._places("category", annotations.integers("category_id"), category_ids[by_id])
+        self.labels = 1 + self._places("category", annotations.integers("category_id"), np.array(self.category_ids))
         self.crowd = annotations.integers("iscrowd", 0) > 0
         annotations.column("area", _is_number, "a number")
         corners = np.array(annotations.column("bbox", _is_box, "four numbers"), np.float64).reshape(-1, 2, 2)

@@ -78,7 +78,7 @@ class Detection(ImageSet):
 
     @functools.cached_property
     def _val(self) -> coco.Split:
-        return coco.Split(self.spec.root(self.source.root), "val")
+        return coco.Split(self.spec.root(self.source.root), "val", self.source.classes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -113,7 +113,9 @@ class Detection(ImageSet):
 
     @override
     def dataset(self, split: str, *, training: bool, seed: int, cfg: LoaderConfig) -> DetectionDataset:
-        found = self._val if split == "val" else coco.Split(self.spec.root(self.source.root), split)
+        found = (
+            self._val if split == "val" else coco.Split(self.spec.root(self.source.root), split, self.source.classes)
+        )
         if not training:
             return DetectionDataset(found, np.arange(len(found.names)), seed)
         if (found.category_ids, found.class_names) != (self.category_ids, self.class_names):

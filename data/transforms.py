@@ -26,7 +26,6 @@ DETERMINISTIC = {"bilinear": "bilinear", "bicubic": "bicubic", RANDOM: "bicubic"
 
 PRESETS = ("weak", "raug15", "none")
 
-_CROP_AREA = (0.08, 1.0)  # of the image's
 _CROP_RATIO = (3 / 4, 4 / 3)
 
 
@@ -49,28 +48,32 @@ class OnPillow:
 
 @dataclass(frozen=True)
 class CropAndFlip:
-    """A random resized crop, mirrored in half of all cases, on the decoder's own memory: Pillow would copy it.
+    """A random resized crop, mirrored or not, on the decoder's own memory: Pillow would copy it.
 
     Attributes:
         image_size: side in pixels.
         interpolation: a key of `DETERMINISTIC`.
+        augmentation: how large the crops are, and how often they are mirrored.
         then: what follows.
     """
 
     image_size: int
     interpolation: str
+    augmentation: Augmentation
     then: Callable[[Pixels], Pixels] | None = None
 
     def __call__(self, data: bytes) -> Tensor:
         """Return uint8 [H, W, 3]."""
         pixels = to_pixels(data)
         chw = pixels.permute(2, 0, 1)
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(chw, _CROP_AREA, _CROP_RATIO)
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(
+            chw, self.augmentation.crop_area, _CROP_RATIO
+        )
         height, width = max(1, height), max(1, width)  # of an image of a pixel or two it may be less
         top, left = min(top, len(pixels) - height), min(left, pixels.shape[1] - width)
         mode = random.choice(("bilinear", "bicubic")) if self.interpolation == RANDOM else self.interpolation
         pixels = _resize(pixels[top : top + height, left : left + width], self.image_size, mode)
-        if torch.rand(1) < 0.5:  # from the generator that torchvision draws from
+        if torch.rand(1) < self.augmentation.hflip:  # from the generator that torchvision draws from
             pixels = pixels.flip(1)
         return pixels if self.then is None else torch.from_numpy(self.then(pixels.numpy()))
 
@@ -105,13 +108,18 @@ def train_transform(augmentation: Augmentation, image_size: int, interpolation: 
     """Return the transform of `augmentation.preset`.
 
     Raises:
-        UserError: a policy that timm does not know.
+        UserError: a policy that timm does not know, or crops that are larger than the image, or none.
     """
+    smallest, largest = augmentation.crop_area
+    if not 0 < smallest <= largest <= 1:
+        raise UserError(
+            f"crops cover a part of an image above 0 and up to 1, the smaller first, not {augmentation.crop_area}"
+        )
     match augmentation.preset:
         case "weak":
-            return CropAndFlip(image_size, interpolation)
+            return CropAndFlip(image_size, interpolation, augmentation)
         case "raug15":
-            return CropAndFlip(image_size, interpolation, raug15)
+            return CropAndFlip(image_size, interpolation, augmentation, raug15)
         case "none":
             return eval_transform(image_size, interpolation, crop=False)
     from timm.data import create_transform
@@ -122,6 +130,8 @@ def train_transform(augmentation: Augmentation, image_size: int, interpolation: 
         varied, augmented, _ = create_transform(
             image_size,
             is_training=True,
+            scale=augmentation.crop_area,
+            hflip=augmentation.hflip,
             color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]  # None is none, as timm says
             auto_augment=None if policy in ("", "none") else policy,
             interpolation=interpolation,

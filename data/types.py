@@ -74,6 +74,8 @@ class Augmentation:
     """How training images are varied; the fields are named as the config's AUG keys.
 
     Attributes:
+        crop_area: smallest and largest part of an image that a random crop covers.
+        hflip: probability that an image is mirrored.
         preset: 'weak', 'raug15', 'none' (as in evaluation), or None for timm's pipeline of the next five.
         color_jitter: strength of brightness, contrast and saturation changes; only where `auto_augment` is off.
         auto_augment: timm's policy string, 'none' or '' for no policy.
@@ -88,6 +90,8 @@ class Augmentation:
         mixup_mode: one mixing for the 'batch', for each 'pair' or for each image ('elem').
     """
 
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    hflip: float = 0.5
     preset: str | None = None
     color_jitter: float = 0.4
     auto_augment: str = "rand-m9-mstd0.5-inc1"

@@ -68,7 +68,7 @@ def parse_flags(argv: Sequence[str], program: Program) -> argparse.Namespace:
             metavar = "|".join(filter(None, key.choices)) if key.choices else name.split(".")[-1]
             parser.add_argument(flag, dest=name, help=key.help, metavar=metavar)
     default = f" (default: {program.recipe})" if program.recipe else ""
-    parser.add_argument("--cfg", metavar="FILE", help=f"YAML recipe{default}.", default=program.recipe)
+    parser.add_argument("--cfg", metavar="FILE", help=f"YAML recipe{default}.")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="Set by old launchers; LOCAL_RANK counts.")
     parser.add_argument("--opts", nargs="*", metavar="KEY VALUE", help="Any other keys and their values.")
     flags, opts = _without_opts(argv, {*program.flags, "-h", "--help", "--cfg", "--local_rank", "--local-rank"})

@@ -69,7 +69,7 @@ def read(flags: argparse.Namespace, program: Program) -> Settings:
         UserError: An unknown key (with the nearest one), a value of the wrong kind, a recipe that is not there.
     """
     arguments = vars(flags)
-    recipe, opts = arguments["cfg"], arguments["opts"]
+    recipe, opts = arguments["cfg"] or program.recipe, arguments["opts"]
     recipes = _read_recipe(Path(recipe)) if recipe else ()
     values = {name: arguments[name] for name in program.flags.values() if arguments[name] is not None}
     if len(opts) % 2:
@@ -77,7 +77,10 @@ def read(flags: argparse.Namespace, program: Program) -> Settings:
     values |= zip(map(_current_name, opts[::2]), opts[1::2], strict=True)
     if "BASE" in values:
         raise UserError("BASE stands in a recipe; on the command line give --cfg")
-    return build(functools.reduce(_over, (*recipes, values), {})).with_defaults({"TASK": program.task})
+    settings = build(functools.reduce(_over, (*recipes, values), {}))
+    if not arguments["cfg"]:  # the program's own recipe is no user's
+        settings = settings._replace(given=frozenset(values))
+    return settings.with_defaults({"TASK": program.task})
 
 
 def build(values: Mapping[str, Any]) -> Settings:

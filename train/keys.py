@@ -277,6 +277,10 @@ KEYS: dict[str, Key] = {
         str,
         choices=(None, "raug15", "weak", "none"),
     ),
+    "AUG.CROP_AREA": _classify(
+        (0.08, 1.0), "Smallest and largest part of an image that a random crop for training covers.", length=2
+    ),
+    "AUG.HFLIP": _classify(0.5, "Probability that a training image is mirrored.", maximum=1),
     "AUG.COLOR_JITTER": _classify(0.4, "Strength of the colour jitter."),
     "AUG.AUTO_AUGMENT": _classify("rand-m9-mstd0.5-inc1", "Policy of AutoAugment or RandAugment as timm names it."),
     "AUG.REPROB": _classify(0.25, "Probability of random erasing.", maximum=1),

@@ -15,13 +15,14 @@ from train import config, tasks
 from train.distributed import World
 from train.file_names import CONFIG
 from train.keys import AUTO, CLASSIFY, DETECT, KEYS, OF_IMAGES, OF_NETWORK
-from train.resume import needs_scales
+from train.resume import goes_on, needs_scales
 
 
 def as_trained(settings: config.Settings) -> config.Settings:
-    """Return the settings in which what nobody says is as in the checkpoint that is evaluated or begun with.
+    """Return the settings in which what nobody says is as in the checkpoint that is used.
 
-    Of one that is evaluated, or quantized, that is its network, its data set and its classes, too.
+    Of one that is evaluated, or quantized, that is its network and data set, too; and of one that is resumed, the order
+    of its classes.
 
     Raises:
         UserError: there is no such file, it is no checkpoint, or there are two; or it is of another task.
@@ -32,11 +33,13 @@ def as_trained(settings: config.Settings) -> config.Settings:
         raise UserError("--pretrained is where a training begins, and so is --resume (or what is evaluated): give one")
     if cfg.MODEL.PRETRAINED:
         keys, own = ("MODEL.ARCH", "MODEL.STRIDES", "MODEL.IN_CHANS", *OF_IMAGES), _config_of_beginning(cfg)
-    elif cfg.MODEL.RESUME and (cfg.EVAL_MODE or cfg.QUANT.METHOD):
+    elif cfg.MODEL.RESUME:
         content = checkpoint.read(cfg.MODEL.RESUME)
-        keys, own = (*OF_NETWORK, "DATA.VAL_FRACTION", *OF_IMAGES), content.get("config")
-        _check_task(cfg, own)
-        if isinstance(classes := content.get("classes"), list) and classes:
+        own, is_used = content.get("config"), cfg.EVAL_MODE or bool(cfg.QUANT.METHOD)
+        keys = (*OF_NETWORK, "DATA.VAL_FRACTION", *OF_IMAGES) if is_used else ()
+        if is_used:
+            _check_task(cfg, own)
+        if isinstance(classes := content.get("classes"), list) and classes and (is_used or goes_on(content)):
             settings = settings.with_defaults({"DATA.CLASSES": classes})
     else:
         return settings

@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -494,6 +495,19 @@ def test_records_that_are_not_sound(root, path, value, message, split):
         for use in ("class_names", "ground_truth"):
             with pytest.raises(UserError):
                 getattr(Detection(source_at(root)), use)
+
+
+def test_labels_are_in_the_order_of_given_classes(made):
+    """As a network has them; one that the file lacks has an id that it lacks."""
+    order = ("dog", "bird", "fish", "cat")
+    images = Detection(replace(source_at(made), classes=order))
+    assert images.class_names == order
+    assert images.category_ids == (90, 3, 91, 7)
+    split, other = images._val, Detection(source_at(made))._val
+    names = [images.class_names[label - 1] for label in split.labels]
+    assert names == [other.class_names[label - 1] for label in other.labels]
+    with pytest.raises(UserError, match=r"category 'bird' is no class of those .* \(1 of 3 categories are none\)"):
+        Detection(replace(source_at(made), classes=("dog", "cat"))).class_names  # noqa: B018
 
 
 def test_splits_with_different_categories(root):
