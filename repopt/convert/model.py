@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from repopt.convert.check import check_declaration
-from repopt.convert.declaration import DECLARE, Declaration
+from repopt.convert.declaration import DECLARE, Declaration, registered_type
 from repopt.errors import UserError, unknown
 from repopt.layers import MODES, Deployable, Mode, RepConv2d, initial_scale
 
@@ -104,7 +104,7 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
 
 def _converted(module: nn.Module, path: str, mode: Mode, depth: _Depth) -> nn.Module:
     """Return the declared block in the place of a module of a registered type; any other module as it is."""
-    cls = next((cls for cls in type(module).__mro__ if cls in DECLARE), None)
+    cls = registered_type(type(module))
     if cls is None:
         return module
     try:
