@@ -105,8 +105,6 @@ def _body_of_library(name: str, mode: str, use_checkpoint: bool) -> nn.Module:
     last = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
     try:
         body = create_model(name, mode=mode, num_classes=0, use_checkpoint=use_checkpoint, **last)
-    except UserError:
-        raise
     except (AssertionError, IndexError, RuntimeError) as error:
         raise UserError(f"{name} cannot be a backbone: {one_line(error)}") from None
     zoo.check_features(name, body)

@@ -48,7 +48,7 @@ class Arch(NamedTuple):
 
     @property
     def takes_prior(self) -> bool:
-        """Return whether its branches are yet to be declared (`repopt.declare`): a library's network has none."""
+        """Return whether it is a library's network as it is, whose branches are to be declared (`repopt.declare`)."""
         return self.repopt and self.mode == zoo.MODE
 
 
