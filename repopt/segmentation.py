@@ -41,7 +41,8 @@ def create_segmenter(name: str, *, mode: str, num_classes: int, channels: int = 
         from segmentation_models_pytorch import UPerNet
     except ImportError:
         raise UserError(NEEDS.format("segmentation_models_pytorch")) from None
-    if mode == zoo.MODE:
+    of_library = zoo.is_name(name)
+    if of_library:
         encoder = zoo.name_in_timm(name)
     else:
         encoder, backbone = timm_name(name), {"mode": mode, **backbone}
@@ -50,6 +51,8 @@ def create_segmenter(name: str, *, mode: str, num_classes: int, channels: int = 
         model = UPerNet(
             f"tu-{encoder}", encoder_weights=None, decoder_channels=channels, classes=num_classes, **backbone
         )
+        if of_library:
+            model.set_submodule(BODY, zoo.in_mode(model.get_submodule(BODY), mode))
         if checkpointed:
             model.get_submodule(BODY).set_grad_checkpointing()
     except UserError:
@@ -63,7 +66,7 @@ def create_segmenter(name: str, *, mode: str, num_classes: int, channels: int = 
             f"UPerNet takes features 4, 8, 16 and 32 times smaller than the image, and those of {name} are "
             f"{', '.join(map(str, found))} times smaller"
         )
-    if mode == zoo.MODE:
+    if of_library:
         zoo.check_features(name, model.get_submodule(BODY))
     return model
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import _root  # noqa: F401
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,9 +162,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, st
 
 
 def create(model: str, mode: Mode) -> nn.Module:
-    """Return a network of ours by name, or one of timm's, converted: "timm/repvgg_a0"."""
-    if model.startswith("timm/"):
-        return repopt.convert_model(timm.create_model(model.removeprefix("timm/"), num_classes=4), mode)
+    """Return a network for as many classes as it is tried on images."""
     return repopt.create_model(model, mode=mode, num_classes=4)
 
 

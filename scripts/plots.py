@@ -165,6 +165,7 @@ def plot_scales(
     scales: Mapping[str, Tensor],
     path: Path,
     *,
+    start: Mapping[str, Tensor] | None = None,
     mults: Mapping[str, Sequence[Range]] | None = None,
     title: str = "",
 ) -> None:
@@ -174,24 +175,27 @@ def plot_scales(
         model: that the scales belong to, in any mode of declared blocks.
         scales: (O,) each, by name, as `repopt.load_scales` gives them.
         path: of the picture.
+        start: (O,) each, by name, where the search began: dotted lines.
         mults: by the name of an update rule, the range of every block's Grad Mult in the order of the blocks: a panel
             per rule below the scales.
         title: above the panels.
     """
-    scales, mults = repopt.bind(model, scales).scales, mults or {}
+    scales, start, mults = repopt.bind(model, scales).scales, start or {}, mults or {}
     modules = dict(repopt.declared_blocks(model))
     size = (max(6.0, 0.3 * len(modules)), 4.2 + 2.6 * len(mults))
     figure, panels = _subplots(1 + len(mults), 1, size, sharex=True)
     top, *below = panels[:, 0]
     for branch in dict.fromkeys(branch.searched_name for m in modules.values() for branch in m.block.branches):
-        values = [scales.get(key_of(block, branch), torch.tensor([torch.nan])) for block in modules]  # nan: a gap
+        gap = torch.tensor([torch.nan])
+        values, began = ([of.get(key_of(block, branch), gap) for block in modules] for of in (scales, start))
         means, deviations = np.array([(float(v.mean()), float(v.std(correction=0))) for v in values]).T
         (line,) = top.plot(means, label=branch, marker="o", markersize=4, linewidth=1)
+        top.plot([float(v.mean()) for v in began], color=line.get_color(), linestyle=":", linewidth=1)
         band = (means - deviations, means + deviations)
         top.fill_between(range(len(modules)), *band, color=line.get_color(), alpha=0.15, linewidth=0)
         top.vlines(range(len(modules)), *band, color=line.get_color(), alpha=0.4, linewidth=1)  # a block by itself too
     top.axhline(0, color="black", linewidth=0.5)
-    top.set(ylabel="searched scale, mean ± std")
+    top.set(ylabel="searched scale, mean ± std" + ("\n(dotted: the start)" if start else ""))
     for axes, (rule, ranges) in zip(below, mults.items(), strict=True):
         _draw_ranges(axes, ranges)
         axes.set(ylabel=f"Grad Mult, {rule}")

@@ -117,7 +117,9 @@ KEYS: dict[str, Key] = {
         "it counts as wrong (classify only); raise: the run ends.",
         choices=("skip", "raise"),
     ),
-    "MODEL.ARCH": _model("RepOpt-VGG-B1", "Model and mode, such as RepOpt-VGG-B1-target.", flag="--arch"),
+    "MODEL.ARCH": _model(
+        "RepOpt-VGG-B1", "Model and mode, such as RepOpt-VGG-B1-target or timm/repvgg_a0-target.", flag="--arch"
+    ),
     "MODEL.RESUME": Key("", "Checkpoint to resume; with --eval the weights to evaluate.", flag="--resume"),
     "MODEL.NUM_CLASSES": _model(1000, "Number of classes; if it is not set, the data set's.", minimum=1),
     "MODEL.STRIDES": _model(
@@ -134,7 +136,8 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.PRIOR": Key(
         "repvgg",
-        "Branches that the convolutions before batch norms of another library's network (timm/NAME-target) train with.",
+        "Branches that the convolutions before batch norms of another library's network without branches of its own "
+        "(timm/NAME-target) train with.",
         choices=("repvgg", "acnet"),
         immutable_on_resume=True,
     ),

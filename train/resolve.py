@@ -98,7 +98,13 @@ def resolve(settings: config.Settings) -> CfgNode:
         if not takes_it and config.lookup(cfg, key) != KEYS[key].default:
             raise UserError(f"{key} is of a RepOptimizer, and {cfg.MODEL.ARCH} is trained without: leave it out")
     if "MODEL.PRIOR" in given and not arch.takes_prior:
-        raise UserError(f"MODEL.PRIOR is of another library's network (timm/NAME-target), not of {cfg.MODEL.ARCH}")
+        raise UserError(
+            "MODEL.PRIOR is of another library's network without branches of its own (timm/resnet18-target), not of "
+            f"{cfg.MODEL.ARCH}"
+        )
+    for key in ("MODEL.STRIDES", "MODEL.INITIAL_SCALES"):
+        if arch.of_library and config.lookup(cfg, key) != KEYS[key].default:
+            raise UserError(f"{key} is of our networks, and {cfg.MODEL.ARCH} is of another library: leave it out")
     if cfg.TRAIN.SEARCH_EPOCHS:
         _check_search(cfg, arch)
     for key in ("TRAIN.FREEZE", "TRAIN.HEAD_LR", "TRAIN.LAYER_DECAY"):

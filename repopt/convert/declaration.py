@@ -52,3 +52,8 @@ def register_block(block_type: type[nn.Module]) -> Callable[[Declare], Declare]:
         return declare
 
     return decorate
+
+
+def registered_type(block_type: type[nn.Module]) -> type[nn.Module] | None:
+    """Return the registered type that a type is or derives from; None where there is none."""
+    return next((base for base in block_type.__mro__ if base in DECLARE), None)

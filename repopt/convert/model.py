@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from repopt.convert.check import check_declaration
-from repopt.convert.declaration import DECLARE, Declaration, registered_types
+from repopt.convert.declaration import DECLARE, Declaration, registered_type, registered_types
 from repopt.errors import UserError, unknown
 from repopt.layers import MODES, BranchModules, Deployable, Mode, RepConv2d, initial_scale
 
@@ -143,7 +143,7 @@ def convert_block(module: nn.Module, path: str, mode: Mode, depth: Depth) -> Con
     Raises:
         UserError: it computes something else than it can declare or is declared to; the message names the path.
     """
-    cls = next((cls for cls in type(module).__mro__ if cls in DECLARE), None)
+    cls = registered_type(type(module))
     if cls is None:
         return None
     try:

@@ -56,12 +56,12 @@ class PyramidBackbone(nn.Module):
         super().__init__()
         if neck not in NECKS:
             raise unknown("neck", neck, NECKS)
-        if mode == zoo.MODE:
-            if neck == DECLARED:
-                raise UserError(f"the neck {DECLARED!r} has blocks in the mode of the backbone, and {name} has none")
+        if neck == DECLARED and mode == zoo.MODE:
+            raise UserError(f"the neck {DECLARED!r} has blocks in the mode of the backbone, and {name} has none")
+        if zoo.is_name(name):
             if (tuple(strides), initial_scales) != (STRIDES, "depth"):
                 raise UserError(f"strides and initial scales are those of our backbones; {name} has its own")
-            self.body = _body_of_library(name, use_checkpoint)
+            self.body = _body_of_library(name, mode, use_checkpoint)
         else:
             arguments = {"strides": strides, "initial_scales": initial_scales, "use_checkpoint": use_checkpoint}
             body = create_model(name, mode=mode, num_classes=0, **arguments)
@@ -99,12 +99,12 @@ class PyramidBackbone(nn.Module):
         return self
 
 
-def _body_of_library(name: str, use_checkpoint: bool) -> nn.Module:
+def _body_of_library(name: str, mode: str, use_checkpoint: bool) -> nn.Module:
     """Return a network of timm's that gives its last four features."""
     zoo.name_in_timm(name)
     last = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
     try:
-        body = create_model(name, mode=zoo.MODE, num_classes=0, use_checkpoint=use_checkpoint, **last)
+        body = create_model(name, mode=mode, num_classes=0, use_checkpoint=use_checkpoint, **last)
     except (AssertionError, IndexError, RuntimeError) as error:
         raise UserError(f"{name} cannot be a backbone: {one_line(error)}") from None
     zoo.check_features(name, body)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,6 +20,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from repopt.errors import UserError, unknown
+from repopt.layers import MODES
 from repopt.models import zoo
 from repopt.models.network import Network
 
@@ -41,8 +42,13 @@ class Arch(NamedTuple):
     repopt: bool
 
     @property
+    def of_library(self) -> bool:
+        """Return whether the model is one of `zoo`."""
+        return zoo.is_name(self.model)
+
+    @property
     def takes_prior(self) -> bool:
-        """Return whether it is a library's network, whose branches are yet to be declared (`repopt.declare`)."""
+        """Return whether it is a library's network as it is, whose branches are to be declared (`repopt.declare`)."""
         return self.repopt and self.mode == zoo.MODE
 
 
@@ -136,23 +142,23 @@ def list_archs() -> dict[str, Arch]:
     return {
         f"{name}-{ending}": Arch(family.aliases.get(name, name), mode, repopt)
         for name, family in _families.items()
-        for ending, (mode, repopt) in _endings(family).items()
+        for ending, (mode, repopt) in _endings(family.modes).items()
     }
 
 
-def _endings(family: Family) -> dict[str, tuple[str, bool]]:
-    """Return, by how an ``--arch`` of the family ends, the mode and whether a RepOptimizer trains it."""
-    return {mode: (mode, mode == "target") for mode in family.modes} | {"target-norepopt": ("target", False)}
+def _endings(modes: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Return, by how the ``--arch`` of a model with these modes ends, the mode and whether a RepOptimizer trains it."""
+    return {mode: (mode, mode == "target") for mode in modes} | {"target-norepopt": ("target", False)}
 
 
 def parse_arch(arch: str) -> Arch:
-    """Return what an ``--arch`` stands for: one of `list_archs`, or a name of `zoo`, with or without ``-target``.
+    """Return what an ``--arch`` stands for: one of `list_archs`, or a name of `zoo`, with or without an ending.
 
     Raises:
         UserError: there is no such one; it names the nearest.
     """
-    if _is_of_library((of_library := _arch_of_library(arch)).model):
-        return of_library
+    if zoo.is_name(arch):
+        return _arch_of_library(arch)
     archs = list_archs()
     if arch in _families:
         raise _needs_mode(arch, arch)
@@ -163,25 +169,51 @@ def parse_arch(arch: str) -> Arch:
 
 def same_arch(name: str, arch: Arch) -> bool:
     """Return whether an ``--arch``, which may be any text, stands for this one: of ours there are aliases."""
-    return list_archs().get(name, _arch_of_library(name)) == arch
+    try:
+        return parse_arch(name) == arch
+    except UserError:
+        return False
 
 
-def _arch_of_library(name: str) -> Arch:
-    """Return a library's network, which a RepOptimizer trains where ``-target`` stands behind its name."""
-    return Arch(name.removesuffix("-target"), zoo.MODE, repopt=name.endswith("-target"))
+def _arch_of_library(arch: str) -> Arch:
+    """Return what the name of a library's network stands for, with or without an ending.
+
+    With registered blocks the endings are those of ours. Without, a RepOptimizer trains the network as it is where
+    ``-target`` stands behind its name.
+
+    Raises:
+        UserError: no such network, or an ending that needs registered blocks.
+    """
+    endings = _endings(MODES)
+    ending = next((ending for ending in endings if arch.endswith(f"-{ending}")), None)
+    name = arch if ending is None else arch.removesuffix(f"-{ending}")
+    _check_library_name(name)
+    if ending is None:
+        return Arch(name, zoo.MODE, repopt=False)
+    mode, repopt = endings[ending]
+    if mode in zoo.modes(name):
+        return Arch(name, mode, repopt)
+    if ending == "target":
+        return Arch(name, zoo.MODE, repopt)
+    if mode == "target":
+        raise UserError(f"{name} is the plain network itself, trained by the plain rule: leave -{ending} out")
+    raise UserError(
+        f"{name} has no multi-branch blocks that repopt.convert_model knows, so there is no {arch}: {name}-target "
+        "trains it with branches that its optimizer holds and searches (TRAIN.SEARCH_EPOCHS, MODEL.PRIOR)"
+    )
 
 
-def _is_of_library(name: str) -> bool:
-    """Return what `zoo.knows` says; but refuse ours under the names that they have in timm's registry."""
+def _check_library_name(name: str) -> None:
+    """Refuse what `zoo.check_name` refuses, and ours under the names that they have in timm's registry."""
     for own in _families:
         if name == f"timm/{timm_name(own)}":
             raise _needs_mode(name, own)
-    return zoo.knows(name)
+    zoo.check_name(name)
 
 
 def _needs_mode(name: str, model: str) -> UserError:
     """Return the error for an architecture that names a model of ours alone."""
-    archs = ", ".join(f"{model}-{ending}" for ending in _endings(_families[model]))
+    archs = ", ".join(f"{model}-{ending}" for ending in _endings(_families[model].modes))
     return UserError(f"architecture {name!r} needs a mode: {archs}")
 
 
@@ -190,17 +222,17 @@ def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: 
 
     Args:
         name: one of `list_models`, or of a library ("timm/efficientnet_b2", "torchvision/vgg16_bn").
-        mode: "hs", "csla", "target", or the family's baseline ("repvgg"); "plain" of a library's.
+        mode: "hs", "csla", "target", or the family's baseline ("repvgg"). A library's network is as the library makes
+            it in "plain", and has the other three if it has blocks of registered types (`repopt.convert_model`).
         num_classes: outputs of the classifier.
         overrides: arguments of the network, such as ``use_checkpoint=True``.
 
     Raises:
         UserError: an unknown name or mode, or arguments that the network does not take.
     """
-    if _is_of_library(name):
-        if mode != zoo.MODE:
-            raise unknown(f"mode of {name}", mode, (zoo.MODE,))
-        return zoo.create(name, num_classes=num_classes, **overrides)
+    if zoo.is_name(name):
+        _check_library_name(name)
+        return zoo.create(name, mode=mode, num_classes=num_classes, **overrides)
     if name not in _families:
         raise unknown("model", name, _families)
     family = _families[name]

@@ -1,13 +1,14 @@
 """Classifiers of timm and torchvision, to train beside ours: "timm/efficientnet_b2", "torchvision/vgg16_bn".
 
-They come as the libraries make them, without pretrained weights, and in one mode, which a plain rule trains.
+They come without pretrained weights, and as the libraries make them: in the mode "plain". Those that have blocks of
+registered types are converted in the other modes (`repopt.convert_model`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -15,7 +16,10 @@ from timm.models import FeatureInfo
 from torch import nn
 from torchvision import models
 
+from repopt.convert import convert_model
+from repopt.convert.declaration import registered_type
 from repopt.errors import UserError, one_line, unknown
+from repopt.layers import MODES, Mode
 
 MODE = "plain"
 
@@ -45,32 +49,51 @@ LIBRARIES = {
 }
 
 
-def knows(name: str) -> bool:
-    """Return whether a name is a library, a slash, and the library's name of a classifier; False without a slash.
+def is_name(name: str) -> bool:
+    """Return whether a model's name is of a library, and not one of ours."""
+    return "/" in name
 
-    Raises:
-        UserError: an unknown library or network.
-    """
-    library, slash, model = name.partition("/")
-    if not slash:
-        return False
+
+def check_name(name: str) -> None:
+    """Raise a UserError unless a name is a library, a slash, and the library's name of a classifier."""
+    library, _, model = name.partition("/")
     if library not in LIBRARIES:
         raise unknown("library of networks", library, LIBRARIES)
     names = LIBRARIES[library].names()
     if model not in names:
         raise unknown("architecture", name, (f"{library}/{known}" for known in names))
-    return True
 
 
-def create(name: str, *, num_classes: int, use_checkpoint: bool = False, **arguments: Any) -> nn.Module:
-    """Create a network that `knows` knows, (N, 3, H, W) -> (N, num_classes), in training too.
+def modes(name: str) -> tuple[str, ...]:
+    """Return the modes of a network: `MODE`, and those of `convert_model` where it has registered blocks."""
+    return (MODE, *MODES) if any(map(registered_type, _module_types(name))) else (MODE,)
+
+
+@functools.cache
+def _module_types(name: str) -> frozenset[type[nn.Module]]:
+    """Return the types of the modules of a network, for which it is made: without values, if that can be."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                model = create(name, num_classes=1)
+        except RuntimeError:  # some compute their widths with tensors
+            model = create(name, num_classes=1)
+    return frozenset(map(type, model.modules()))
+
+
+def create(
+    name: str, *, mode: str = MODE, num_classes: int, use_checkpoint: bool = False, **arguments: Any
+) -> nn.Module:
+    """Create a network by its name, (N, 3, H, W) -> (N, num_classes), in training too.
 
     With `use_checkpoint`, batch norms of timm's meet every batch twice: gradients are the same, running statistics move
     faster.
 
     Raises:
-        UserError: arguments that the network does not take.
+        UserError: a mode that it lacks, or arguments that it does not take.
     """
+    if mode != MODE and mode not in (allowed := modes(name)):
+        raise unknown(f"mode of {name}", mode, allowed)
     library, _, model_name = name.partition("/")
     try:
         model: Any = LIBRARIES[library].create(model_name, num_classes=num_classes, **arguments)
@@ -83,7 +106,12 @@ def create(name: str, *, num_classes: int, use_checkpoint: bool = False, **argum
             model.set_grad_checkpointing()
         except (AttributeError, AssertionError):  # torchvision has no such thing, and some of timm refuse it
             raise UserError(f"{name} cannot compute activations again: leave activation checkpointing out") from None
-    return model
+    return in_mode(model, mode)
+
+
+def in_mode(model: nn.Module, mode: str) -> nn.Module:
+    """Return a library's network in a mode: as it is in `MODE`, else converted (`convert_model`)."""
+    return model if mode == MODE else convert_model(model, cast(Mode, mode))
 
 
 def name_in_timm(name: str) -> str:

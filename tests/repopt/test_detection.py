@@ -186,6 +186,7 @@ def test_deployed_detector_finds_the_same(name, mode):
         ("ghost", {"mode": "rep", "neck": "declared", "head": "faster"}),
         ("RepOpt-VGG-nano", {"mode": "repvgg", "neck": "declared"}),
         ("timm/mobilenetv3_small_050", {"mode": "plain"}),
+        ("timm/repghostnet_050", {"neck": "declared"}),
     ],
 )
 def test_backbones(name, arguments):

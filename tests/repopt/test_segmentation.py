@@ -17,24 +17,25 @@ CPU = Precision(torch.device("cpu"))
 NAMES = ("sky", "road", "car")
 
 
-def segmenter(mode, **arguments):
+def segmenter(mode, name=NANO, **arguments):
     torch.manual_seed(0)
-    return segmentation.create_segmenter(NANO, mode=mode, num_classes=3, channels=8, **arguments).double()
+    return segmentation.create_segmenter(name, mode=mode, num_classes=3, channels=8, **arguments).double()
 
 
-def mixed_scales():
+def mixed_scales(name=NANO):
     """Scales of both signs."""
     generator = torch.Generator().manual_seed(1)
     return {
         name: torch.randn(len(values), generator=generator, dtype=torch.float64)
-        for name, values in repopt.extract_scales(segmenter("hs")).items()
+        for name, values in repopt.extract_scales(segmenter("hs", name)).items()
     }
 
 
-def test_a_repoptimizer_within_a_segmenter_follows_the_csla_network():
+@pytest.mark.parametrize("name", [NANO, "timm/repghostnet_050"])
+def test_a_repoptimizer_within_a_segmenter_follows_the_csla_network(name):
     # By SGD: the decoder has parameters without effect, whose gradients are rounding, and Adam takes their signs.
-    scales = mixed_scales()
-    target, csla = segmenter("target"), segmenter("csla")
+    scales = mixed_scales(name)
+    target, csla = segmenter("target", name), segmenter("csla", name)
     csla.load_state_dict(csla.state_dict() | shared(target, csla))
     for model in (target, csla):
         torch.manual_seed(2)
@@ -156,6 +157,7 @@ def test_a_window_sees_no_more_than_itself():
         ),
         ("timm/vit_tiny_patch16_224", {"mode": "plain"}, "timm/vit_tiny_patch16_224 cannot be a backbone"),
         ("timm/coatnet_pico_rw_224", {"mode": "plain"}, "timm/coatnet_pico_rw_224 cannot be a backbone"),
+        ("timm/resnet18", {"mode": "target"}, "has no block of a registered type"),
         ("torchvision/resnet18", {"mode": "plain"}, "one of ours or timm/NAME, not torchvision/resnet18"),
         (NANO, {"mode": "hsx"}, "unknown mode of RepOpt-VGG-nano 'hsx'"),
     ],

@@ -4,6 +4,7 @@ import re
 import socket
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from repopt.models import Arch, list_archs, parse_arch, same_arch, zoo
 from train import trained
 
 TINY = "timm/test_efficientnet"
+GHOST = "timm/repghostnet_050"  # with blocks that `convert_model` takes
 DIGITS = ("DATA.DATASET", "digits", "DATA.BATCH_SIZE", 60)
 
 
@@ -160,11 +162,82 @@ def test_which_architectures_are_the_same():
     assert same_arch(TINY, tiny)
     assert not same_arch("timm/test_resnet", tiny)
     assert not any(same_arch(arch, tiny) for arch in list_archs())
+    target = parse_arch(f"{GHOST}-target")
+    assert same_arch(f"{GHOST}-target", target)
+    assert not any(same_arch(f"{GHOST}{ending}", target) for ending in ("", "-hs", "-target-norepopt", "-x"))
+
+
+def test_what_the_endings_stand_for():
+    endings = {"": ("plain", False), "-hs": ("hs", False), "-csla": ("csla", False), "-target": ("target", True)}
+    for ending, stands_for in (endings | {"-target-norepopt": ("target", False)}).items():
+        assert parse_arch(f"{GHOST}{ending}") == (GHOST, *stands_for)
+    assert not parse_arch(f"{GHOST}-target").takes_prior
+    for name in (TINY, "torchvision/regnet_y_400mf"):  # of which the second cannot be made without values
+        assert parse_arch(f"{name}-target") == (name, "plain", True)
+        assert parse_arch(f"{name}-target").takes_prior
+
+
+def test_a_network_is_looked_into_for_an_ending_only(monkeypatch):
+    monkeypatch.setattr(zoo, "modes", lambda name: pytest.fail(f"{name} was looked into"))
+    parse_arch(GHOST)
+    create(TINY)
+
+
+@pytest.mark.parametrize("name", ["timm/repghostnet_050", "timm/mobileone_s0"])
+def test_modes_of_networks_with_registered_blocks(name):
+    """As `convert_model` makes them of the network of the same seed; looking into a network draws nothing."""
+    zoo._module_types.cache_clear()
+    torch.manual_seed(3)
+    expected = repopt.convert_model(timm.create_model(name.removeprefix("timm/"), num_classes=7), "target")
+    torch.manual_seed(3)
+    model = repopt.create_model(name, mode="target", num_classes=7)
+    for (key, value), other in zip(expected.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+    with pytest.raises(UserError, match=r"unknown mode of .*'targt'; did you mean 'target'.*csla, hs, plain, target"):
+        repopt.create_model(name, mode="targt")
+    with pytest.raises(UserError, match=f"{name} cannot be made as you say: .*'strides'"):
+        repopt.create_model(name, mode="target", strides=(1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["timm/repghostnet_050", "timm/mobileone_s0"])
+def test_csla_and_target_of_one_seed_are_the_same_function_and_stay_it(name):
+    searched = repopt.extract_scales(repopt.create_model(name, mode="hs", num_classes=7))
+    scales = {key: value.double() * (0.5 + torch.rand(len(value))) for key, value in searched.items()}
+    images, labels = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.arange(8) % 7
+    outputs = {"csla": [], "target": []}
+    for mode, found in outputs.items():
+        torch.manual_seed(3)
+        model = repopt.create_model(name, mode=mode, num_classes=7).double()
+        torch.manual_seed(4)
+        repopt.initialize(model, scales)
+        settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3}
+        optimizer = repopt.build_optimizer("sgd", model, scales if mode == "target" else None, **settings)
+        for seed in range(3):
+            torch.manual_seed(seed)  # of dropout
+            found.append(model(images))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(found[-1], labels).backward()
+            optimizer.step()
+    for csla, target in zip(*outputs.values(), strict=True):
+        torch.testing.assert_close(csla, target, rtol=1e-8, atol=1e-10)
+    with torch.no_grad():
+        assert (outputs["csla"][0] - outputs["csla"][2]).norm() > 0.1 * outputs["csla"][0].norm()
 
 
 MISTAKES = {
     "name": (["--arch", "timm/efficientnet_b22"], "did you mean 'timm/efficientnet_b2'"),
-    "name with a mode": (["--arch", "timm/efficientnet_b2-hs"], "did you mean 'timm/efficientnet_b2'"),
+    "search without blocks": (
+        ["--arch", "timm/efficientnet_b2-hs"],
+        "timm/efficientnet_b2 has no multi-branch blocks .* no timm/efficientnet_b2-hs: timm/efficientnet_b2-target ",
+    ),
+    "csla without blocks": (["--arch", f"{TINY}-csla"], f"{TINY} has no multi-branch blocks .* no {TINY}-csla"),
+    "norepopt without blocks": (
+        ["--arch", f"{TINY}-target-norepopt"],
+        f"{TINY} is the plain network itself, trained by the plain rule: leave -target-norepopt out",
+    ),
+    "name with an ending": (["--arch", "timm/repghostnet_05-hs"], "'timm/repghostnet_05'; did you mean 'timm/repghost"),
+    "ending": (["--arch", "timm/repghostnet_050-targt"], "did you mean 'timm/repghostnet_050'"),
+    "no scales": (["--arch", f"{GHOST}-target"], "needs searched scales: give --scales-path"),
     "name with pretrained weights": (["--arch", "timm/efficientnet_b2.ra_in1k"], "did you mean 'timm/efficientnet_b2'"),
     "name of torchvision": (["--arch", "torchvision/vgg16bn"], "did you mean 'torchvision/vgg16_bn'"),
     "library": (["--arch", "tim/vgg16"], r"library of networks 'tim'; did you mean 'timm'\? \(allowed: timm, "),
@@ -174,7 +247,19 @@ MISTAKES = {
     "quantized": (["--arch", "torchvision/quantized_resnet18"], "unknown architecture 'torchvision/quantized_"),
     "video": (["--arch", "torchvision/r3d_18"], "unknown architecture 'torchvision/r3d_18'"),
     "scales": (["--arch", TINY, "--scales-path", "scales.pth"], "takes no searched scales"),
-    "strides": (["--arch", TINY, "--opts", "MODEL.STRIDES", "(1, 1, 1, 1, 1)"], "unexpected .* argument 'strides'"),
+    "strides": (["--arch", TINY, "--opts", "MODEL.STRIDES", "(1, 1, 1, 1, 1)"], "MODEL.STRIDES is of our networks"),
+    "strides of one with blocks": (
+        ["--arch", f"{GHOST}-target", "--opts", "MODEL.STRIDES", "(1, 1, 1, 1, 1)"],
+        f"MODEL.STRIDES is of our networks, and {GHOST}-target is of another library: leave it out",
+    ),
+    "initial scales": (
+        ["--arch", f"{GHOST}-hs", "--opts", "MODEL.INITIAL_SCALES", "one"],
+        f"MODEL.INITIAL_SCALES is of our networks, and {GHOST}-hs is of another library: leave it out",
+    ),
+    "prior": (
+        ["--arch", f"{GHOST}-target", "--opts", "MODEL.PRIOR", "acnet"],
+        f"MODEL.PRIOR is of another library's network without branches of its own .* not of {GHOST}-target",
+    ),
     "checkpointing": (["--arch", "timm/pit_ti_224", "--use-checkpoint"], "timm/pit_ti_224 cannot compute activations"),
     "checkpointing in torchvision": (
         ["--arch", "torchvision/squeezenet1_1", "--use-checkpoint"],

@@ -42,11 +42,67 @@ def test_the_scales_in_numbers(run):
     assert title == f"found.pth: {NANO}"
     for name, values in scales.items():
         path, branch, _ = name.rsplit(".", 2)
-        channels, *numbers, negative = row_of(lines, path, branch)
+        channels, *numbers, negative = row_of(lines, path, branch)[:6]
         expected = values.mean(), values.var(correction=0).sqrt(), values.min(), values.max()
         assert numbers == [f"{number:.4f}" for number in expected], name
         assert (int(channels), int(negative)) == (len(values), int((values < 0).sum()))
-    assert int(row_of(lines, "all")[-1]) == sum(int((values < 0).sum()) for values in scales.values()) > 0
+    assert int(row_of(lines, "all")[3]) == sum(int((values < 0).sum()) for values in scales.values()) > 0
+
+
+def moved_from(start, factor):
+    """The scales of a search that began at `start`: each moved by up to a part of it, identities by more."""
+    return {name: s * (1 + (5.0 if "identity" in name else factor) * torch.rand_like(s)) for name, s in start.items()}
+
+
+@pytest.mark.parametrize("initial_scales", ["depth", "one"])
+def test_how_far_the_scales_moved_from_where_they_began(run, initial_scales):
+    model = repopt.create_model(NANO, mode="hs", initial_scales=initial_scales)
+    start = repopt.extract_scales(model)
+    scales = moved_from(start, 0.3)
+    settings = {"MODEL": {"ARCH": f"{NANO}-target", "INITIAL_SCALES": initial_scales}}
+    title, lines, _ = run({"model": model.state_dict(), "scales": scales, "config": settings})
+    assert title == f"found.pth: {NANO}"
+    ways = {}
+    for name, values in start.items():
+        path, branch, _ = name.rsplit(".", 2)
+        began, *way = row_of(lines, path, branch)[6:]
+        if "identity" in branch:
+            assert [began, *way] == ["-"] * 3
+            continue
+        difference = (scales[name] - values).double()
+        ways[name] = float(difference.norm()), float(values.double().norm())
+        assert began == f"{values[0]:.4f}"
+        assert way == [f"{ways[name][0] / ways[name][1]:.2%}", f"{(difference / values).abs().max():.2%}"]
+    moved, began = (sum(number**2 for number in numbers) ** 0.5 for numbers in zip(*ways.values(), strict=True))
+    assert row_of(lines, "all")[4] == f"{moved / began:.2%}"
+    (summary,) = (" ".join(line) for line in lines if line[:3] == ["The", "search", "moved"])
+    assert summary.startswith(f"The search moved the scales by {moved / began:.2%} of their start; one that moves them")
+
+
+def test_of_a_scale_file_it_is_said_where_it_is_taken_to_have_begun(run):
+    lines = run(moved_from(repopt.extract_scales(repopt.create_model(NANO, mode="hs")), 0.009))[1]
+    (summary,) = (" ".join(line) for line in lines if line[:3] == ["The", "search", "moved"])
+    assert "by 0.5" in summary
+    assert "of their start (if MODEL.INITIAL_SCALES was depth, which the file does not say)" in summary
+    assert "less than 1% has found nothing: TRAIN.CONSTANTS initial gives the same without a search" in summary
+
+
+@pytest.mark.parametrize("model", ["timm/repghostnet_050", "timm/test_resnet"])
+def test_scales_of_another_librarys_network(run, model):
+    """A file has --arch; a checkpoint says of which network it is, and with which branches a plain one trained."""
+    plain = repopt.create_model(model, mode="plain")
+    if model == "timm/test_resnet":
+        repopt.declare(plain, "acnet")
+        scales = repopt.extract_scales(plain, repopt.hold_branches(plain))
+    else:
+        scales = repopt.extract_scales(repopt.convert_model(plain, "hs"))
+        title, lines, _ = run(scales, "--arch", model)
+        assert title == f"found.pth: {model}"
+        assert row_of(lines, "blocks.1.0.ghost1", "cheap_operation.1")[6:] == ["1.0000", "0.00%", "0.00%"]
+    settings = {"MODEL": {"ARCH": f"{model}-target", "PRIOR": "acnet"}}
+    title, lines, _ = run({"model": plain.state_dict(), "scales": scales, "config": settings})
+    assert title == f"found.pth: {model}"
+    assert any(" ".join(line).startswith("The search moved the scales by 0.00% of their start;") for line in lines)
 
 
 @pytest.mark.parametrize(("rule", "power"), [("SGD", 2), ("AdamW", 1)])
@@ -123,9 +179,15 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     scales, file = searched(), tmp_path / "found.pth"
     checkpoint.write(scales, file)
     checkpoint.write({"head.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    for name, settings in {"begun": {"ARCH": f"{NANO}-hs", "INITIAL_SCALES": "two"}, "odd": {"ARCH": [3]}}.items():
+        content = {"model": {}, "scales": scales, "config": {"MODEL": settings}}
+        checkpoint.write(content, tmp_path / f"{name}.pth")
     for arguments, message in [
         ([tmp_path / "none.pth"], "there is no file"),
-        ([tmp_path / "other.pth"], "fit no model"),
+        ([tmp_path / "other.pth"], "fit no model of ours; --arch"),
+        ([tmp_path / "begun.pth"], "unknown value of MODEL.INITIAL_SCALES 'two' (allowed: depth, one)"),
+        ([tmp_path / "odd.pth"], "unknown architecture"),
+        ([file, "--arch", "timm/resnet81"], "unknown architecture 'timm/resnet81'; did you mean 'timm/resnet"),
         ([file, "--arch", "RepOpt-VGG-B1"], "the scales do not fit the model: block 'stage0' expects"),
         ([file, "--arch", "RepOpt-VGG-nan"], "did you mean 'RepOpt-VGG-nano'"),
         ([file, "--out", file], "File exists"),

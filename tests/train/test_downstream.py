@@ -208,6 +208,16 @@ def test_scales_are_searched_in_a_detector_and_train_its_plain_form(command, tmp
     assert content["scales"].keys() == names
 
 
+@pytest.mark.parametrize("task", DENSE)
+def test_scales_are_searched_for_a_converted_backbone(task, command, tmp_path):
+    arch = "timm/repghostnet_050"
+    assert run(task, command(task, f"{arch}-hs", "--tag", "search", epochs=1)) == 0
+    scales = tmp_path / f"{arch}-hs" / "search" / "scales.pth"
+    assert run(task, command(task, f"{arch}-target", "--scales-path", scales, epochs=1)) == 0
+    content = checkpoint.read(tmp_path / f"{arch}-target" / task / "latest.pth")
+    assert same(content["scales"], repopt.load_scales(scales))
+
+
 @pytest.mark.parametrize(("task", "options"), [("detect", ["DETECT.NECK", "declared"]), ("segment", [])])
 def test_scales_are_searched_in_the_one_training(command, tmp_path, task, options):
     options = [*options, "TRAIN.SEARCH_EPOCHS", 1, "PRINT_FREQ", 1]

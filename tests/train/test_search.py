@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_cli import DIGITS, TARGET, main
+from test_cli import DIGITS, HS, TARGET, main
 from test_one_run import SHORT, latest, one_run
 
 import repopt
@@ -60,6 +60,23 @@ def test_what_looks_wrong():
     assert fallen.startswith("the score is 30.0 points below the best")
     (near,) = problems(START, START, fall=0.0, over=still)
     assert near.startswith("the search moved the scales by 0.50%")
+
+
+def test_scales_that_are_all_within_a_percent_of_their_start_have_found_nothing():
+    start = {"large": torch.full((3,), 8.0), "small": torch.full((400,), 0.01)}
+    for signs in ({"large": 1, "small": 1}, {"large": -1, "small": 1}):
+        near, far = ({name: s * (1 + signs[name] * part) for name, s in start.items()} for part in (0.0099, 0.0101))
+        assert list(problems(start, near, fall=None, over=movement(start, {}, near)))
+        assert not list(problems(start, far, fall=None, over=movement(start, {}, far)))
+
+
+@pytest.mark.parametrize(("rate", "moves"), [(0.0, False), (2.0, True)])
+def test_a_hyper_search_says_at_its_end_whether_it_has_moved(tmp_path, rate, moves):
+    options = ("DATA.BATCH_SIZE", 100, "TRAIN.EPOCHS", 2, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", rate)
+    assert main("--arch", HS, "--output", tmp_path, "--opts", *DIGITS, *options) == 0
+    log = (tmp_path / HS / "default" / "log_rank0.txt").read_text()
+    assert log.count("the search moved the scales by 0.00%: they are nearly those at which it began") == (not moves)
+    assert log.count("the search moved the scales") == (not moves)
 
 
 def test_it_goes_on_where_it_stopped(tmp_path, stopping):

@@ -46,7 +46,7 @@ class Classify(Task):
 
     @override
     def check(self, model: nn.Module) -> None:
-        if self.arch.mode == zoo.MODE:  # ours take images of every size
+        if self.arch.of_library:  # ours take images of every size
             trains = not (self.cfg.EVAL_MODE or self.cfg.THROUGHPUT_MODE)
             for size in {self.cfg.DATA.TEST_SIZE, *((self.cfg.DATA.IMG_SIZE,) if trains else ())}:
                 zoo.check_image_size(self.arch.model, model, self.cfg.MODEL.IN_CHANS, size)
