@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from repopt.errors import UserError, one_line, shown, unknown
+from repopt.errors import UserError, shown, unknown
 from repopt.images import Preprocessing
 from repopt.models import create_model
 
@@ -55,12 +55,7 @@ class NetworkDescription(NamedTuple):
         """
         if self.task not in TASKS:
             raise unknown("task", self.task, TASKS)
-        try:
-            return _creator(self.task)(self.name, mode=self.mode, **self.arguments)
-        except UserError:
-            raise
-        except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:  # arguments of a file
-            raise UserError(f"{self.name} cannot be made as described: {one_line(error)}") from None
+        return _creator(self.task)(self.name, mode=self.mode, **self.arguments)
 
 
 def _creator(task: str) -> Any:

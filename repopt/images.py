@@ -130,9 +130,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: its values have no range (32 bits or floating point in one channel).
     """
-    turn = turn_of(image)
+    image.load()
+    turn = turn_of(image)  # now: as Pillow loads a TIFF, it turns it by itself
     if image.mode.startswith("I;16"):
-        image.load()
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"values without a range, in Pillow's mode {image.mode}: convert them to 8 or 16 bits")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repopt import checkpoint
 from repopt.description import CLASSIFY, InOut, NetworkDescription, names
-from repopt.errors import UserError
+from repopt.errors import UserError, one_line
 from repopt.images import Preprocessing
 from repopt.models import create_model, list_models, parse_arch
 
@@ -67,7 +67,12 @@ def load(path: str | os.PathLike[str], arch: str | None = None, *, weights: str 
             description = NetworkDescription.of(content["network"])
         else:
             description = _described_by_weights(content, arch, state)
-        network = description.create()
+        try:
+            network = description.create()
+        except UserError:
+            raise
+        except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:  # at arguments of a file
+            raise UserError(f"{description.name} cannot be made as described: {one_line(error)}") from None
         checkpoint.load_weights(network, state)
         if "images" not in content:
             logger.warning("%s does not say how its images are made: 224 px, normalized as ImageNet", path)

@@ -151,6 +151,14 @@ def _endings(modes: Iterable[str]) -> dict[str, tuple[str, bool]]:
     return {mode: (mode, mode == "target") for mode in modes} | {"target-norepopt": ("target", False)}
 
 
+def baselines(model: str) -> dict[str, Arch]:
+    """Return, by ``--arch``, the multi-branch networks with which a model's declared one is compared."""
+    if zoo.is_name(model):
+        return {model: Arch(model, zoo.MODE, repopt=False)} if len(zoo.modes(model)) > 1 else {}
+    modes = (mode for mode in _families[model].modes if mode not in MODES)
+    return {f"{model}-{mode}": Arch(model, mode, repopt=False) for mode in modes}
+
+
 def parse_arch(arch: str) -> Arch:
     """Return what an ``--arch`` stands for: one of `list_archs`, or a name of `zoo`, with or without an ending.
 

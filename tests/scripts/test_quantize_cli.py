@@ -170,7 +170,7 @@ def photographs(tmp_path_factory):
     """A folder with test images of ten classes, and none to train or calibrate with."""
     root = tmp_path_factory.mktemp("photographs")
     for label in range(10):
-        folder = root / "val" / f"class{label}"
+        folder = root / "val" / str(label)
         folder.mkdir(parents=True)
         Image.new("RGB", (32, 32), (20 * label, 0, 0)).save(folder / "0.png")
     return root
@@ -187,7 +187,7 @@ MISTAKES = {
     "no such checkpoint": (["--arch", TARGET, "--method", "ptq", "--resume", "{tmp}/a"], "no file '{tmp}/a'"),
     "another arch": (
         ["--arch", REPVGG, "--method", "ptq", "--resume", "{target}"],
-        "of 'RepOpt-VGG-nano-target', not of",
+        "of 'RepOpt-VGG-nano-target', whose layers are not those of RepOpt-VGG-nano-repvgg",
     ),
     "quantized already": (["--arch", TARGET, "--method", "ptq", "--resume", "{int8}"], "holds a quantized network"),
     "no training images": ([*PTQ, *FOLDER], "{photographs}"),

@@ -523,7 +523,7 @@ def test_programming_errors_stay_loud(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ValueError("a defect")
 
-    monkeypatch.setattr(repopt, "create_model", broken)
+    monkeypatch.setattr("repopt.description.create_model", broken)
     with pytest.raises(ValueError, match="a defect"):
         main("--arch", HS, "--output", tmp_path, "--opts", *DIGITS)
 

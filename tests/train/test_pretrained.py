@@ -206,3 +206,16 @@ def test_a_detector_does_not_begin_with_branches(baseline, tmp_path, capsys):
     recipe = ("--cfg", "configs/scenes/detect.yaml", "--arch", TARGET, "--output", str(tmp_path))
     assert detect.main([*recipe, "--data-path", str(tmp_path / "scenes"), "--pretrained", str(baseline)]) == 2
     assert "has branches, which are merged for a classifier or a segmentation network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["ours", "timm"])
+def test_weights_alone_of_a_multi_branch_network_are_known_by_their_names(baseline, tmp_path, kind):
+    if kind == "ours":
+        arch, weights, name = TARGET, checkpoint.read(baseline)["model"], "RepOpt-VGG-nano-repvgg"
+    else:
+        arch, name = "timm/repghostnet_050-target", "timm/repghostnet_050"
+        weights = timm.create_model("repghostnet_050", num_classes=10).state_dict()
+    save_file(weights, tmp_path / "bare.safetensors")
+    found, log = untouched(tmp_path, "--pretrained", tmp_path / "bare.safetensors", arch=arch)
+    assert f"the branches of {name} are merged, and 520 training images" in log
+    assert len(found["scales"]) > 10
