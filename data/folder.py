@@ -41,11 +41,10 @@ def describe(source: Source, splits: Sequence[str]) -> DatasetInfo:
                 f"{split}/ in {source.root!r} has a folder {shown(foreign[0])}, which is no class of {of} "
                 f"({len(foreign)} of {len(found)} folders are none)"
             )
-        if lacking := [name for name in classes if name not in found]:
-            message = f"{split}/ in {source.root!r} has no folder of {len(lacking)} classes, such as {lacking[0]!r}"
-            if split == "train":
-                raise UserError(message)
-            logger.warning("%s: they are not evaluated", message)
+        if split == "train" and (lacking := [name for name in classes if name not in found]):
+            raise UserError(
+                f"train/ in {source.root!r} has no folder of {len(lacking)} classes, such as {lacking[0]!r}"
+            )
     return DatasetInfo(num_classes=len(classes), image_size=None, classes=classes)
 
 
@@ -117,9 +116,9 @@ def open_split(source: Source, split: str) -> Files:
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    folder = _locate(source, split)
+    folder, classes = _locate(source, split), _classes(source, split)
     own = set(class_folders(folder))
-    indices = {name: index for index, name in enumerate(_classes(source, split)) if name in own}
+    indices = {name: index for index, name in enumerate(classes) if name in own}
 
     def is_image(path: str) -> bool:
         return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(str(folder)) :]
@@ -132,7 +131,10 @@ def open_split(source: Source, split: str) -> Files:
         found = list(compress(found, _in_share(found, folder, source.val_fraction, held_out=split == "val")))
     if not found:
         raise UserError(f"no images of {split}/ in {str(folder)!r}")
-    return Files(folder, *zip(*found, strict=True))
+    paths, labels = zip(*found, strict=True)
+    if absent := sorted({*range(len(classes))} - {*labels}):
+        logger.warning(f"no images of {len(absent)} classes in {split}/, such as {classes[absent[0]]!r}")
+    return Files(folder, paths, labels)
 
 
 def _in_share(images: Sequence[tuple[str, int]], folder: Path, fraction: float, *, held_out: bool) -> list[bool]:
