@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -107,3 +108,9 @@ def as_json(numbers: dict[str, Any]) -> dict[str, Any]:
         name: as_json(value) if isinstance(value, dict) else value if math.isfinite(value) else None
         for name, value in numbers.items()
     }
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return names with commas between them, and of many how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from repopt.load import error_context
 from repopt.models import baselines, list_models
 from train import config, trained
 from train.keys import CLASSIFY, DETECT
-from train.logging import logger
+from train.logging import listed, logger
 from train.placement import to_device
 from train.tasks.base import Task
 
@@ -53,12 +53,10 @@ def _merged(task: Task, source: trained.LoadedCheckpoint) -> trained.LoadedCheck
     """Return the checkpoint of a baseline as that of a target network, with its scales (`repopt.merge_branches`)."""
     if task.cfg.TASK == DETECT:
         raise UserError(f"{source.path!r} has branches, which are merged for a classifier or a segmentation network")
-    loader = task.calibration_loader()
-    network = to_device(source.network(), task.world)
-    plain = repopt.merge_branches(network, (task.network_input(images) for images, _ in loader))
+    plain = repopt.merge_branches(to_device(source.network(), task.world), task.first_training_images())
     logger.info(
-        f"{source.path}: the branches of {source.name} are merged, and {loader.num_images} training images give the "
-        "batch norms their statistics; their scales are constants"
+        f"{source.path}: the branches of {source.name} are merged, training images give the batch norms their "
+        "statistics, and the scales are constants"
     )
     known = {key: source.content[key] for key in ("config", "classes") if key in source.content}
     content = {**known, source.weights: plain.model.state_dict(), "scales": plain.scales}
@@ -83,7 +81,7 @@ def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None
             head = set()
         new = _fit(model, {name: value for name, value in weights.items() if name not in head}, path, head)
         if new:
-            logger.info(f"new: {_listed(new)}")
+            logger.info(f"new: {listed(new)}")
         return
     body = model.get_submodule(task.backbone_path)
     own = body.state_dict()
@@ -93,7 +91,7 @@ def load(task: Task, model: nn.Module, source: trained.LoadedCheckpoint) -> None
             f"timm's features of some networks go by other names than their classifiers'"
         )
     new = _fit(body, {name: weights.pop(name) for name in own}, path, set())
-    left = _listed([*weights])
+    left = listed([*weights])
     logger.info(
         f"backbone: {len(own) - len(new)} tensors of {path}; left out, since they are of the classifier: {left}"
     )
@@ -148,10 +146,5 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor], path: str, head: set[s
     with error_context(path):
         repopt.load_weights(model, {name: own[name] for name in (*other, *kept)} | taken)
     if other:
-        logger.warning(f"of another shape in {path}, and so new: {_listed(other)}")
+        logger.warning(f"of another shape in {path}, and so new: {listed(other)}")
     return other + kept
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"

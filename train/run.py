@@ -26,7 +26,7 @@ from train.file_names import THROUGHPUT
 from train.interruption import Interrupted
 from train.keys import CLASSIFY, DETECT
 from train.layers import freeze
-from train.logging import logger, start_log
+from train.logging import listed, logger, start_log
 from train.placement import memory_format_of, precision_of, to_device
 from train.resolve import as_trained, resolve
 from train.resume import check_same_run, find_scales, goes_on, log_images, match_images, read_checkpoint
@@ -204,6 +204,8 @@ def prepare(
         f"{cfg.MODEL.ARCH}: {sizes['parameters'] / 1e6:.2f} M parameters, {train_loader.num_images} training and "
         f"{val_loader.num_images} test images"
     )
+    if task.classes:
+        logger.info(f"{len(task.classes)} classes: {listed(task.classes)}")
     return Trainer(
         task,
         state,

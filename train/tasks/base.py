@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -120,6 +121,12 @@ class Task(ABC):
         """Return training images as in evaluation, the same in every process."""
         alone = type(self)(self.cfg, World(0, 1, self.world.device))
         return alone.eval_loader(split="train", max_images=self.cfg.QUANT.CALIBRATION_IMAGES, seed=self.cfg.SEED)
+
+    def first_training_images(self) -> Iterator[Any]:
+        """Yield the first training images in batches, the same in every process: QUANT.CALIBRATION_IMAGES, or all."""
+        loader = type(self)(self.cfg, World(0, 1, self.world.device)).train_loader()
+        batches = max(1, self.cfg.QUANT.CALIBRATION_IMAGES // self.cfg.DATA.BATCH_SIZE)
+        yield from (images for images, _ in itertools.islice(loader, batches))
 
     @abstractmethod
     def example(self) -> tuple[Any, Any]:
