@@ -49,6 +49,11 @@ class ImageSet(ABC):
         """
 
     @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, by index; empty where they have none."""
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """What a network's input is made by in evaluation."""
         return Preprocessing(self.spec.mean, self.spec.std)

@@ -82,6 +82,11 @@ class Classification(ImageSet):
 
     @property
     @override
+    def class_names(self) -> tuple[str, ...]:
+        return describe(self.source, splits=("val",)).classes
+
+    @property
+    @override
     def preprocessing(self) -> Preprocessing:
         size, spec = self.image_size, self.spec
         side = transforms.short_side(size, crop=self.crop)

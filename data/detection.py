@@ -81,6 +81,7 @@ class Detection(ImageSet):
         return coco.Split(self.spec.root(self.source.root), "val", self.source.classes)
 
     @property
+    @override
     def class_names(self) -> tuple[str, ...]:
         """The names of the labels 1..K."""
         return self._val.class_names

@@ -65,6 +65,7 @@ class Segmentation(ImageSet):
         return registry.find(self.source, SegmentationSpec)
 
     @property
+    @override
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their indices."""
         return self.spec.class_names()

@@ -82,3 +82,16 @@ def tagged(shown, orientation, kind="PNG", **options):
     exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(np.ascontiguousarray(AS_STORED[orientation](shown))).save(file, kind, exif=exif, **options)
     return file.getvalue()
+
+
+def dark_and_light(root):
+    """Class folders of two classes, four pictures each in train/ and val/, of several sizes and one of them grey."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, brightness in (("dark", 60), ("light", 200)):
+            (root / split / name).mkdir(parents=True)
+            for number in range(4):
+                pixels = generator.normal(brightness, 40, (50 + number, 60, 3)).clip(0, 255).astype(np.uint8)
+                picture = Image.fromarray(pixels).convert("L" if number == 1 else "RGB")
+                picture.save(root / split / name / f"{number}.png")
+    return root

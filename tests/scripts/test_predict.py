@@ -7,6 +7,7 @@ import numpy as np
 import predict
 import pytest
 import torch
+from data_helpers import dark_and_light
 from PIL import Image
 
 import data
@@ -23,17 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Pictures of several sizes and modes in class folders."""
-    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name, brightness in (("dark", 60), ("light", 200)):
-            (root / split / name).mkdir(parents=True)
-            for number in range(4):
-                pixels = generator.normal(brightness, 40, (50 + number, 60, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).convert("L" if number == 1 else "RGB").save(
-                    root / split / name / f"{number}.png"
-                )
-    return root
+    return dark_and_light(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,8 @@
 import re
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
+from data_helpers import dark_and_light
 
 import main_repopt
 from repopt import checkpoint
@@ -19,14 +18,7 @@ FOLDER = ("DATA.DATASET", "folder", "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 4)
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name, brightness in (("dark", 60), ("light", 200)):
-            (root / split / name).mkdir(parents=True)
-            for number in range(4):
-                pixels = generator.normal(brightness, 40, (50, 60, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
-    return root
+    return dark_and_light(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

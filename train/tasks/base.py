@@ -105,7 +105,7 @@ class Task(ABC):
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, by index; empty where the data set has none."""
-        return ()
+        return self.images(training=False).class_names
 
     def train_loader(self) -> data.Loader:
         """Return the augmented training batches of this process."""

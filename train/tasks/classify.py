@@ -51,11 +51,6 @@ class Classify(Task):
             for size in {self.cfg.DATA.TEST_SIZE, *((self.cfg.DATA.IMG_SIZE,) if trains else ())}:
                 zoo.check_image_size(self.arch.model, model, self.cfg.MODEL.IN_CHANS, size)
 
-    @cached_property
-    @override
-    def classes(self) -> tuple[str, ...]:
-        return data.describe(_source(self.cfg), splits=("val",)).classes
-
     @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
         source = _source(self.cfg)

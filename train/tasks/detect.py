@@ -51,11 +51,6 @@ class Detect(Task):
             "std": spec.std,
         }
 
-    @cached_property
-    @override
-    def classes(self) -> tuple[str, ...]:
-        return _images(self.cfg).class_names
-
     @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
         return _images(self.cfg)

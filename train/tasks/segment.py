@@ -44,11 +44,6 @@ class Segment(Task):
     def arguments(self) -> dict[str, Any]:
         return {"num_classes": self.cfg.MODEL.NUM_CLASSES, "channels": self.cfg.MODEL.CHANNELS}
 
-    @cached_property
-    @override
-    def classes(self) -> tuple[str, ...]:
-        return _images(self.cfg).class_names
-
     @override
     def images(self, *, training: bool, subset: bool = False) -> data.ImageSet:
         return _images(self.cfg)
