@@ -63,9 +63,11 @@ class Split:
                 f"{self.file}: category {foreign[0]!r} is no class of those that the network was trained on "
                 f"({len(foreign)} of {len(own)} categories are none)"
             )
+        if classes and len(own) < len(class_names):
+            raise UserError(f"{self.file}: two categories have one name, and are to be matched by name")
         others = itertools.count(int(category_ids.max()) + 1)
         self.class_names = tuple(classes) or tuple(class_names[k] for k in by_id)
-        self.category_ids = tuple(own.get(name) or next(others) for name in classes) or tuple(
+        self.category_ids = tuple(own[name] if name in own else next(others) for name in classes) or tuple(
             category_ids[by_id].tolist()
         )
 

@@ -2,7 +2,7 @@
 
 Where there is no `val/` and the source says so (`Source.val_fraction`), a part of every class's images is held out
 from `train/`, or from the root itself, if the class folders lie there: those whose names' hashes come first, so that it
-is the same part on every machine, and stays it where images are added.
+is the same part on every machine; where images are added, most of it stays.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
@@ -22,7 +23,8 @@ from repopt.errors import UserError, shown
 
 logger = logging.getLogger("repopt")
 
-OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "test")}  # that people give the splits
+# That people give the splits, in small letters.
+OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 
 
 def describe(source: Source, splits: Sequence[str]) -> DatasetInfo:
@@ -45,6 +47,8 @@ def describe(source: Source, splits: Sequence[str]) -> DatasetInfo:
             raise UserError(
                 f"train/ in {source.root!r} has no folder of {len(lacking)} classes, such as {lacking[0]!r}"
             )
+    if len(classes) == 1 and not source.classes:
+        raise UserError(f"{source.root!r} has the one class {classes[0]!r}: are its folders those of classes?")
     return DatasetInfo(num_classes=len(classes), image_size=None, classes=classes)
 
 
@@ -80,13 +84,14 @@ def _locate(source: Source, split: str) -> Path:
     """
     root = data_folder(source.root)
     names = {entry.name for entry in os.scandir(root) if entry.is_dir()}
-    other = next((name for name in OTHER_NAMES.get(split, ()) if name in names), None)
+    small = {name.lower(): name for name in names}
+    other = next((small[name] for name in OTHER_NAMES.get(split, ()) if name in small), None)
     if split in names:
         return root / split
     if _is_held_out(source) and (other is None or "train" not in names):
         if "train" in names:
             return root / "train"
-        if not names & {*OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
+        if not small.keys() & {*OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
             return root
     hint = f" (there is {other}/: rename it, or link it under that name)" if other else ""
     if split == "val" and not other and "train" in names:
@@ -120,13 +125,23 @@ def open_split(source: Source, split: str) -> Files:
     own = set(class_folders(folder))
     indices = {name: index for index, name in enumerate(classes) if name in own}
 
+    passed_over: Counter[str] = Counter()
+
     def is_image(path: str) -> bool:
-        return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(str(folder)) :]
+        if f"{os.sep}." in path[len(str(folder)) :]:  # hidden
+            return False
+        if not path.lower().endswith(IMG_EXTENSIONS):
+            passed_over[Path(path).suffix or "no ending"] += 1
+            return False
+        return True
 
     try:
         found = make_dataset(str(folder), indices, is_valid_file=is_image, allow_empty=split != "train")
     except FileNotFoundError as error:  # it lists the classes without images
         raise UserError(f"{str(folder)!r}: {error}") from error
+    if passed_over:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in passed_over.most_common(5))
+        logger.warning(f"files in {str(folder)!r} that are no pictures of a known kind are passed over: {kinds}")
     if _is_held_out(source):
         found = list(compress(found, _in_share(found, folder, source.val_fraction, held_out=split == "val")))
     if not found:

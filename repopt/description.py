@@ -15,6 +15,13 @@ from repopt.models import create_model
 CLASSIFY, SEGMENT, DETECT = TASKS = ("classify", "segment", "detect")
 
 
+# That a training writes. A file can name no others: timm's would fetch weights from anywhere.
+_ARGUMENTS = {
+    *("num_classes", "in_chans", "strides", "initial_scales", "use_checkpoint", "channels", "head", "neck", "hidden"),
+    *("rois", "sizes", "max_size", "anchor_scale", "freeze_batch_norm", "mean", "std"),
+}
+
+
 class NetworkDescription(NamedTuple):
     """Of what a network is made.
 
@@ -39,6 +46,8 @@ class NetworkDescription(NamedTuple):
         if not isinstance(content, Mapping) or set(content) != set(cls._fields):
             raise UserError(f"this is no description of a network: {shown(content)}")
         found = cls(**content)
+        if isinstance(found.arguments, Mapping) and (other := sorted(map(str, {*found.arguments} - _ARGUMENTS))):
+            raise UserError(f"networks are described without {shown(other[0])}: that is no argument of a file")
         if not all(isinstance(text, str) for text in found[:3]) or not isinstance(found.arguments, Mapping):
             raise UserError(f"this is no description of a network: {shown(content)}")
         return found

@@ -137,7 +137,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"values without a range, in Pillow's mode {image.mode}: convert them to 8 or 16 bits")
     image = image.convert("RGB")
-    return image if turn is None else image.transpose(turn)
+    # A new image, without the tag: else whoever does this again would turn it again.
+    return image if turn is None else Image.fromarray(np.asarray(image.transpose(turn)))
 
 
 def turned(image: Image.Image) -> Image.Image:

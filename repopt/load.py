@@ -62,9 +62,13 @@ def load(path: str | os.PathLike[str], arch: str | None = None, *, weights: str 
         return _load_onnx(path)
     content = checkpoint.read(path)
     with error_context(str(path)):
+        if "image_size" in content:
+            raise UserError("it holds a quantized network: give its ONNX file (int8.onnx)")
         state = checkpoint.state_dict_of(content, checkpoint.choose_weights(content, weights))
         if "network" in content:
             description = NetworkDescription.of(content["network"])
+            if arch is not None and parse_arch(arch)[:2] != (description.name, description.mode):
+                raise UserError(f"it is of {description.name} in {description.mode} mode, not of {arch}")
         else:
             description = _described_by_weights(content, arch, state)
         try:
@@ -93,7 +97,11 @@ def _described_by_weights(
     content: Mapping[str, Any], arch: str | None, state: Mapping[str, Tensor]
 ) -> NetworkDescription:
     """Return the classifier of an architecture that has so many classes as its weights say."""
-    config = content.get("config")
+    if isinstance(content.get("data"), str):
+        raise UserError(
+            "it does not say of what its network is made: an earlier version wrote it, or it is one for INT8"
+        )
+    config = content.get("config")  # of the published release
     of_model = config.get("MODEL") if isinstance(config, Mapping) else None
     arch = arch or (of_model.get("ARCH") if isinstance(of_model, Mapping) else None)
     if not isinstance(arch, str):

@@ -59,6 +59,8 @@ def predict(given: argparse.Namespace) -> None:
     import repopt
     from repopt.errors import UserError
 
+    if given.workers < 0:
+        raise UserError(f"--workers is a number of processes from 0 on, not {given.workers}")
     if given.out is not None and given.out.suffix not in WRITERS:
         raise UserError(f"--out is a file {' or '.join(WRITERS)}, not {str(given.out)!r}")
     paths = find_pictures(given.pictures)

@@ -159,6 +159,8 @@ def _check_range(name: str, key: Key, value: Any) -> None:
         raise UserError(f"{name} takes text without NUL characters, not {shown(value)}")
     if isinstance(value, list) and not all(isinstance(text, str) and text and "\0" not in text for text in value):
         raise UserError(f"{name} takes texts, such as one,two, not {shown(value)}")
+    if isinstance(value, list) and len({*value}) < len(value) and any(value):
+        raise UserError(f"{name} takes texts that differ, not {shown(value)}")
     if type(value) in (int, float) and not key.minimum <= value <= key.maximum:
         limit = f"from {key.minimum} on" if key.maximum == sys.maxsize else f"from {key.minimum} to {key.maximum}"
         raise UserError(f"{name} is a number {limit}, not {shown(value)}")

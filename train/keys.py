@@ -368,7 +368,10 @@ KEYS: dict[str, Key] = {
         "default", "How numbers become integers: a row of repopt/quantization/presets.py.", immutable_on_resume=True
     ),
     "QUANT.CALIBRATION_IMAGES": Key(
-        1024, "Training images, transformed as in evaluation, that choose the ranges.", minimum=1
+        1024,
+        "Training images that choose the ranges, transformed as in evaluation; or that put batch norms back where the "
+        "branches of MODEL.PRETRAINED are merged, as training sees them.",
+        minimum=1,
     ),
 }
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from repopt.blocks import declared_blocks
-from repopt.errors import unknown
-from repopt.layers import RepConv2d
+from repopt.errors import UserError, unknown
+from repopt.layers import Baseline, RepConv2d
 from train.pretrained import of_classes
 from train.tasks import Task
 
@@ -28,6 +27,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     found = {path for pattern in patterns for path in _matching(modules, pattern)}
     for path in found:
         modules[path].requires_grad_(requires_grad=False)
+    if not any(param.requires_grad for param in model.parameters()):
+        raise UserError(f"TRAIN.FREEZE {', '.join(patterns)} leaves nothing to train")
     return [modules[path] for path in found]
 
 
@@ -62,10 +63,10 @@ def learning_rate_factors(task: Task, model: nn.Module) -> dict[str, float] | No
 def layers(model: nn.Module) -> list[list[str]]:
     """Return the names of a network's parameters by layer, in the order in which its modules were added.
 
-    A declared block is a layer, and so is every other module with a weight of two or more dimensions; what has none (a
-    batch norm) belongs to the layer before it.
+    A declared block is a layer, as its baseline is, and so is every other module with a weight of two or more
+    dimensions; what has none (a batch norm) belongs to the layer before it.
     """
-    blocks = [path for path, module in declared_blocks(model) if isinstance(module, RepConv2d)]
+    blocks = [path for path, module in model.named_modules() if isinstance(module, RepConv2d | Baseline)]
     found: list[list[str]] = [[]]
     block: str | None = None
     for path, module in model.named_modules():

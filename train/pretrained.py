@@ -106,6 +106,13 @@ def of_classes(task: Task, model: nn.Module) -> set[str]:
     return {name for name, value in model.state_dict().items() if value.shape != shapes[name]}
 
 
+def check_scales(model: nn.Module, scales: repopt.BoundScales, path: str) -> None:
+    """Raise a UserError where a network with constant scales has, from a file, others than its training is to have."""
+    own = repopt.extract_scales(model)
+    if any(not torch.equal(own[name], values.to(own[name])) for name, values in scales.scales.items()):
+        raise UserError(f"the scales of {path!r} are not those of --scales-path: leave one of the two out")
+
+
 def add_prefix(task: Task, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return scales by the names of the task's network, also where they are those of a classifier."""
     prefix = f"{task.backbone_path}." if task.backbone_path else ""
@@ -127,6 +134,11 @@ def _check(task: Task, source: trained.LoadedCheckpoint) -> None:
     merges = task.arch.mode == "target" and source.arch.mode not in MODES  # a baseline's branches
     if source.arch.model != task.arch.model or not (merges or source.arch.mode == task.arch.mode):
         raise UserError(f"{path!r} is a checkpoint of {shown(source.name)}, whose layers are not those of {name}")
+    channels = source.settings("MODEL.IN_CHANS").MODEL.IN_CHANS
+    if source.arch.mode != task.arch.mode and channels != task.cfg.MODEL.IN_CHANS:
+        raise UserError(
+            f"{path!r} has branches for images of {channels} channels, and they have {task.cfg.MODEL.IN_CHANS} now"
+        )
     if (then := source.settings("MODEL.STRIDES").MODEL.STRIDES) != strides:
         raise UserError(f"{path!r} was trained with MODEL.STRIDES {then}, and they are {strides} now")
 
@@ -138,6 +150,7 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor], path: str, head: set[s
         UserError: names other than the head's are missing or unknown, or no kernel is of the network's shape.
     """
     own = model.state_dict()
+    weights = {name: _of_grey(value, own[name]) if name in own else value for name, value in weights.items()}
     other = [name for name, value in weights.items() if name in own and own[name].shape != value.shape]
     kept = [name for name in own if name in head and name not in weights]
     taken = {name: value for name, value in weights.items() if name not in other}
@@ -148,3 +161,9 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor], path: str, head: set[s
     if other:
         logger.warning(f"of another shape in {path}, and so new: {listed(other)}")
     return other + kept
+
+
+def _of_grey(kernel: Tensor, own: Tensor) -> Tensor:
+    """Return a kernel for colours as one for grey, which is three equal colours, where the network has such a one."""
+    for_grey = kernel.dim() == own.dim() == 4 and kernel.shape[1] == 3 and own.shape[1] == 1
+    return kernel.sum(1, keepdim=True) if for_grey and kernel.shape[0] == own.shape[0] else kernel

@@ -39,6 +39,9 @@ QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safet
 QAT_TAKES = {
     "TASK": (CLASSIFY,),
     "TRAIN.EMA_ALPHA": (0.0,),
+    "TRAIN.FREEZE": ([],),
+    "TRAIN.HEAD_LR": (None,),
+    "TRAIN.LAYER_DECAY": (1.0,),
     "TRAIN.USE_CHECKPOINT": (False,),
     "TRAIN.SYNC_BN": (False,),
     "TRAIN.COMPILE": ("off", "auto"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from timm.models import get_pretrained_cfg
 from yacs.config import CfgNode
 
 from repopt import checkpoint
@@ -44,11 +45,14 @@ def as_trained(settings: config.Settings) -> config.Settings:
     else:
         return settings
     taken = {key: value for key in keys if (value := config.lookup(own, key)) is not None}
+    taken = {key: value for key, value in taken.items() if cfg.TASK in KEYS[key].tasks and key not in given}
     if "DATA.IMG_SIZE" in given:
         taken.pop("DATA.TEST_SIZE", None)
-    if "MODEL.IN_CHANS" in given and taken.get("MODEL.IN_CHANS") != cfg.MODEL.IN_CHANS:
-        taken = {key: value for key, value in taken.items() if key not in ("DATA.MEAN", "DATA.STD")}
-    return settings.with_defaults({key: value for key, value in taken.items() if cfg.TASK in KEYS[key].tasks})
+    channels = taken.get("MODEL.IN_CHANS", cfg.MODEL.IN_CHANS)
+    for key in taken.keys() & {"DATA.MEAN", "DATA.STD"}:
+        if len(taken[key]) != channels:  # of grey, the mean of the colours; of colours, grey thrice
+            taken[key] = (sum(taken[key]) / len(taken[key]),) * channels
+    return settings.with_values(taken)
 
 
 def _check_task(cfg: CfgNode, own: object) -> None:
@@ -63,14 +67,25 @@ def _check_task(cfg: CfgNode, own: object) -> None:
 
 
 def _config_of_beginning(cfg: CfgNode) -> object:
-    """Return the configuration in MODEL.PRETRAINED; where it is gone, of the run that began with it and goes on."""
+    """Return the configuration in MODEL.PRETRAINED; where it is gone, of the run that began with it and goes on.
+
+    Of weights of timm's it is what timm says of its published ones.
+    """
     before = Path(_output(cfg), CONFIG)
     if cfg.TRAIN.AUTO_RESUME and before.is_file() and not Path(cfg.MODEL.PRETRAINED).is_file():
         try:
             return json.loads(before.read_text())
         except ValueError:
             pass  # that there is no such file is what a user can mend
-    return checkpoint.read(cfg.MODEL.PRETRAINED).get("config")
+    content = checkpoint.read(cfg.MODEL.PRETRAINED)
+    if "config" in content or not cfg.MODEL.ARCH.startswith("timm/"):
+        return content.get("config")
+    published = get_pretrained_cfg(parse_arch(cfg.MODEL.ARCH).model.removeprefix("timm/"))
+    if published is None:
+        return None
+    found = {"MEAN": published.mean, "STD": published.std}
+    known = KEYS["DATA.INTERPOLATION"].choices or ()
+    return {"DATA": found | ({"INTERPOLATION": published.interpolation} if published.interpolation in known else {})}
 
 
 def _output(cfg: CfgNode) -> str:

@@ -87,7 +87,12 @@ def check_same_run(cfg: CfgNode, content: Mapping[str, Any]) -> None:
         if then in (None, now) or (key == "MODEL.ARCH" and same_arch(str(then), arch)):
             continue
         if KEYS[key].immutable_on_resume:
-            raise UserError(f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now")
+            raise UserError(
+                f"cannot resume: {key} was {shown(then)} in the checkpoint and is {now!r} now "
+                "(another --tag begins anew)"
+            )
+        if key == "MODEL.PRETRAINED" and then and now:
+            raise UserError(f"this run began with {shown(then)}, not with {now!r}: another --tag begins with that")
         if key == "TRAIN.SEARCH_EPOCHS" and "scales" in content:
             raise UserError(f"cannot resume: the scales are constants since {key} {then} ended, and it is {now} now")
         if key not in OF_A_START:
@@ -160,20 +165,22 @@ def find_scales(
         return kept
     if path:
         searched = repopt.load_scales(path)
+    elif cfg.TRAIN.CONSTANTS not in ("searched", "channel-mean"):
+        searched = None
     elif pretrained is not None and kept_scales(pretrained.content):
         searched = scales_of(pretrained.content, pretrained.path)
-    elif cfg.TRAIN.CONSTANTS in ("searched", "channel-mean"):
-        if pretrained is not None and task.arch.repopt:
+    else:
+        # A training that began with weights alone has none in its checkpoint, either.
+        began_with = cfg.MODEL.PRETRAINED or config.lookup((content or {}).get("config"), "MODEL.PRETRAINED")
+        if began_with and task.arch.repopt:
             rule = cfg.TRAIN.OPTIMIZER.NAME
-            logger.info(f"{pretrained.path} holds no scales, and there is no --scales-path: a plain {rule} trains")
+            logger.info(f"{began_with} holds no scales, and there is no --scales-path: a plain {rule} trains")
             return None
         raise UserError(
             f"{cfg.MODEL.ARCH} needs searched scales: give --scales-path a scale file or the checkpoint of a "
             "hyper-search (TRAIN.SEARCH_EPOCHS auto searches in the training itself, TRAIN.CONSTANTS initial does "
             "without)"
         )
-    else:
-        searched = None
     return constants(task, model, searched)
 
 

@@ -158,6 +158,8 @@ def train(task: tasks.Task, folder: RunFolder) -> bool:
             scales.initialize(identity=task.cfg.TRAIN.IDENTITY_INIT)
         if source is not None:
             pretrained.load(task, model, source)
+            if task.arch.mode == "csla" and scales is not None:
+                pretrained.check_scales(model, scales, source.path)
             log_images(task, source.content)
     model = to_device(model, task.world)
     check_batch_norms(task, model)

@@ -305,7 +305,7 @@ def test_trying_an_image_leaves_no_trace():
     model = create(TINY)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    zoo.check_image_size(TINY, model, 32)
+    zoo.check_image_size(TINY, model, 3, 32)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())

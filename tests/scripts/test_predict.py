@@ -16,10 +16,12 @@ import repopt
 from repopt import checkpoint
 from repopt.description import NetworkDescription
 from repopt.errors import UserError
-from repopt.images import Preprocessing
+from repopt.images import Preprocessing, to_rgb
 
 ARCH = "RepOpt-VGG-nano-target-norepopt"
 CPU = torch.device("cpu")
+# By such arguments timm would fetch a file.
+HOSTILE = {"task": "classify", "name": "timm/resnet10t", "mode": "plain", "arguments": {"pretrained_cfg": {"url": "x"}}}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,21 @@ def test_scores_are_those_of_the_evaluation(trained, pictures, tmp_path):
         by_class = {one["class"]: one["score"] for one in row["found"]}
         assert [by_class["dark"], by_class["light"]] == pytest.approx(scores.tolist(), abs=1e-6)
         assert row["found"][0]["score"] == max(by_class.values())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_a_picture_is_turned_once(tmp_path, kind):
+    """Stored upside down, with the tag that says so, it is what it was."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    exif = Image.Exif()
+    exif[274] = 3
+    path = tmp_path / f"turned.{kind.lower()}"
+    picture.save(path, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    with Image.open(path) as stored:
+        once = to_rgb(stored)
+    assert np.array_equal(to_rgb(once), once)
+    if kind != "JPEG":
+        assert np.array_equal(once, picture.transpose(Image.Transpose.ROTATE_180))
 
 
 def test_files_folders_and_patterns(trained, pictures, tmp_path, monkeypatch, capsys):
@@ -200,6 +217,7 @@ def test_a_detector_draws_its_objects(pictures, tmp_path):
     [
         ({"network": {"task": "classify"}}, "this is no description of a network"),
         ({"network": None}, "this is no description of a network"),
+        ({"network": HOSTILE}, "networks are described without 'pretrained_cfg'"),
         ({"images": {"mean": [0.5]}}, "this is no way to make images"),
         ({"images": [1, 2]}, "this is no way to make images"),
         ({"classes": {"a": 1}}, "these are no names of classes"),
@@ -221,6 +239,11 @@ def test_wrong_arguments_of_a_network_are_one_line(trained, tmp_path):
         checkpoint.write(content | {"network": network}, tmp_path / "a.pth")
         with pytest.raises(UserError, match=r"a\.pth"):
             repopt.load(tmp_path / "a.pth")
+
+
+def test_a_file_is_of_its_architecture(trained, pictures, capsys):
+    assert predict.main([str(trained), str(pictures), "--arch", "RepOpt-VGG-A0-target"]) == 2
+    assert "it is of RepOpt-VGG-nano in target mode, not of RepOpt-VGG-A0-target" in capsys.readouterr().err
 
 
 def test_weights_alone_need_an_architecture(trained, tmp_path):

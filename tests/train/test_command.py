@@ -28,7 +28,7 @@ except SystemExit as end:
         ("main_repopt.py", "--batchsize", EXIT_USAGE_ERROR, "unknown flag '--batchsize'; did you mean '--batch-size'?"),
         ("scripts/quantize.py", "--help", 0, "--method ptq|qat"),
         ("scripts/quantize.py", "--eval", EXIT_USAGE_ERROR, "unknown flag '--eval'"),
-        ("scripts/downstream/segment.py", "--help", 0, "--backbone BACKBONE"),
+        ("scripts/downstream/segment.py", "--help", 0, "--pretrained PRETRAINED"),
         ("scripts/downstream/detect.py", "--backbones", EXIT_USAGE_ERROR, "did you mean '--backbone'?"),
     ],
 )

@@ -87,11 +87,39 @@ def test_weights_of_timm(tmp_path, suffix):
 
 
 def test_what_has_another_shape_is_new_and_said(source, tmp_path):
-    found, log = untouched(tmp_path, "--pretrained", source, options=("MODEL.IN_CHANS", 1))
-    assert f"of another shape in {source}, and so new: stage0.conv.weight" in log
-    assert found["model"]["stage0.conv.weight"].shape[1] == 1
+    content = checkpoint.read(source)
+    other = content["model"] | {"stage1.0.bn.bias": torch.zeros(3)}
+    checkpoint.write(content | {"model": other}, tmp_path / "a.pth")
+    found, log = untouched(tmp_path, "--pretrained", tmp_path / "a.pth")
+    assert f"of another shape in {tmp_path / 'a.pth'}, and so new: stage1.0.bn.bias" in log
     name = "stage1.0.conv.weight"
-    assert torch.equal(found["model"][name], checkpoint.read(source)["model"][name])
+    assert torch.equal(found["model"][name], other[name])
+
+
+def test_a_network_of_grey_is_that_of_colours_on_grey(source, tmp_path):
+    found, _ = untouched(tmp_path, "--pretrained", source, options=("MODEL.IN_CHANS", 1))
+    colours = checkpoint.read(source)["model"]["stage0.conv.weight"]
+    assert torch.equal(found["model"]["stage0.conv.weight"], colours.sum(1, keepdim=True))
+    assert found["images"]["mean"] == pytest.approx([0.3024])
+
+
+def test_the_same_command_goes_on_and_another_file_is_refused(source, tmp_path, capsys):
+    bare = tmp_path / "bare.pth"
+    torch.save(checkpoint.read(source)["model"], bare)
+    argv = ["--arch", TARGET, "--output", tmp_path, "--pretrained", bare, "--opts", *QUICK]
+    assert main(*argv) == 0
+    assert main(*argv, "TRAIN.EPOCHS", 2) == 0  # a plain rule, still
+    argv[argv.index(bare)] = source
+    assert main(*argv, "TRAIN.EPOCHS", 3) == 2
+    assert f"this run began with '{bare}', not with '{source}': another --tag" in capsys.readouterr().err
+
+
+def test_images_of_weights_of_timm_are_those_of_timm(tmp_path):
+    name = "tf_mobilenetv3_small_minimal_100"
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "a.pth")
+    found, _ = untouched(tmp_path, "--pretrained", tmp_path / "a.pth", arch=f"timm/{name}", dataset="digits")
+    published = timm.get_pretrained_cfg(name)
+    assert found["config"]["DATA"]["MEAN"] == published.mean == (0.5, 0.5, 0.5)
 
 
 def test_the_moving_average_is_taken_where_it_is_better(source, tmp_path):
@@ -147,7 +175,7 @@ def test_frozen_layers_stay_bit_for_bit(source, tmp_path):
 def test_layers_learn_at_rates_of_their_own(source, tmp_path):
     """From the head back: a rate of its own, then a tenth from block to block."""
     options = ("TRAIN.HEAD_LR", 0.8, "TRAIN.BASE_LR", 0.4, "TRAIN.LAYER_DECAY", 0.1, "TRAIN.MIN_LR", 0.4)
-    options += ("TRAIN.LR_SCHEDULER.NAME", "step", "TRAIN.OPTIMIZER.MOMENTUM", 0.0)
+    options += ("TRAIN.OPTIMIZER.MOMENTUM", 0.0)  # the last rate is the first, so the schedule stands still
     found, log = untouched(tmp_path, "--pretrained", source, options=options)
     rates = {name: group["lr"] for group in found["optimizer"]["param_groups"] for name in group["param_names"]}
     assert rates["linear.weight"] == rates["linear.bias"] == pytest.approx(0.8 * 64 / 256)
@@ -163,6 +191,7 @@ def test_layers_learn_at_rates_of_their_own(source, tmp_path):
         (("TRAIN.FREEZE", "stage9"), "unknown module of TRAIN.FREEZE 'stage9'; did you mean 'stage3.9'?"),
         (("TRAIN.FREEZE", "stage1", "TRAIN.SEARCH_EPOCHS", 1), "TRAIN.SEARCH_EPOCHS goes without TRAIN.FREEZE"),
         (("TRAIN.HEAD_LR", 0.1, "TRAIN.BASE_LR", 0), "TRAIN.HEAD_LR is beside a TRAIN.BASE_LR above 0"),
+        (("TRAIN.FREEZE", "*"), "TRAIN.FREEZE * leaves nothing to train"),
         (("TRAIN.LAYER_DECAY", 1.5), "TRAIN.LAYER_DECAY is a number from 0 to 1"),
     ],
 )

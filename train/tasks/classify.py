@@ -13,6 +13,7 @@ from typing_extensions import override
 from yacs.config import CfgNode
 
 import data
+from repopt.errors import UserError
 from repopt.models import zoo
 from train import config
 from train.evaluation.base import Evaluate
@@ -29,6 +30,8 @@ class Classify(Task):
         values: dict[str, Any] = {}
         if not cfg.THROUGHPUT_MODE:
             info = data.describe(_source(cfg), splits=("val",) if cfg.EVAL_MODE else ("train", "val"))
+            if "DATA.CLASSES" in given and info.classes != tuple(cfg.DATA.CLASSES or info.classes):
+                raise UserError(f"DATA.CLASSES is of class folders: the data set {cfg.DATA.DATASET!r} has its own")
             for key, value in (
                 ("MODEL.NUM_CLASSES", info.num_classes),
                 ("DATA.IMG_SIZE", info.image_size),
