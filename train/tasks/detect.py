@@ -15,13 +15,17 @@ from yacs.config import CfgNode
 import data
 from repopt import detection
 from repopt.errors import UserError
+from train import config
 from train.evaluation import detection as evaluation
 from train.evaluation.base import Evaluate
 from train.tasks.base import Task, agreed, source_of
 
+# Keys of which FCOS is not made, and the arguments that they are.
+OF_TWO_STAGES = {"DETECT.HIDDEN": "hidden", "DETECT.ROIS": "rois", "DETECT.ANCHOR_SCALE": "anchor_scale"}
+
 
 class Detect(Task):
-    """Faster, Mask or Cascade Mask R-CNN on the backbone."""
+    """Faster, Mask or Cascade Mask R-CNN, or FCOS, on the backbone."""
 
     backbone_path = detection.BODY
 
@@ -30,22 +34,25 @@ class Detect(Task):
     def finalize(cls, cfg: CfgNode, given: Set[str]) -> dict[str, Any]:
         if cfg.TRAIN.COMPILE not in ("auto", "off"):
             raise UserError(f"a detector's images differ in size, so TRAIN.COMPILE is off, not {cfg.TRAIN.COMPILE}")
+        of_head = {}
+        if cfg.DETECT.HEAD == detection.FCOS:
+            of_head["DETECT.NECK"] = "declared"
+            if idle := sorted(given & {*OF_TWO_STAGES, "DETECT.NECK"}):
+                raise UserError(f"{idle[0]} is nothing to DETECT.HEAD {detection.FCOS}: leave it out")
         classes = len(_images(cfg).class_names)
-        return {"TRAIN.COMPILE": "off"} | agreed(cfg, given, "MODEL.NUM_CLASSES", classes)
+        return {"TRAIN.COMPILE": "off"} | of_head | agreed(cfg, given, "MODEL.NUM_CLASSES", classes)
 
     @override
     def arguments(self) -> dict[str, Any]:
         cfg, spec = self.cfg, _images(self.cfg).spec
-        return {
+        own = {} if cfg.DETECT.HEAD == detection.FCOS else OF_TWO_STAGES
+        return {name: config.lookup(cfg, key) for key, name in own.items()} | {
             "num_classes": cfg.MODEL.NUM_CLASSES,
             "head": cfg.DETECT.HEAD,
             "neck": cfg.DETECT.NECK,
             "channels": cfg.MODEL.CHANNELS,
-            "hidden": cfg.DETECT.HIDDEN,
-            "rois": cfg.DETECT.ROIS,
             "sizes": cfg.DETECT.SIZES,
             "max_size": cfg.DETECT.MAX_SIZE,
-            "anchor_scale": cfg.DETECT.ANCHOR_SCALE,
             "freeze_batch_norm": cfg.MODEL.FREEZE_BN,
             "mean": spec.mean,
             "std": spec.std,
