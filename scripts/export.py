@@ -1,11 +1,12 @@
 """Write a trained or quantized network as files that other software runs.
 
     python scripts/export.py --resume FILE [--arch ARCH] [--out DIR] [--formats onnx safetensors pt2 compiled] \\
-        [--image-size HEIGHT WIDTH]
+        [--image-size HEIGHT WIDTH] [--dynamic-size]
 
 FILE is a checkpoint of main_repopt.py or of the published release (with --arch), or one of scripts/quantize.py
 (quantized.pth, or a checkpoint of its training), which gives an INT8 network. Branches and batch norms are folded. The
-files are fp32.onnx or int8.onnx and so on; none is written over.
+files are fp32.onnx or int8.onnx and so on; none is written over. Of a detector (DETECT.HEAD fcos) they give the raw
+predictions, which repopt.detection.Fcos.detections makes boxes of.
 
     onnx         for batches of any size, INT8 as QuantizeLinear and DequantizeLinear pairs (QDQ); onnxruntime's outputs
                  are compared with torch's before it is done
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=positive,
         help="height and width, or one number for both (default: as FILE says, else 224)",
     )
+    parser.add_argument(
+        "--dynamic-size",
+        action="store_true",
+        help="onnx, pt2 and compiled take images of any size (of multiples of 32 where the network needs them)",
+    )
     arguments = parser.parse_args(argv)
     return run_command("export.py", lambda: export_all(arguments))
 
@@ -59,7 +65,6 @@ def export_all(arguments: argparse.Namespace) -> None:
     """
     import torch
 
-    import repopt
     from repopt import checkpoint, export
     from repopt.errors import UserError
     from train import trained
@@ -76,17 +81,18 @@ def export_all(arguments: argparse.Namespace) -> None:
     if source.quantized and size != source.image_size:
         took, takes = (" x ".join(map(str, sides)) for sides in (source.image_size, size))
         raise UserError(f"--image-size: the network was quantized for {took}, not for {takes}")
+    if source.quantized and arguments.dynamic_size:
+        raise UserError("--dynamic-size: a quantized network takes the size that it was quantized for")
     print(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
-    network = source.int8_network() if source.quantized else repopt.deploy(source.network())
+    network, trained_for = (source.int8_network(), source.in_out) if source.quantized else source.exported()
     images = torch.randn(8, source.input_shape[0], *size)
     writers = {"onnx": export.write_onnx, "pt2": export.write_program, "compiled": export.write_compiled}
-    trained_for = source.in_out
     metadata = trained_for._replace(images=trained_for.images.resized(size)).as_metadata()
     for name, path in paths.items():
         if name == "safetensors":
             export.write_safetensors(network, path, metadata)
         else:
-            writers[name](network, images, path, metadata)
+            writers[name](network, images, path, metadata, source.multiple if arguments.dynamic_size else None)
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.models.detection import fcos
 
 import repopt
+from repopt import export
 from repopt.detection import BODY, FCOS
 
 ADAMW = {"lr": 1e-3, "weight_decay": 1e-2, "eps": 1e-30}
@@ -114,6 +115,24 @@ def test_detections_are_those_of_the_raw_predictions():
     other = copy.deepcopy(model)
     other.backbone, other.head = model.predictor, nn.Identity()
     assert_found(found, other(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("multiple", [None, 32])
+def test_raw_predictions_are_exported(multiple, tmp_path):
+    """For images of one size or of any; of which the detector makes what it finds itself."""
+    model = with_statistics(detector(head=FCOS)).float()
+    predictor = repopt.deploy(model).predictor
+    written = {name: tmp_path / name for name in ("raw.onnx", "raw.pt2")}
+    for path, write in zip(written.values(), (export.write_onnx, export.write_program), strict=True):
+        write(predictor, torch.rand(2, 3, 96, 128), path, {"task": "detect"}, multiple)
+    network, program = export.OnnxNetwork(written["raw.onnx"]), torch.export.load(written["raw.pt2"]).module()
+    assert network.input_shape == ((3, 96, 128) if multiple is None else (3, None, None))
+    assert network.output_names == ("cls_logits", "bbox_regression", "bbox_ctrness")
+    sizes = [(48, 64)] * 3 if multiple is None else [(40, 64), (96, 96), (64, 48)]
+    images = [torch.rand(3, *size) for size in sizes]
+    batch, _ = model.transform(images)
+    for raw in (dict(zip(network.output_names, network(batch.tensors), strict=True)), program(batch.tensors)):
+        assert_found(model(images), model.detections(raw, batch, sizes), rtol=1e-4, atol=1e-3)
 
 
 class Maps(nn.Module):

@@ -23,6 +23,7 @@ import main_repopt
 import repopt
 from data import cityscapes, scenes
 from repopt import checkpoint, segmentation
+from repopt.export import OnnxNetwork
 from train import build, config, tasks, trained
 from train.command import EXIT_USAGE_ERROR as MISTAKE
 from train.distributed import World
@@ -236,6 +237,38 @@ def test_scales_are_searched_in_the_one_training(command, tmp_path, recipe, opti
     searching = [record["train"]["searching"] for record in records(folder) if "train" in record]
     assert searching == sorted(searching, reverse=True)
     assert {*searching} == {0, 1}
+
+
+def test_fcos_is_evaluated_loaded_and_exported(command, tmp_path, capsys, in_one_line):
+    assert run("fcos", command("fcos", f"{NANO}-repvgg", epochs=1)) == 0
+    folder = tmp_path / f"{NANO}-repvgg"
+    latest = folder / "detect" / "latest.pth"
+    assert run("fcos", command("fcos", f"{NANO}-repvgg", "--eval", "--resume", latest, "--tag", "eval")) == 0
+    line = re.search(r"val: (.*)", (folder / "eval" / "eval_log_rank0.txt").read_text())[1]
+    assert line in (folder / "detect" / "log_rank0.txt").read_text()
+    assert export.main(["--resume", str(latest), "--out", str(tmp_path / "one"), "--formats", "onnx"]) == 0
+    options = ["--out", str(tmp_path / "any"), "--formats", "onnx", "--dynamic-size"]
+    assert export.main(["--resume", str(latest), *options]) == 0
+    networks = [OnnxNetwork(tmp_path / name / "fp32.onnx") for name in ("one", "any")]
+    assert [network.input_shape for network in networks] == [(3, 128, 128), (3, None, None)]
+    detector = repopt.load(latest).network
+    batch, _ = detector.transform([torch.rand(3, 96, 96)])
+    with torch.no_grad():
+        raw = detector.predictor(batch.tensors)
+    for network in networks:
+        for found, expected in zip(network(batch.tensors), raw.values(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    images = json.loads(networks[0].metadata["images"])
+    assert images["mean"] == pytest.approx(detector.transform.image_mean)
+    with pytest.raises(repopt.UserError, match=r"fp32.onnx': it gives the raw predictions of a detector"):
+        repopt.load(tmp_path / "one" / "fp32.onnx")
+    capsys.readouterr()
+    assert export.main(["--resume", str(latest), "--out", str(tmp_path / "no"), "--image-size", "100"]) == MISTAKE
+    in_one_line("export.py", "--image-size 100: the network takes multiples of 32", {})
+    assert run("detect", command("detect", PLAIN, epochs=1)) == 0
+    capsys.readouterr()
+    assert export.main(["--resume", str(tmp_path / PLAIN / "detect" / "latest.pth")]) == MISTAKE
+    in_one_line("export.py", "of detectors, those of DETECT.HEAD fcos are exported", {})
 
 
 def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, in_one_line):

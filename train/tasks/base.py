@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 import data
 from repopt.description import InOut, NetworkDescription
 from repopt.errors import UserError
+from repopt.images import Preprocessing
 from repopt.models import parse_arch
 from train import config
 from train.distributed import World
@@ -148,6 +149,18 @@ class Task(ABC):
             UserError: it has none.
         """
         raise UserError(f"a network of TASK {self.cfg.TASK} takes images of any size, and cannot be exported for one")
+
+    def exported(self, model: nn.Module, images: Preprocessing) -> tuple[nn.Module, Preprocessing]:
+        """Return what is exported of a deployed network, (N, C, H, W) -> its outputs, and how its images are made.
+
+        Args:
+            model: the network.
+            images: how those that it takes are made.
+
+        Raises:
+            UserError: it cannot be exported.
+        """
+        return model, images
 
     def network_input(self, images: Any) -> Any:
         """Return what the network sees at once of a batch of evaluation."""

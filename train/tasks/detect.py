@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Set
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,7 @@ from yacs.config import CfgNode
 import data
 from repopt import detection
 from repopt.errors import UserError
+from repopt.images import Preprocessing
 from train import config
 from train.evaluation import detection as evaluation
 from train.evaluation.base import Evaluate
@@ -28,6 +30,7 @@ class Detect(Task):
     """Faster, Mask or Cascade Mask R-CNN, or FCOS, on the backbone."""
 
     backbone_path = detection.BODY
+    multiple = 32
 
     @override
     @classmethod
@@ -84,6 +87,21 @@ class Detect(Task):
     @override
     def forward(self, model: nn.Module, images: Any, targets: Any) -> Any:
         return model(images, targets)
+
+    @override
+    def image_size(self) -> tuple[int, int]:
+        side = -(-self.cfg.DETECT.MAX_SIZE // self.multiple) * self.multiple
+        return side, side
+
+    @override
+    def exported(self, model: nn.Module, images: Preprocessing) -> tuple[nn.Module, Preprocessing]:
+        if not isinstance(model, detection.Fcos):
+            raise UserError(
+                f"of detectors, those of DETECT.HEAD {detection.FCOS} are exported: what DETECT.HEAD "
+                f"{self.cfg.DETECT.HEAD} computes depends on what it has found"
+            )
+        mean, std = (tuple(values) for values in (model.transform.image_mean, model.transform.image_std))
+        return model.predictor, replace(images, mean=mean, std=std)
 
     @cached_property
     @override
