@@ -28,6 +28,7 @@ from benchmarks.arguments import positive
 from train.command import run_command
 from train.keys import KEYS
 
+MULTIPLE = 32  # by which our networks divide the size of an image
 # What follows "fp32" or "int8" in the names of files.
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "pt2": ".pt2", "compiled": "-compiled.pt2"}
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dynamic-size",
         action="store_true",
-        help="onnx, pt2 and compiled take images of any size (of multiples of 32 where the network needs them)",
+        help=f"onnx, pt2 and compiled take images whose sides are any multiples of {MULTIPLE} from {2 * MULTIPLE} on",
     )
     arguments = parser.parse_args(argv)
     return run_command("export.py", lambda: export_all(arguments))
@@ -85,14 +86,15 @@ def export_all(arguments: argparse.Namespace) -> None:
         raise UserError("--dynamic-size: a quantized network takes the size that it was quantized for")
     print(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
     network, trained_for = (source.int8_network(), source.in_out) if source.quantized else source.exported()
-    images = torch.randn(8, source.input_shape[0], *size)
+    sides = [max(2, -(-side // MULTIPLE)) * MULTIPLE for side in size] if arguments.dynamic_size else size
+    images = torch.randn(8, source.input_shape[0], *sides)
     writers = {"onnx": export.write_onnx, "pt2": export.write_program, "compiled": export.write_compiled}
     metadata = trained_for._replace(images=trained_for.images.resized(size)).as_metadata()
     for name, path in paths.items():
         if name == "safetensors":
             export.write_safetensors(network, path, metadata)
         else:
-            writers[name](network, images, path, metadata, source.multiple if arguments.dynamic_size else None)
+            writers[name](network, images, path, metadata, MULTIPLE if arguments.dynamic_size else None)
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 

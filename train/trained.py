@@ -145,7 +145,8 @@ class LoadedCheckpoint(NamedTuple):
         return count_classes(self.arch.model, weights, self._build)
 
     def _build(self, num_classes: int) -> nn.Module:
-        return self._task(self._settings(("TASK", *OF_NETWORK), {"MODEL.NUM_CLASSES": num_classes})).network()
+        keys = ("TASK", *OF_NETWORK, *OF_IMAGES)  # a detector normalises its images itself
+        return self._task(self._settings(keys, {"MODEL.NUM_CLASSES": num_classes})).network()
 
     def _task(self, cfg: CfgNode) -> tasks.Task:
         return tasks.create(cfg, World(0, 1, torch.device("cpu")))

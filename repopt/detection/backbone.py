@@ -40,7 +40,7 @@ class PyramidBackbone(nn.Module):
         out_channels: channels of every map.
 
     Raises:
-        UserError: a body whose features are none for a pyramid, an unknown neck, or one that the body's mode lacks.
+        UserError: a body whose features are none for a pyramid, or an unknown neck.
     """
 
     levels: ClassVar[tuple[str, ...]] = LEVELS

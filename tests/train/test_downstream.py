@@ -240,10 +240,11 @@ def test_scales_are_searched_in_the_one_training(command, tmp_path, recipe, opti
 
 
 def test_fcos_is_evaluated_loaded_and_exported(command, tmp_path, capsys, in_one_line):
-    assert run("fcos", command("fcos", f"{NANO}-repvgg", epochs=1)) == 0
-    folder = tmp_path / f"{NANO}-repvgg"
+    arch, options = f"{NANO}-repvgg", ["DATA.MEAN", "(0.1, 0.2, 0.3)"]
+    assert run("fcos", command("fcos", arch, epochs=1, options=options)) == 0
+    folder = tmp_path / arch
     latest = folder / "detect" / "latest.pth"
-    assert run("fcos", command("fcos", f"{NANO}-repvgg", "--eval", "--resume", latest, "--tag", "eval")) == 0
+    assert run("fcos", command("fcos", arch, "--eval", "--resume", latest, "--tag", "eval")) == 0
     line = re.search(r"val: (.*)", (folder / "eval" / "eval_log_rank0.txt").read_text())[1]
     assert line in (folder / "detect" / "log_rank0.txt").read_text()
     assert export.main(["--resume", str(latest), "--out", str(tmp_path / "one"), "--formats", "onnx"]) == 0
@@ -259,7 +260,8 @@ def test_fcos_is_evaluated_loaded_and_exported(command, tmp_path, capsys, in_one
         for found, expected in zip(network(batch.tensors), raw.values(), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     images = json.loads(networks[0].metadata["images"])
-    assert images["mean"] == pytest.approx(detector.transform.image_mean)
+    assert images["mean"] == list(detector.transform.image_mean) == [0.1, 0.2, 0.3]
+    assert images["std"] == list(detector.transform.image_std) != [1, 1, 1]
     with pytest.raises(repopt.UserError, match=r"fp32.onnx': it gives the raw predictions of a detector"):
         repopt.load(tmp_path / "one" / "fp32.onnx")
     capsys.readouterr()

@@ -142,13 +142,9 @@ class Task(ABC):
         """Call the network in training."""
         return model(images)
 
+    @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """Return height and width at which a network is exported.
-
-        Raises:
-            UserError: it has none.
-        """
-        raise UserError(f"a network of TASK {self.cfg.TASK} takes images of any size, and cannot be exported for one")
+        """Return height and width at which a network is exported."""
 
     def exported(self, model: nn.Module, images: Preprocessing) -> tuple[nn.Module, Preprocessing]:
         """Return what is exported of a deployed network, (N, C, H, W) -> its outputs, and how its images are made.

@@ -37,13 +37,12 @@ class Detect(Task):
     def finalize(cls, cfg: CfgNode, given: Set[str]) -> dict[str, Any]:
         if cfg.TRAIN.COMPILE not in ("auto", "off"):
             raise UserError(f"a detector's images differ in size, so TRAIN.COMPILE is off, not {cfg.TRAIN.COMPILE}")
-        of_head = {}
+        values = {"TRAIN.COMPILE": "off"}
         if cfg.DETECT.HEAD == detection.FCOS:
-            of_head["DETECT.NECK"] = "declared"
             if idle := sorted(given & {*OF_TWO_STAGES, "DETECT.NECK"}):
                 raise UserError(f"{idle[0]} is nothing to DETECT.HEAD {detection.FCOS}: leave it out")
-        classes = len(_images(cfg).class_names)
-        return {"TRAIN.COMPILE": "off"} | of_head | agreed(cfg, given, "MODEL.NUM_CLASSES", classes)
+            values["DETECT.NECK"] = "declared"
+        return values | agreed(cfg, given, "MODEL.NUM_CLASSES", len(_images(cfg).class_names))
 
     @override
     def arguments(self) -> dict[str, Any]:
