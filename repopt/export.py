@@ -32,23 +32,31 @@ except ImportError as error:
     raise UserError(f"exporting needs more (pip install 'repopt[deploy]'): {one_line(error)}") from None
 
 Metadata = Mapping[str, str]
+Outputs = Tensor | list[Tensor] | Mapping[str, Tensor]
 
 OPSET = 20
-INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"  # of several outputs, those of a dict have its keys as names
 # Between torch's and onnxruntime's outputs. Where a number is about halfway between two integers, float and integer
 # arithmetic round it to different ones.
 MAX_DIFFERENCE, MAX_DIFFERENCE_INT8 = 1e-3, 0.1
 
 
 @torch.no_grad()
-def write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: Metadata = MappingProxyType({})) -> float:
+def write_onnx(
+    model: nn.Module,
+    images: Tensor,
+    path: Path,
+    metadata: Metadata = MappingProxyType({}),
+    multiple: int | None = None,
+) -> float:
     """Write a network as ONNX for batches of up to `quantization.MAX_BATCH` images, and check it with onnxruntime.
 
     Args:
         model: a deployed network, or `Int8`, whose integers are QuantizeLinear and DequantizeLinear pairs.
-        images: (N, C, H, W), on which both are compared; height and width are fixed.
+        images: (N, C, H, W), on which both are compared.
         path: path of the file; there is none yet.
         metadata: what the file says of itself.
+        multiple: see `quantization.export_program`: by default height and width are fixed.
 
     Returns:
         The difference of the outputs: root of the mean square, relative to that of torch's.
@@ -57,7 +65,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: Metadata 
         UserError: the file exists, an operation cannot be exported, or onnxruntime computes something else.
     """
     with new_file(path) as temporary:
-        exported = export_program(model, images)
+        exported = export_program(model, images, multiple)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch, about itself
@@ -89,6 +97,9 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: Metadata 
 
 
 def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
+    outputs = exported.call_spec.out_spec
+    if outputs is not None and outputs.type is dict:
+        return list(outputs.context)
     count = len(exported.graph_signature.user_outputs)
     return [OUTPUT] if count == 1 else [f"features_{number}" for number in range(count)]
 
@@ -129,6 +140,7 @@ class OnnxNetwork(nn.Module):
 
     Attributes:
         input_shape: channels, height and width of an image; None where any will do.
+        output_names: names of what it gives.
         metadata: what the file says of itself.
 
     Raises:
@@ -141,6 +153,7 @@ class OnnxNetwork(nn.Module):
         self.training = False
         inputs = self._session.get_inputs()[0]
         self.input_shape = tuple(size if isinstance(size, int) else None for size in inputs.shape[1:])
+        self.output_names = tuple(output.name for output in self._session.get_outputs())
         self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     @torch.no_grad()
@@ -170,7 +183,13 @@ def write_safetensors(model: nn.Module, path: Path, metadata: Metadata = Mapping
         temporary.write_bytes(as_safetensors(weights, dict(metadata)))
 
 
-def write_program(model: nn.Module, images: Tensor, path: Path, metadata: Metadata = MappingProxyType({})) -> None:
+def write_program(
+    model: nn.Module,
+    images: Tensor,
+    path: Path,
+    metadata: Metadata = MappingProxyType({}),
+    multiple: int | None = None,
+) -> None:
     """Write a network as a torch.export program (``.pt2``), which `torch.export.load` reads.
 
     It takes batches of up to `quantization.MAX_BATCH` images. The metadata are extra files.
@@ -179,10 +198,16 @@ def write_program(model: nn.Module, images: Tensor, path: Path, metadata: Metada
         UserError: the file exists; an operation cannot be exported.
     """
     with new_file(path) as temporary:
-        torch.export.save(export_program(model, images), temporary, extra_files=dict(metadata))
+        torch.export.save(export_program(model, images, multiple), temporary, extra_files=dict(metadata))
 
 
-def write_compiled(model: nn.Module, images: Tensor, path: Path, metadata: Metadata = MappingProxyType({})) -> None:
+def write_compiled(
+    model: nn.Module,
+    images: Tensor,
+    path: Path,
+    metadata: Metadata = MappingProxyType({}),
+    multiple: int | None = None,
+) -> None:
     """Compile a network ahead of time for this machine's kind (AOTInductor, ``.pt2``).
 
     C++ runs it without Python; in Python `torch._inductor.aoti_load_package` loads it.
@@ -190,7 +215,7 @@ def write_compiled(model: nn.Module, images: Tensor, path: Path, metadata: Metad
     Raises:
         UserError: the file exists; it cannot be exported or compiled.
     """
-    program = export_program(model, images)
+    program = export_program(model, images, multiple)
     settings = {"freezing": True, "aot_inductor.metadata": dict(metadata)}
     with new_file(path) as temporary, torch._inductor.config.patch(settings):
         try:
@@ -199,8 +224,9 @@ def write_compiled(model: nn.Module, images: Tensor, path: Path, metadata: Metad
             raise UserError(f"{type(model).__name__} cannot be compiled: {_cause(error)}") from error
 
 
-def relative_difference(outputs: Tensor | list[Tensor], reference: Tensor | list[Tensor]) -> float:
+def relative_difference(outputs: Outputs, reference: Outputs) -> float:
     """Return the root of the mean square of the difference, relative to the reference's; of several, the largest."""
+    outputs, reference = (list(x.values()) if isinstance(x, Mapping) else x for x in (outputs, reference))
     if isinstance(outputs, list) or isinstance(reference, list):
         return max(map(relative_difference, outputs, reference))
     return ((outputs - reference).square().mean() / reference.square().mean()).sqrt().item()

@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from repopt import checkpoint
-from repopt.description import CLASSIFY, InOut, NetworkDescription, names
+from repopt.description import CLASSIFY, DETECT, InOut, NetworkDescription, names
 from repopt.errors import UserError, one_line
 from repopt.images import Preprocessing
 from repopt.models import create_model, list_models, parse_arch
@@ -90,6 +90,10 @@ def _load_onnx(path: Path) -> Loaded:
     network = OnnxNetwork(path)
     with error_context(str(path)):
         task, classes, images = InOut.of_metadata(network.metadata)
+        if task == DETECT:
+            raise UserError(
+                "it gives the raw predictions of a detector, of which its checkpoint makes objects: load that"
+            )
     return Loaded(network, tuple(classes), images, task)
 
 

@@ -1,11 +1,12 @@
 """Write a trained or quantized network as files that other software runs.
 
     python scripts/export.py --resume FILE [--arch ARCH] [--out DIR] [--formats onnx safetensors pt2 compiled] \\
-        [--image-size HEIGHT WIDTH]
+        [--image-size HEIGHT WIDTH] [--dynamic-size]
 
 FILE is a checkpoint of main_repopt.py or of the published release (with --arch), or one of scripts/quantize.py
 (quantized.pth, or a checkpoint of its training), which gives an INT8 network. Branches and batch norms are folded. The
-files are fp32.onnx or int8.onnx and so on; none is written over.
+files are fp32.onnx or int8.onnx and so on; none is written over. Of a detector (DETECT.HEAD fcos) they give the raw
+predictions, which repopt.detection.Fcos.detections makes boxes of.
 
     onnx         for batches of any size, INT8 as QuantizeLinear and DequantizeLinear pairs (QDQ); onnxruntime's outputs
                  are compared with torch's before it is done
@@ -27,6 +28,7 @@ from benchmarks.arguments import positive
 from train.command import run_command
 from train.keys import KEYS
 
+MULTIPLE = 32  # by which our networks divide the size of an image
 # What follows "fp32" or "int8" in the names of files.
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "pt2": ".pt2", "compiled": "-compiled.pt2"}
 
@@ -47,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=positive,
         help="height and width, or one number for both (default: as FILE says, else 224)",
     )
+    parser.add_argument(
+        "--dynamic-size",
+        action="store_true",
+        help=f"onnx, pt2 and compiled take images whose sides are any multiples of {MULTIPLE} from {2 * MULTIPLE} on",
+    )
     arguments = parser.parse_args(argv)
     return run_command("export.py", lambda: export_all(arguments))
 
@@ -59,7 +66,6 @@ def export_all(arguments: argparse.Namespace) -> None:
     """
     import torch
 
-    import repopt
     from repopt import checkpoint, export
     from repopt.errors import UserError
     from train import trained
@@ -76,17 +82,19 @@ def export_all(arguments: argparse.Namespace) -> None:
     if source.quantized and size != source.image_size:
         took, takes = (" x ".join(map(str, sides)) for sides in (source.image_size, size))
         raise UserError(f"--image-size: the network was quantized for {took}, not for {takes}")
+    if source.quantized and arguments.dynamic_size:
+        raise UserError("--dynamic-size: a quantized network takes the size that it was quantized for")
     print(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
-    network = source.int8_network() if source.quantized else repopt.deploy(source.network())
-    images = torch.randn(8, source.input_shape[0], *size)
+    network, trained_for = (source.int8_network(), source.in_out) if source.quantized else source.exported()
+    sides = [max(2, -(-side // MULTIPLE)) * MULTIPLE for side in size] if arguments.dynamic_size else size
+    images = torch.randn(8, source.input_shape[0], *sides)
     writers = {"onnx": export.write_onnx, "pt2": export.write_program, "compiled": export.write_compiled}
-    trained_for = source.in_out
     metadata = trained_for._replace(images=trained_for.images.resized(size)).as_metadata()
     for name, path in paths.items():
         if name == "safetensors":
             export.write_safetensors(network, path, metadata)
         else:
-            writers[name](network, images, path, metadata)
+            writers[name](network, images, path, metadata, MULTIPLE if arguments.dynamic_size else None)
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 

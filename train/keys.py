@@ -314,7 +314,10 @@ KEYS: dict[str, Key] = {
         tasks=(SEGMENT,),
     ),
     "DETECT.HEAD": _model(
-        "mask", "Faster, Mask or Cascade Mask R-CNN.", choices=("faster", "mask", "cascade"), tasks=(DETECT,)
+        "mask",
+        "Faster, Mask or Cascade Mask R-CNN, or FCOS, which has one stage and a declared neck.",
+        choices=("faster", "mask", "cascade", "fcos"),
+        tasks=(DETECT,),
     ),
     "DETECT.NECK": _model(
         "plain",

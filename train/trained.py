@@ -82,6 +82,16 @@ class LoadedCheckpoint(NamedTuple):
         quantization.load(observed, checkpoint.state_dict_of(self.content))
         return quantization.convert(observed)
 
+    def exported(self) -> tuple[nn.Module, InOut]:
+        """Return what is exported of the trained network, deployed, and what that takes and gives.
+
+        Raises:
+            UserError: see `network` and `Task.exported`.
+        """
+        task = self._task(self._settings(("TASK", *OF_NETWORK), {}))
+        network, images = task.exported(repopt.deploy(self.network()), self.in_out.images)
+        return network, self.in_out._replace(images=images)
+
     @property
     def in_out(self) -> InOut:
         """Return what the network takes and gives, as its training evaluated it.
@@ -104,14 +114,15 @@ class LoadedCheckpoint(NamedTuple):
         """Return height and width of what the network saw in evaluation; the default where nothing says it.
 
         Raises:
-            UserError: the content says something else; or a detector, which has no such size.
+            UserError: the content says something else.
         """
         if "image_size" in self.content:  # of a quantized one
             size = self.content["image_size"]
             if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
                 raise UserError(f"{self.path!r} holds the image_size {shown(size)}, not a height and a width")
             return size[0], size[1]
-        cfg = self.settings("TASK", "DATA.IMG_SIZE", "DATA.TEST_SIZE", "SEGMENT.CROP", "SEGMENT.WINDOW")
+        of_tasks = ("DATA.IMG_SIZE", "DATA.TEST_SIZE", "SEGMENT.CROP", "SEGMENT.WINDOW", "DETECT.MAX_SIZE")
+        cfg = self.settings("TASK", *of_tasks)
         return self._task(cfg).image_size()
 
     @property
@@ -134,7 +145,8 @@ class LoadedCheckpoint(NamedTuple):
         return count_classes(self.arch.model, weights, self._build)
 
     def _build(self, num_classes: int) -> nn.Module:
-        return self._task(self._settings(("TASK", *OF_NETWORK), {"MODEL.NUM_CLASSES": num_classes})).network()
+        keys = ("TASK", *OF_NETWORK, *OF_IMAGES)  # a detector normalises its images itself
+        return self._task(self._settings(keys, {"MODEL.NUM_CLASSES": num_classes})).network()
 
     def _task(self, cfg: CfgNode) -> tasks.Task:
         return tasks.create(cfg, World(0, 1, torch.device("cpu")))

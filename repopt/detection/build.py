@@ -18,10 +18,11 @@ from torchvision.ops.poolers import LevelMapper
 
 from repopt.detection.backbone import LEVELS, PyramidBackbone
 from repopt.detection.cascade import STAGES, CascadeHeads, Stage
+from repopt.detection.fcos import Fcos
 from repopt.detection.parts import Anchors, BoxPredictor, ClassAgnosticPredictor, MaskPredictor, RPNHead
 from repopt.errors import unknown
 
-FASTER, MASK, CASCADE = HEADS = ("faster", "mask", "cascade")
+FASTER, MASK, CASCADE, FCOS = HEADS = ("faster", "mask", "cascade", "fcos")
 WITH_MASKS = (MASK, CASCADE)
 BODY = "backbone.body"  # where the backbone stands in a detector
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -56,19 +57,19 @@ def create_detector(
     mean: Sequence[float],
     std: Sequence[float],
     **backbone: Any,
-) -> Detector:
+) -> Detector | Fcos:
     """Create a detector with default initialization.
 
     Args:
         name, mode: see `PyramidBackbone`.
         num_classes: classes of objects; the background is none.
-        head: Faster R-CNN ("faster"), Mask R-CNN ("mask") or Cascade Mask R-CNN ("cascade").
-        channels: channels of the feature pyramid and of the mask heads.
-        hidden: channels of the box heads' layers.
-        rois: boxes of an image that a head is trained on, a quarter of them of objects.
+        head: Faster R-CNN ("faster"), Mask R-CNN ("mask"), Cascade Mask R-CNN ("cascade") or `Fcos` ("fcos").
+        channels: channels of the feature pyramid, and of the mask heads or the heads of FCOS.
+        hidden: channels of the box heads' layers; nothing to FCOS.
+        rois: boxes of an image that a head is trained on, a quarter of them of objects; nothing to FCOS.
         sizes: lengths of an image's shorter side, one drawn for every training image; the last in evaluation.
         max_size: largest length of the longer side.
-        anchor_scale: side of a level's anchors, in its pixels.
+        anchor_scale: side of a level's anchors, in its pixels; nothing to FCOS.
         mean, std: mean and standard deviation by which the channels of images are normalised.
         backbone: the other arguments of `PyramidBackbone`: ``neck``, ``strides``, ``initial_scales``,
             ``use_checkpoint``, ``freeze_batch_norm``.
@@ -78,6 +79,9 @@ def create_detector(
     """
     if head not in HEADS:
         raise unknown("detection head", head, HEADS)
+    if head == FCOS:
+        images: dict[str, Any] = {"sizes": sizes, "max_size": max_size, "mean": mean, "std": std}
+        return Fcos(name, mode=mode, num_classes=num_classes, channels=channels, **images, **backbone)
     pyramid = PyramidBackbone(name, mode=mode, channels=channels, **backbone)
     reductions, classes = pyramid.reductions, num_classes + 1
     box_pool, mask_pool = _pool(7, reductions), _pool(14, reductions)

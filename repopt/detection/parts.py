@@ -16,7 +16,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from typing_extensions import override
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Return the values in float32, or in their own type where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -35,7 +36,7 @@ class RPNHead(rpn.RPNHead):
     @override
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
-        return list(map(_wide, logits)), list(map(_wide, deltas))
+        return list(map(wide, logits)), list(map(wide, deltas))
 
 
 class BoxPredictor(FastRCNNPredictor):
@@ -44,7 +45,7 @@ class BoxPredictor(FastRCNNPredictor):
     @override
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits, deltas = super().forward(x)
-        return _wide(logits), _wide(deltas)
+        return wide(logits), wide(deltas)
 
 
 class ClassAgnosticPredictor(BoxPredictor):
@@ -65,4 +66,4 @@ class MaskPredictor(MaskRCNNPredictor):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return _wide(super().forward(x))
+        return wide(super().forward(x))

@@ -23,6 +23,7 @@ from repopt.layers import ModuleWrapper
 from repopt.quantization import graph as graphs
 from repopt.quantization.presets import AVERAGED_BATCHES, FakeQuantizedActivation, find_preset
 
+MAX_SIDE = 8192  # pixels of an image, of an exported network that takes many sizes
 MAX_BATCH = 65_535  # images in a batch of an exported network: with more, a GPU computes batch norms in another way
 _METHODS = ("ptq", "qat")
 
@@ -227,14 +228,23 @@ def _layer_outputs(graph: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
     return outputs
 
 
-def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """Return a model's operations, for batches of up to `MAX_BATCH` images of the height and width of `images`.
+def export_program(model: nn.Module, images: Tensor, multiple: int | None = None) -> torch.export.ExportedProgram:
+    """Return a model's operations, for batches of up to `MAX_BATCH` images.
+
+    Args:
+        model: of which the operations are.
+        images: (N, C, H, W), of which height and width are.
+        multiple: of which height and width may be any multiples from the second on, up to `MAX_SIDE`; None = they are
+            those of `images`.
 
     Raises:
         UserError: there is an operation that cannot be exported.
     """
     pair = torch.cat([images[:1], images[:1]])  # torch.export takes a batch of one for a constant
+    shapes: dict[int, Any] = {0: Dim("batch", max=MAX_BATCH)}
+    if multiple is not None:
+        shapes |= {axis: multiple * Dim(name, max=MAX_SIDE // multiple) for axis, name in ((2, "rows"), (3, "columns"))}
     try:
-        return torch.export.export(model, (pair,), dynamic_shapes=({0: Dim("batch", max=MAX_BATCH)},))
+        return torch.export.export(model, (pair,), dynamic_shapes=(shapes,))
     except Exception as error:  # of many kinds, with the tracer's own words
         raise UserError(f"{type(model).__name__} cannot be exported: {one_line(error)}") from error

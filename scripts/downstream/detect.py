@@ -1,4 +1,4 @@
-"""Train and evaluate detection: Faster, Mask or Cascade Mask R-CNN with a feature pyramid on a backbone of ours.
+"""Train and evaluate detection: Faster, Mask or Cascade Mask R-CNN, or FCOS, on a backbone of ours.
 
     torchrun --nproc_per_node 8 scripts/downstream/detect.py --arch RepOpt-VGG-B1-target-norepopt --pretrained FILE \\
         --data-path COCO
@@ -6,8 +6,9 @@
     python scripts/downstream/detect.py --arch RepOpt-VGG-B1-target --data-path COCO --eval --resume FILE
 
 The backbone begins with a classifier's weights (--pretrained) or from scratch; DETECT.NECK declared makes the pyramid's
-3x3 convolutions blocks of RepOpt-VGG, whose scales an -hs run searches. The configuration, folder, logs and checkpoints
-are those of main_repopt.py; predictions.png shows what the network finds in some images.
+3x3 convolutions blocks of RepOpt-VGG, whose scales an -hs run searches; DETECT.HEAD fcos is made of such blocks. The
+configuration, folder, logs and checkpoints are those of main_repopt.py; predictions.png shows what the network finds in
+some images.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from train.keys import DETECT
 PROGRAM = program_of(
     DETECT,
     "detect.py",
-    "Train and evaluate detection (Faster, Mask or Cascade Mask R-CNN) on a backbone of ours.",
+    "Train and evaluate detection (Faster, Mask or Cascade Mask R-CNN, or FCOS) on a backbone of ours.",
     "coco/detect.yaml",
 )
 

@@ -23,6 +23,7 @@ import main_repopt
 import repopt
 from data import cityscapes, scenes
 from repopt import checkpoint, segmentation
+from repopt.export import OnnxNetwork
 from train import build, config, tasks, trained
 from train.command import EXIT_USAGE_ERROR as MISTAKE
 from train.distributed import World
@@ -36,7 +37,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NANO = "RepOpt-VGG-nano"
 HS, TARGET, PLAIN = f"{NANO}-hs", f"{NANO}-target", f"{NANO}-target-norepopt"
 PROGRAMS = {"segment": segment, "detect": detect}
+RECIPES = {**PROGRAMS, "fcos": detect}
 SMALL = {
+    "fcos": ["MODEL.CHANNELS", "8"],
     "segment": ["MODEL.CHANNELS", "8", "SEGMENT.CROP", "(64, 64)"],
     "detect": ["MODEL.CHANNELS", "8", "DETECT.HIDDEN", "16", "DETECT.ROIS", "8"],
 }
@@ -77,26 +80,26 @@ def classifiers(tmp_path_factory):
 
 @pytest.fixture
 def command(few_scenes, tmp_path):
-    """Makes the command line of a task."""
+    """Makes the command line of a recipe."""
 
-    def make(task, arch, *arguments, epochs=2, options=()):
+    def make(recipe, arch, *arguments, epochs=2, options=()):
         return [
-            *("--cfg", str(ROOT / "configs" / "scenes" / f"{task}.yaml"), "--arch", arch, "--output", str(tmp_path)),
+            *("--cfg", str(ROOT / "configs" / "scenes" / f"{recipe}.yaml"), "--arch", arch, "--output", str(tmp_path)),
             *("--data-path", str(few_scenes), *map(str, arguments)),
-            *("--opts", *SMALL[task], "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.64", *map(str, options)),
+            *("--opts", *SMALL[recipe], "TRAIN.EPOCHS", str(epochs), "TRAIN.BASE_LR", "0.64", *map(str, options)),
         ]
 
     return make
 
 
-def run(task, argv):
+def run(recipe, argv):
     """Exit code of a command line, in this process."""
-    return PROGRAMS[task].main(argv)
+    return RECIPES[recipe].main(argv)
 
 
-def process(task, argv, *launcher):
+def process(recipe, argv, *launcher):
     """A command line in a process of its own."""
-    script = str(ROOT / "scripts" / "downstream" / f"{task}.py")
+    script = RECIPES[recipe].__file__
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *launcher, script, *argv],
@@ -121,14 +124,15 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("task", PROGRAMS)
-def test_a_training_that_is_killed_goes_on_to_the_same_weights(task, command, classifiers, tmp_path):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_training_that_is_killed_goes_on_to_the_same_weights(recipe, command, classifiers, tmp_path):
     classifier = shutil.copy(classifiers[TARGET], tmp_path / "classifier.pth")
     arguments = ["--backbone", classifier]
-    assert run(task, command(task, TARGET, *arguments, "--tag", "whole")) == 0
+    options = ["TRAIN.SEARCH_EPOCHS", 1] if recipe == "fcos" else []  # a classifier's scales are not all of its
+    assert run(recipe, command(recipe, TARGET, *arguments, "--tag", "whole", options=options)) == 0
     whole, part = tmp_path / TARGET / "whole", tmp_path / TARGET / "part"
-    argv = command(task, TARGET, *arguments, "--tag", "part", options=["SAVE_EVERY_STEPS", 1])
-    killed = process(task, argv)
+    argv = command(recipe, TARGET, *arguments, "--tag", "part", options=["SAVE_EVERY_STEPS", 1, *options])
+    killed = process(recipe, argv)
     deadline = time.monotonic() + 120
     while not (part / "latest_1.pth").is_file() and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -136,7 +140,7 @@ def test_a_training_that_is_killed_goes_on_to_the_same_weights(task, command, cl
     assert killed.wait() == -signal.SIGKILL, killed.stdout.read()
     assert 0 < checkpoint.read(part / "latest.pth")["epoch"] + 2 <= 2  # within the training
     Path(classifier).unlink()  # what goes on needs no other file
-    assert run(task, argv) == 0
+    assert run(recipe, argv) == 0
     assert "goes on" in (part / "log_rank0.txt").read_text()
     assert same(weights(whole), weights(part))
     assert [r["val"] for r in records(whole) if "val" in r] == [r["val"] for r in records(part) if "val" in r]
@@ -195,15 +199,19 @@ def test_a_backbone_begins_with_weights_that_come_without_more(command, classifi
     assert f"backbone: 168 tensors of {released}; left out" in log
 
 
-def test_scales_are_searched_in_a_detector_and_train_its_plain_form(command, tmp_path, capsys):
-    declared = ["DETECT.NECK", "declared"]
-    assert run("detect", command("detect", HS, "--tag", "search", epochs=1, options=declared)) == 0
+FCOS_PARTS = {"body", "fpn", "halving", "merged", "1", "2", "3"}
+DECLARED = [("detect", ["DETECT.NECK", "declared"], {"body", "fpn"}), ("fcos", [], FCOS_PARTS)]
+
+
+@pytest.mark.parametrize(("recipe", "options", "parts"), DECLARED)
+def test_scales_are_searched_in_a_detector_and_train_its_plain_form(recipe, options, parts, command, tmp_path, capsys):
+    assert run(recipe, command(recipe, HS, "--tag", "search", epochs=1, options=options)) == 0
     scales = tmp_path / HS / "search" / "scales.pth"
     names = repopt.load_scales(scales).keys()
-    assert {name.split(".")[1] for name in names} == {"body", "fpn"}
+    assert {name.split(".")[1] for name in names} == parts
     assert inspect_scales.main([str(scales), "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "scales.png")
-    assert run("detect", command("detect", TARGET, "--scales-path", scales, epochs=1, options=declared)) == 0
+    assert run(recipe, command(recipe, TARGET, "--scales-path", scales, epochs=1, options=options)) == 0
     content = checkpoint.read(tmp_path / TARGET / "detect" / "latest.pth")
     assert content["scales"].keys() == names
 
@@ -218,17 +226,51 @@ def test_scales_are_searched_for_a_converted_backbone(task, command, tmp_path):
     assert same(content["scales"], repopt.load_scales(scales))
 
 
-@pytest.mark.parametrize(("task", "options"), [("detect", ["DETECT.NECK", "declared"]), ("segment", [])])
-def test_scales_are_searched_in_the_one_training(command, tmp_path, task, options):
+@pytest.mark.parametrize(("recipe", "options", "parts"), [*DECLARED, ("segment", [], {"model"})])
+def test_scales_are_searched_in_the_one_training(command, tmp_path, recipe, options, parts):
     options = [*options, "TRAIN.SEARCH_EPOCHS", 1, "PRINT_FREQ", 1]
-    assert run(task, command(task, TARGET, epochs=2, options=options)) == 0
-    folder = tmp_path / TARGET / task
+    assert run(recipe, command(recipe, TARGET, epochs=2, options=options)) == 0
+    folder = tmp_path / TARGET / ("segment" if recipe == "segment" else "detect")
     scales = repopt.load_scales(folder / "scales.pth")
-    assert task == "segment" or {name.split(".")[1] for name in scales} == {"body", "fpn"}
+    assert {name.split(".")[1] for name in scales} == parts
     assert checkpoint.read(folder / "latest.pth")["scales"].keys() == scales.keys()
     searching = [record["train"]["searching"] for record in records(folder) if "train" in record]
     assert searching == sorted(searching, reverse=True)
     assert {*searching} == {0, 1}
+
+
+def test_fcos_is_evaluated_loaded_and_exported(command, tmp_path, capsys, in_one_line):
+    arch, options = f"{NANO}-repvgg", ["DATA.MEAN", "(0.1, 0.2, 0.3)"]
+    assert run("fcos", command("fcos", arch, epochs=1, options=options)) == 0
+    folder = tmp_path / arch
+    latest = folder / "detect" / "latest.pth"
+    assert run("fcos", command("fcos", arch, "--eval", "--resume", latest, "--tag", "eval")) == 0
+    line = re.search(r"val: (.*)", (folder / "eval" / "eval_log_rank0.txt").read_text())[1]
+    assert line in (folder / "detect" / "log_rank0.txt").read_text()
+    assert export.main(["--resume", str(latest), "--out", str(tmp_path / "one"), "--formats", "onnx"]) == 0
+    options = ["--out", str(tmp_path / "any"), "--formats", "onnx", "--dynamic-size"]
+    assert export.main(["--resume", str(latest), *options]) == 0
+    networks = [OnnxNetwork(tmp_path / name / "fp32.onnx") for name in ("one", "any")]
+    assert [network.input_shape for network in networks] == [(3, 128, 128), (3, None, None)]
+    detector = repopt.load(latest).network
+    batch, _ = detector.transform([torch.rand(3, 96, 96)])
+    with torch.no_grad():
+        raw = detector.predictor(batch.tensors)
+    for network in networks:
+        for found, expected in zip(network(batch.tensors), raw.values(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    images = json.loads(networks[0].metadata["images"])
+    assert images["mean"] == list(detector.transform.image_mean) == [0.1, 0.2, 0.3]
+    assert images["std"] == list(detector.transform.image_std) != [1, 1, 1]
+    with pytest.raises(repopt.UserError, match=r"fp32.onnx': it gives the raw predictions of a detector"):
+        repopt.load(tmp_path / "one" / "fp32.onnx")
+    capsys.readouterr()
+    assert export.main(["--resume", str(latest), "--out", str(tmp_path / "no"), "--image-size", "100"]) == MISTAKE
+    in_one_line("export.py", "--image-size 100: the network takes multiples of 32", {})
+    assert run("detect", command("detect", PLAIN, epochs=1)) == 0
+    capsys.readouterr()
+    assert export.main(["--resume", str(tmp_path / PLAIN / "detect" / "latest.pth")]) == MISTAKE
+    in_one_line("export.py", "of detectors, those of DETECT.HEAD fcos are exported", {})
 
 
 def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, in_one_line):
@@ -408,6 +450,8 @@ def test_windows_and_whole_images(command, tmp_path):
             ["DETECT.NECK", "declared"],
             "the scales do not fit the model: block",
         ),
+        ("fcos", PLAIN, [], ["DETECT.ROIS", "8"], "DETECT.ROIS is nothing to DETECT.HEAD fcos: leave it out"),
+        ("fcos", PLAIN, [], ["DETECT.NECK", "plain"], "DETECT.NECK is nothing to DETECT.HEAD fcos: leave it out"),
     ],
 )
 def test_mistakes_are_one_line(task, arch, arguments, options, message, command, classifiers, tmp_path, in_one_line):
@@ -417,7 +461,7 @@ def test_mistakes_are_one_line(task, arch, arguments, options, message, command,
     places |= {"hs": classifiers[HS], "target": classifiers[TARGET]}
     arguments = [argument.format(**places) for argument in arguments]
     assert run(task, command(task, arch, *arguments, options=options)) == MISTAKE
-    in_one_line(f"{task}.py", message, places)
+    in_one_line(Path(RECIPES[task].__file__).name, message, places)
 
 
 def test_what_is_not_for_a_program(command, classifiers, capsys, tmp_path, in_one_line):

@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 import data
 from repopt.description import InOut, NetworkDescription
 from repopt.errors import UserError
+from repopt.images import Preprocessing
 from repopt.models import parse_arch
 from train import config
 from train.distributed import World
@@ -141,13 +142,21 @@ class Task(ABC):
         """Call the network in training."""
         return model(images)
 
+    @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """Return height and width at which a network is exported.
+        """Return height and width at which a network is exported."""
+
+    def exported(self, model: nn.Module, images: Preprocessing) -> tuple[nn.Module, Preprocessing]:
+        """Return what is exported of a deployed network, (N, C, H, W) -> its outputs, and how its images are made.
+
+        Args:
+            model: the network.
+            images: how those that it takes are made.
 
         Raises:
-            UserError: it has none.
+            UserError: it cannot be exported.
         """
-        raise UserError(f"a network of TASK {self.cfg.TASK} takes images of any size, and cannot be exported for one")
+        return model, images
 
     def network_input(self, images: Any) -> Any:
         """Return what the network sees at once of a batch of evaluation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Set
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,37 +16,45 @@ from yacs.config import CfgNode
 import data
 from repopt import detection
 from repopt.errors import UserError
+from repopt.images import Preprocessing
+from train import config
 from train.evaluation import detection as evaluation
 from train.evaluation.base import Evaluate
 from train.tasks.base import Task, agreed, source_of
 
+# Keys of which FCOS is not made, and the arguments that they are.
+OF_TWO_STAGES = {"DETECT.HIDDEN": "hidden", "DETECT.ROIS": "rois", "DETECT.ANCHOR_SCALE": "anchor_scale"}
+
 
 class Detect(Task):
-    """Faster, Mask or Cascade Mask R-CNN on the backbone."""
+    """Faster, Mask or Cascade Mask R-CNN, or FCOS, on the backbone."""
 
     backbone_path = detection.BODY
+    multiple = 32
 
     @override
     @classmethod
     def finalize(cls, cfg: CfgNode, given: Set[str]) -> dict[str, Any]:
         if cfg.TRAIN.COMPILE not in ("auto", "off"):
             raise UserError(f"a detector's images differ in size, so TRAIN.COMPILE is off, not {cfg.TRAIN.COMPILE}")
-        classes = len(_images(cfg).class_names)
-        return {"TRAIN.COMPILE": "off"} | agreed(cfg, given, "MODEL.NUM_CLASSES", classes)
+        values = {"TRAIN.COMPILE": "off"}
+        if cfg.DETECT.HEAD == detection.FCOS:
+            if idle := sorted(given & {*OF_TWO_STAGES, "DETECT.NECK"}):
+                raise UserError(f"{idle[0]} is nothing to DETECT.HEAD {detection.FCOS}: leave it out")
+            values["DETECT.NECK"] = "declared"
+        return values | agreed(cfg, given, "MODEL.NUM_CLASSES", len(_images(cfg).class_names))
 
     @override
     def arguments(self) -> dict[str, Any]:
         cfg, spec = self.cfg, _images(self.cfg).spec
-        return {
+        own = {} if cfg.DETECT.HEAD == detection.FCOS else OF_TWO_STAGES
+        return {name: config.lookup(cfg, key) for key, name in own.items()} | {
             "num_classes": cfg.MODEL.NUM_CLASSES,
             "head": cfg.DETECT.HEAD,
             "neck": cfg.DETECT.NECK,
             "channels": cfg.MODEL.CHANNELS,
-            "hidden": cfg.DETECT.HIDDEN,
-            "rois": cfg.DETECT.ROIS,
             "sizes": cfg.DETECT.SIZES,
             "max_size": cfg.DETECT.MAX_SIZE,
-            "anchor_scale": cfg.DETECT.ANCHOR_SCALE,
             "freeze_batch_norm": cfg.MODEL.FREEZE_BN,
             "mean": spec.mean,
             "std": spec.std,
@@ -72,6 +81,21 @@ class Detect(Task):
     @override
     def forward(self, model: nn.Module, images: Any, targets: Any) -> Any:
         return model(images, targets)
+
+    @override
+    def image_size(self) -> tuple[int, int]:
+        side = -(-self.cfg.DETECT.MAX_SIZE // self.multiple) * self.multiple
+        return side, side
+
+    @override
+    def exported(self, model: nn.Module, images: Preprocessing) -> tuple[nn.Module, Preprocessing]:
+        if not isinstance(model, detection.Fcos):
+            raise UserError(
+                f"of detectors, those of DETECT.HEAD {detection.FCOS} are exported: what DETECT.HEAD "
+                f"{self.cfg.DETECT.HEAD} computes depends on what it has found"
+            )
+        mean, std = (tuple(values) for values in (model.transform.image_mean, model.transform.image_std))
+        return model.predictor, replace(images, mean=mean, std=std)
 
     @cached_property
     @override
