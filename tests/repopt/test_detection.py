@@ -639,7 +639,11 @@ def test_a_detector_is_evaluated():
     [
         ("RepOpt-VGG-nano", {"head": "retina"}, r"unknown detection head 'retina'.*allowed: cascade, faster, mask"),
         ("RepOpt-VGG-nano", {"neck": "plan"}, r"unknown neck 'plan'; did you mean 'plain'.*declared, plain"),
-        ("RepOpt-VGG-nano", {"mode": "plain"}, r"unknown mode of RepOpt-VGG-nano 'plain'.*allowed: csla, hs, qarepvgg, repvgg"),
+        (
+            "RepOpt-VGG-nano",
+            {"mode": "plain"},
+            r"unknown mode of RepOpt-VGG-nano 'plain'.*allowed: csla, hs, qarepvgg, repvgg",
+        ),
         ("RepOpt-VGG-nan", {}, "unknown model .*did you mean 'RepOpt-VGG-nano'"),
         ("RepOpt-VGG-nano", {"strides": (2, 2, 1, 2, 2)}, "those of RepOpt-VGG-nano are 4, 4, 8, 16"),
         ("RepOpt-VGG-nano", {"strides": (2, 2)}, "strides of the five downsampling layers"),
