@@ -265,8 +265,10 @@ def _session(path: Path, *, threads: int, optimized: Path | None = None) -> onnx
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
-    # Without VNNI, CPUs add products of 8 bits in 16 bits, which overflow: then it takes a slower way, and no other.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    # Without VNNI, CPUs add products of 8 bits in 16 bits, which overflow: then it is to take a slower way. It is not
+    # asked to with VNNI, since on some of those CPUs it would, too.
+    if not torch.cpu._is_vnni_supported():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized:
         options.optimized_model_filepath = str(optimized)
     try:

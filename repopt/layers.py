@@ -164,7 +164,7 @@ def fuse_branches(block: Block, modules: BranchModules) -> FusedBranches:
 
 
 class Baseline(Deployable):
-    """The block that a declared one is compared with: a batch norm ends every branch, all are folded after training.
+    """The block that a declared one is compared with: batch norms are in its branches, all are folded after training.
 
     Attributes:
         block: the declaration whose branches it has.
@@ -176,6 +176,10 @@ class Baseline(Deployable):
     def branches(self) -> BranchModules:
         """Return the branches' convolutions and batch norms."""
 
+    def sum_norm(self) -> nn.BatchNorm2d | None:
+        """Return the batch norm after the sum of the branches, where there is one."""
+        return None
+
     @abstractmethod
     def as_target(self) -> tuple[RepConv2d, nn.BatchNorm2d]:
         """Return the declared block in target mode, and its batch norm, both fresh, with all else that this one has."""
@@ -183,7 +187,11 @@ class Baseline(Deployable):
     def merged(self, stride: int = 1) -> nn.Conv2d:
         """Return the convolution with a bias that the block is in eval mode, up to its non-linearity."""
         kernels, scales, bias = fuse_branches(self.block, self.branches())
-        return conv2d_of(self.block.merge(kernels, scales), bias, stride, self.block.target.groups)
+        kernel = self.block.merge(kernels, scales)
+        if (norm := self.sum_norm()) is not None:
+            scale, shift = batch_norm_as_affine(norm)
+            kernel, bias = kernel * scale.view(-1, 1, 1, 1), scale * bias + shift
+        return conv2d_of(kernel, bias, stride, self.block.target.groups)
 
 
 class ModuleWrapper(nn.Module):

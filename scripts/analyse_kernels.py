@@ -3,11 +3,12 @@
     python scripts/analyse_kernels.py FILE [FILE ...] [--arch ARCH [ARCH ...]] [--layer NAME] [--out DIR]
 
 FILE is a trained checkpoint, or bare weights (with --arch), of a plain network (-target, -target-norepopt) or of the
-baseline (-repvgg, -rep); several are compared. Every kernel is measured in the forms that it takes on its way to
-inference:
+baseline (-repvgg, -qarepvgg, -rep); several are compared. Every kernel is measured in the forms that it takes on its
+way to inference:
 
     plain       raw; batch norm folded
-    baseline    before BN fusion (the branch of the kernel's own size); after BN fusion; after branch addition
+    baseline    before BN fusion (the branch of the kernel's own size); after BN fusion; after branch addition;
+                of -qarepvgg also: batch norm of the sum folded
 
     std, central, surrounding   standard deviation of all weights, of those at the kernel's centre, and of the others
                                 (table 11 of the paper)
@@ -138,10 +139,13 @@ def forms_of(model: nn.Module) -> Kernels:
             kernels, scales, _ = fuse_branches(module.block, module.branches())
             shape = module.block.target.shape
             branch = next(branch for branch in module.block.branches if kernels[branch.kernel].shape == shape)
-            assert branch.scale is not None  # a baseline's branches have batch norms
+            assert branch.scale is not None  # it has a batch norm
             kernel, scale = kernels[branch.kernel], scales[branch.scale]
             forms = {"before BN fusion": kernel, "after BN fusion": kernel * scale.view(-1, 1, 1, 1)}
             last = "after branch addition"
+            if module.sum_norm() is not None:
+                forms[last] = module.block.merge(kernels, scales)
+                last = "batch norm of the sum folded"
         elif isinstance(module, RepConv2d):
             forms, last = {"raw": module.kernel()}, "batch norm folded"
         else:

@@ -68,7 +68,7 @@ def register(
     Args:
         configs: the arguments that the network takes for a model, by the model's name ("RepOpt-VGG-B1").
         network: ``network(mode=..., num_classes=..., **config)`` creates one.
-        modes: every mode that the network has: those of `repopt.layers` and the family's own baseline.
+        modes: every mode that the network has: those of `repopt.layers` and the family's own baselines.
         aliases: other names of models.
     """
     family = Family(configs, network, modes, aliases or {})
@@ -230,8 +230,8 @@ def create_model(name: str, *, mode: str, num_classes: int = 1000, **overrides: 
 
     Args:
         name: one of `list_models`, or of a library ("timm/efficientnet_b2", "torchvision/vgg16_bn").
-        mode: "hs", "csla", "target", or the family's baseline ("repvgg"). A library's network is as the library makes
-            it in "plain", and has the other three if it has blocks of registered types (`repopt.convert_model`).
+        mode: "hs", "csla", "target", or a baseline of the family ("repvgg"). A library's network is as the library
+            makes it in "plain", and has the other three if it has blocks of registered types (`repopt.convert_model`).
         num_classes: outputs of the classifier.
         overrides: arguments of the network, such as ``use_checkpoint=True``.
 

@@ -1,4 +1,4 @@
-"""RepOpt-VGG (table 1 of the paper) and its baseline RepVGG (arXiv 2101.03697).
+"""RepOpt-VGG (table 1 of the paper) and its baselines RepVGG (arXiv 2101.03697) and QARepVGG (arXiv 2212.01593).
 
 Their stages are blocks of a 3x3 convolution that stands for a 3x3, a 1x1 and an identity. A block is
 (N, C, H, W) -> (N, O, H', W').
@@ -101,17 +101,35 @@ class VGGBlock(RepConv2d, Deployable):
         return PlainBlock(self.folded(self.bn), self.post_se)
 
 
+def _normed(x: Tensor, bn: nn.BatchNorm2d | None) -> Tensor:
+    return x if bn is None else bn(x)
+
+
 class RepVGGBlock(Baseline):
     """RepVGG's block: every branch has a batch norm of its own, folded into one kernel after training.
 
-    The arguments are those of `VGGBlock`; there are no scales, so `initial_scale` is of the declaration alone.
+    QARepVGG's has that of the 3x3 alone, and one after the sum of the branches.
+
+    Args:
+        in_channels, out_channels, stride, identity, se: those of `VGGBlock`.
+        initial_scale: of the declaration alone, since there are no scales.
+        sum_norm: whether it is QARepVGG's.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, stride: int, identity: bool, initial_scale: float, se: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        identity: bool,
+        initial_scale: float,
+        se: bool,
+        sum_norm: bool,
     ) -> None:
         super().__init__()
         self.block, self.stride = vgg_block(in_channels, out_channels, identity, initial_scale), stride
+        self.identity = identity
         self._target = functools.partial(
             VGGBlock,
             in_channels,
@@ -125,27 +143,33 @@ class RepVGGBlock(Baseline):
         self.conv_3x3 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn_3x3 = nn.BatchNorm2d(out_channels)
         self.conv_1x1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-        self.bn_1x1 = nn.BatchNorm2d(out_channels)
-        self.bn_identity = nn.BatchNorm2d(out_channels) if identity else None
+        self.bn_1x1 = None if sum_norm else nn.BatchNorm2d(out_channels)
+        self.bn_identity = nn.BatchNorm2d(out_channels) if identity and not sum_norm else None
+        self.bn = nn.BatchNorm2d(out_channels) if sum_norm else None
         self.relu = nn.ReLU(inplace=True)
         self.post_se = _post_se(out_channels, se)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn_3x3(self.conv_3x3(x)) + self.bn_1x1(self.conv_1x1(x))
-        if self.bn_identity is not None:
-            y = y + self.bn_identity(x)
-        return self.post_se(self.relu(y))
+        y = self.bn_3x3(self.conv_3x3(x)) + _normed(self.conv_1x1(x), self.bn_1x1)
+        if self.identity:
+            y = y + _normed(x, self.bn_identity)
+        return self.post_se(self.relu(_normed(y, self.bn)))
 
     @override
     def branches(self) -> BranchModules:
         convs = {"conv": (self.conv_3x3, self.bn_3x3), "conv_1x1": (self.conv_1x1, self.bn_1x1)}
-        return convs if self.bn_identity is None else {**convs, "scale_identity": (None, self.bn_identity)}
+        return {**convs, "scale_identity": (None, self.bn_identity)} if self.identity else convs
+
+    @override
+    def sum_norm(self) -> nn.BatchNorm2d | None:
+        return self.bn
 
     @override
     def as_target(self) -> tuple[VGGBlock, nn.BatchNorm2d]:
         block = self._target()
-        block.bn.eps, block.bn.momentum = self.bn_3x3.eps, self.bn_3x3.momentum
+        norm = self.bn or self.bn_3x3
+        block.bn.eps, block.bn.momentum = norm.eps, norm.momentum
         block.post_se = self.post_se
         return block, block.bn
 
@@ -155,22 +179,24 @@ class RepVGGBlock(Baseline):
 
 
 def block_of(mode: str, *, se: bool = False) -> Callable[..., nn.Module]:
-    """Return what makes blocks, of the mode hs, csla or target, else the baseline's.
+    """Return what makes blocks, of the mode hs, csla or target, or of a baseline ("repvgg", "qarepvgg").
 
     It is called with ``(in_channels, out_channels, stride=..., identity=..., initial_scale=...)``.
     """
-    return functools.partial(VGGBlock, mode=mode, se=se) if mode in MODES else functools.partial(RepVGGBlock, se=se)
+    if mode in MODES:
+        return functools.partial(VGGBlock, mode=mode, se=se)
+    return functools.partial(RepVGGBlock, se=se, sum_norm=mode == "qarepvgg")
 
 
 class RepOptVGG(Network):
-    """RepOpt-VGG, or its baseline RepVGG, (N, in_chans, H, W) -> (N, num_classes).
+    """RepOpt-VGG, or a baseline, (N, in_chans, H, W) -> (N, num_classes).
 
     It is one stem block, four stages, pooling and a linear layer.
 
     Args:
         layers: blocks per stage.
         widths: multipliers of the stages' 64, 128, 256 and 512 channels.
-        mode: "hs", "csla" or "target"; "repvgg" for the baseline.
+        mode: "hs", "csla" or "target"; "repvgg" or "qarepvgg" for a baseline.
         se: whether squeeze-and-excitation follows every block.
         strides: strides of the stem and of the stages' first blocks. A search at another resolution than the
             training's may have others (table 6 of the paper); its blocks, and so its scales, are the same.
@@ -231,4 +257,4 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "RepOpt-VGG-L2-se": {"layers": _L, "widths": (2.5, 2.5, 2.5, 5), "se": True},
 }
 
-register(_CONFIGS, RepOptVGG, modes=(*MODES, "repvgg"))
+register(_CONFIGS, RepOptVGG, modes=(*MODES, "repvgg", "qarepvgg"))

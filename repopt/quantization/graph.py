@@ -18,6 +18,8 @@ _aten = torch.ops.aten
 LAYERS = (_aten.conv2d.default, _aten.linear.default)
 _NORMS = (_aten.batch_norm.default,)
 _RELUS = (_aten.relu.default, _aten.relu_.default)
+# What is quantized where all that it takes is: sums with shortcuts, squeeze-and-excitation's gates and products.
+_BETWEEN = (_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.hardsigmoid.default, _aten.sigmoid.default)
 _TRAINING_FLAGS = {_aten.dropout.default: "train", _aten.batch_norm.default: "training"}
 # In QAT torchao multiplies a kernel by the scale of its batch norm, and divides the layer's output by it again.
 _QAT_RESCALE_OPS = (_aten.div.Tensor,)
@@ -34,8 +36,8 @@ _INTEGERS = {
 class ConvBnReluQuantizer(ao.Quantizer):
     """Marks what becomes integers: convolutions and linear layers, each with the batch norm and ReLU behind it.
 
-    Their inputs, weights and outputs are quantized; biases, and all else between, stay as they are, and so does what
-    the network gives.
+    Their inputs, weights and outputs are quantized, and so are sums, products and gates of such outputs. Biases, and
+    all else between, stay as they are, and so does what the network gives.
     """
 
     def __init__(self, preset: Preset, *, fake: bool) -> None:
@@ -44,11 +46,12 @@ class ConvBnReluQuantizer(ao.Quantizer):
 
     @override
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        for node in layers(model):
-            node.meta[Q_ANNOTATION_KEY] = ao.QuantizationAnnotation(
-                input_qspec_map={argument(node, "input"): self._activations, argument(node, "weight"): self._weights},
-                _annotated=True,
-            )
+        for node in model.graph.nodes:
+            if node.target in LAYERS:
+                inputs = {argument(node, "input"): self._activations, argument(node, "weight"): self._weights}
+                node.meta[Q_ANNOTATION_KEY] = ao.QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+            elif not (node.target in _BETWEEN and all(map(_is_quantized, node.all_input_nodes))):
+                continue
             end = pattern_end(node)
             if any(user.op != "output" for user in end.users):
                 annotation = end.meta.setdefault(Q_ANNOTATION_KEY, ao.QuantizationAnnotation(_annotated=True))
@@ -58,6 +61,12 @@ class ConvBnReluQuantizer(ao.Quantizer):
     @override
     def validate(self, model: fx.GraphModule) -> None:
         pass  # nothing is left to check
+
+
+def _is_quantized(node: fx.Node) -> bool:
+    """Return whether what a node gives is annotated to be rounded."""
+    annotation = node.meta.get(Q_ANNOTATION_KEY)
+    return annotation is not None and annotation.output_qspec is not None
 
 
 def layers(graph: fx.GraphModule) -> Iterator[fx.Node]:

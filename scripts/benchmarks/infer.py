@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
 
 
 def baseline_mode(model: str) -> str:
-    """Return the mode of a model's baseline: "repvgg" or "rep"."""
+    """Return the mode of a model's first baseline: "repvgg" or "rep"."""
     if model not in repopt.list_models():
         raise unknown("model", model, repopt.list_models())
     return next(a.mode for name, a in list_archs().items() if name == f"{model}-{a.mode}" and a.mode not in MODES)

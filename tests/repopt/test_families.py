@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import repopt
-from repopt.layers import RepConv2d
+from repopt.layers import MODES, RepConv2d
 
 SIZES = {"RepOpt-VGG-nano": 32, "RepOpt-VGG-nano with se": 32, "RepOpt-GhostNet-0.5x": 64}
-BASELINES = {"RepOpt-VGG-nano": "repvgg", "RepOpt-GhostNet-0.5x": "rep"}
-EVERY = [(name, mode) for name in SIZES for mode in ("hs", "csla", "target", BASELINES[name.removesuffix(" with se")])]
+BASELINES = {"RepOpt-VGG-nano": ("repvgg", "qarepvgg"), "RepOpt-GhostNet-0.5x": ("rep",)}
+EVERY = [(name, mode) for name in SIZES for mode in (*MODES, *BASELINES[name.removesuffix(" with se")])]
 
 
 def create(name, mode, **arguments):

@@ -28,7 +28,12 @@ from repopt.segmentation import create_segmenter
 NANO = functools.partial(repopt.create_model, "RepOpt-VGG-nano", num_classes=10)
 SE = functools.partial(NANO, se=True)
 GHOST = functools.partial(repopt.create_model, "RepOpt-GhostNet-0.5x", num_classes=10)
-OURS = {"vgg": (NANO, "repvgg"), "vgg, attention": (SE, "repvgg"), "ghost": (GHOST, "rep")}
+OURS = {
+    "vgg": (NANO, "repvgg"),
+    "vgg, attention": (SE, "repvgg"),
+    "qarepvgg": (NANO, "qarepvgg"),
+    "ghost": (GHOST, "rep"),
+}
 TIMM = ("repvgg_a0", "mobileone_s0", "repghostnet_050")
 FAMILIES = (*OURS, *(name for name in NETWORKS if "features" not in name))
 SMALL = {"layers": (2, 1, 1, 1), "widths": (0.2, 0.2, 0.2, 0.2)}
@@ -145,11 +150,14 @@ def test_scales_are_those_of_the_batch_norms(name):
         expected = {degree: torch.zeros(shape, dtype=torch.float64) for degree in mults}
         for branch in block.branches:
             conv, norm = modules[branch.kernel]
-            scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+            if norm is None:
+                scale = torch.ones(shape[0], dtype=torch.float64)
+            else:
+                scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+                assert scale[0] != 0 == scale[1]
             key = f"{path}.{branch.searched_name}.weight"
             seen.add(key)
             torch.testing.assert_close(scales[key], scale, rtol=1e-14, atol=0)
-            assert scale[0] != 0 == scale[1]
             for degree, whole in expected.items():
                 if conv is None:
                     for channel in range(shape[0]):
@@ -196,7 +204,7 @@ def test_a_channel_without_variance_works():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["vgg", "ghost", "repvgg"])
+@pytest.mark.parametrize("name", ["vgg", "qarepvgg", "ghost", "repvgg"])
 def test_settings_of_batch_norms_go_over(name):
     network = trained(name)
     for norm in network.modules():
@@ -240,7 +248,7 @@ def test_inside_a_larger_model():
 
 
 def block_of(channels):
-    return RepVGGBlock(channels, channels, stride=1, identity=True, initial_scale=1.0, se=False)
+    return RepVGGBlock(channels, channels, stride=1, identity=True, initial_scale=1.0, se=False, sum_norm=False)
 
 
 def test_a_block_at_two_places():
@@ -317,7 +325,7 @@ class Unused(nn.Module):
 
 
 BATCH = torch.zeros(2, 3, 32, 32)
-NO_BRANCHES = "RepOptVGG has no branches with batch norms to merge: this needs a baseline (repvgg, rep), or "
+NO_BRANCHES = "RepOptVGG has no branches with batch norms to merge: this needs a baseline (repvgg, qarepvgg, rep), or "
 BATCHES = "images come in batches, tensors (N, C, H, W), and here is one "
 REFUSED = {
     "target": (lambda: NANO(mode="target", **SMALL), [BATCH], NO_BRANCHES),

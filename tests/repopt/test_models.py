@@ -71,7 +71,7 @@ def test_scales_start_by_depth():
         assert torch.equal(values, torch.full_like(values, expected)), name
 
 
-@pytest.mark.parametrize("mode", ["hs", "csla", "target", "repvgg"])
+@pytest.mark.parametrize("mode", ["hs", "csla", "target", "repvgg", "qarepvgg"])
 @pytest.mark.parametrize("se", [False, True])
 def test_parameters_of_the_deployed_network(mode, se):
     """Those of the target less one number per channel: a batch norm's two become a bias."""
@@ -86,7 +86,7 @@ def test_every_arch_is_named_once():
     assert {"RepOpt-VGG-L2-se-target", "RepOpt-VGG-A0-hs", "RepOpt-VGG-B1-target-norepopt"} <= archs.keys()
     assert parse_arch("RepOpt-VGG-B1-target-norepopt") == ("RepOpt-VGG-B1", "target", False)
     assert parse_arch("RepOpt-VGG-B1-target").repopt
-    assert not parse_arch("RepOpt-VGG-B1-repvgg").repopt
+    assert not any(parse_arch(f"RepOpt-VGG-B1-{mode}").repopt for mode in ("repvgg", "qarepvgg"))
 
 
 def test_unknown_names_get_the_nearest():
@@ -96,7 +96,7 @@ def test_unknown_names_get_the_nearest():
         parse_arch("RepOpt-VGG-B1")
     with pytest.raises(UserError, match="did you mean 'RepOpt-VGG-B1'"):
         repopt.create_model("RepOpt-VGG-B11", mode="hs")
-    with pytest.raises(UserError, match="allowed: csla, hs, repvgg, target"):
+    with pytest.raises(UserError, match="allowed: csla, hs, qarepvgg, repvgg, target"):
         repopt.create_model("RepOpt-VGG-B1", mode="rep")
 
 

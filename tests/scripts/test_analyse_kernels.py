@@ -139,6 +139,12 @@ def expected_rep_vgg(block):
     return block.conv_3x3.weight, after, whole
 
 
+def expected_qarepvgg(block):
+    after = fused(block.conv_3x3.weight, block.bn_3x3)
+    whole = after + centred(block.conv_1x1.weight) + (identity(len(after)) if block.identity else 0)
+    return block.conv_3x3.weight, after, whole, fused(whole, block.bn)
+
+
 def expected_rep_ghost(block):
     conv, bn = block.cheap_operation
     after = fused(conv.weight, bn)
@@ -150,6 +156,7 @@ def expected_rep_ghost(block):
     [
         (NANO, "target", PLAIN, expected_plain_vgg, 28, "conv"),
         (NANO, "repvgg", BASELINE, expected_rep_vgg, 28, "conv"),
+        (NANO, "qarepvgg", [*BASELINE, "batch norm of the sum folded"], expected_qarepvgg, 28, "conv"),
         ("RepOpt-VGG-L2-se", "target", PLAIN, None, 48, "conv"),
         (GHOST, "target", PLAIN, expected_plain_ghost, 32, "2"),
         (GHOST, "rep", BASELINE, expected_rep_ghost, 32, "2"),
