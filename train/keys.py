@@ -367,6 +367,12 @@ KEYS: dict[str, Key] = {
     "QUANT.PRESET": Key(
         "default", "How numbers become integers: a row of repopt/quantization/presets.py.", immutable_on_resume=True
     ),
+    "QUANT.CALIBRATOR": Key(
+        None,
+        "How ptq chooses the ranges of activations: minmax, histogram, percentile, mse or entropy (a row of "
+        "repopt/quantization/calibrators.py); None: as the preset says.",
+        str,
+    ),
     "QUANT.CALIBRATION_IMAGES": Key(
         1024, "Training images, transformed as in evaluation, that choose the ranges.", minimum=1
     ),

@@ -24,7 +24,7 @@ from train.command import Program
 from train.distributed import run_on_main
 from train.evaluation.base import Result
 from train.file_names import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
-from train.keys import CLASSIFY
+from train.keys import CLASSIFY, KEYS
 from train.logging import as_json, logger
 from train.placement import to_device
 from train.precision import Precision
@@ -33,6 +33,9 @@ from train.run import fit, prepare, run
 from train.tasks.base import Task
 
 QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safetensors", "fp32.onnx", "int8.onnx"
+
+# What a method has no use for.
+UNUSED = {"ptq": (), "qat": ("QUANT.CALIBRATOR",)}
 
 # What training for INT8 goes without, and what these keys may be, the first of which they are then: autocast rounds
 # otherwise, and the exported graph is changed between training and evaluation.
@@ -54,6 +57,11 @@ def start(settings: config.Settings, argv: Sequence[str], program: Program) -> C
     if not cfg.MODEL.RESUME:
         raise UserError("a trained network is needed: --resume FILE")
     quantization.find_preset(cfg.QUANT.PRESET)
+    if cfg.QUANT.CALIBRATOR is not None:
+        quantization.check_calibrator(cfg.QUANT.CALIBRATOR)
+    for name in UNUSED[cfg.QUANT.METHOD]:
+        if (value := config.lookup(cfg, name)) != KEYS[name].default:
+            raise UserError(f"{name} {value} is not of --method {cfg.QUANT.METHOD}: leave it out")
     settings = settings.with_defaults({"TAG": f"{cfg.QUANT.METHOD}-{cfg.QUANT.PRESET}"})
     if cfg.QUANT.METHOD == "ptq":  # nothing is trained, and on GPUs histograms have no such algorithm
         return run(settings.with_values({"DETERMINISTIC": False}), argv, program, quantize_network)
@@ -82,6 +90,8 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     if not trains:  # a training writes it when it is sure to go on
         run_record.write(task, folder)
     logger.info(f"{cfg.QUANT.PRESET}: {quantization.find_preset(cfg.QUANT.PRESET).meaning}")
+    if cfg.QUANT.CALIBRATOR is not None:
+        logger.info(f"ranges of activations: {cfg.QUANT.CALIBRATOR}")
     source = pretrained.read(task, cfg.MODEL.RESUME)
     logger.info(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
     match_images(task, source.content, source.path)
@@ -96,7 +106,9 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     own = own_checkpoint(cfg, folder) if trains else None
     scales = find_scales(task, model, own or source.content) if trains else None
     del source  # its optimizer's state is as large as the network
-    prepared = quantization.prepare(model, images[:1].to(world.device), cfg.QUANT.METHOD, cfg.QUANT.PRESET)
+    prepared = quantization.prepare(
+        model, images[:1].to(world.device), cfg.QUANT.METHOD, cfg.QUANT.PRESET, cfg.QUANT.CALIBRATOR
+    )
     calibrate(prepared, FixedSizeBatches(task, task.calibration_loader(), images.shape[2:]))
     if trains:
         trainer = prepare(task, prepared, scales, folder, own)

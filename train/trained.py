@@ -76,9 +76,10 @@ class LoadedCheckpoint(NamedTuple):
         """
         from repopt import quantization  # an extra
 
-        cfg = self.settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET")
-        images = torch.zeros(1, *self.input_shape)
-        observed = quantization.prepare(self._build(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
+        cfg = self.settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET", "QUANT.CALIBRATOR")
+        model, images = self._build(cfg.MODEL.NUM_CLASSES), torch.zeros(1, *self.input_shape)
+        quant = cfg.QUANT
+        observed = quantization.prepare(model, images, quant.METHOD, quant.PRESET, quant.CALIBRATOR)
         quantization.load(observed, checkpoint.state_dict_of(self.content))
         return quantization.convert(observed)
 

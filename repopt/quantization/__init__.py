@@ -22,6 +22,7 @@ try:
 except ImportError as error:
     raise UserError(f"quantization needs torchao (pip install 'repopt[deploy]'): {one_line(error)}") from None
 
+from repopt.quantization.calibrators import CALIBRATORS, check_calibrator
 from repopt.quantization.flow import (
     MAX_BATCH,
     Int8,
@@ -31,21 +32,26 @@ from repopt.quantization.flow import (
     export_program,
     load,
     prepare,
-    signal_to_noise,
 )
+from repopt.quantization.noise import choose_float_layers, most_sensitive, sensitivity, signal_to_noise
 from repopt.quantization.presets import PRESETS, Preset, find_preset
 
 __all__ = [
+    "CALIBRATORS",
     "MAX_BATCH",
     "PRESETS",
     "Int8",
     "PreparedModel",
     "Preset",
     "calibrate",
+    "check_calibrator",
+    "choose_float_layers",
     "convert",
     "export_program",
     "find_preset",
     "load",
+    "most_sensitive",
     "prepare",
+    "sensitivity",
     "signal_to_noise",
 ]

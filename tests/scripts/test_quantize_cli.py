@@ -183,6 +183,8 @@ MISTAKES = {
     "no method": (["--arch", TARGET, "--resume", "{target}"], "--method ptq .* or --method qat"),
     "method": (["--arch", TARGET, "--resume", "{target}", "--method", "pqt"], "unknown value of QUANT.METHOD 'pqt'"),
     "preset": ([*PTQ, "--preset", "fbgem"], "did you mean 'fbgemm'"),
+    "calibrator": ([*PTQ, "--opts", "QUANT.CALIBRATOR", "entropie"], "did you mean 'entropy'"),
+    "calibrator of qat": ([*QAT, "--opts", "QUANT.CALIBRATOR", "mse"], "QUANT.CALIBRATOR mse is not of --method qat"),
     "no checkpoint": (["--arch", TARGET, "--method", "ptq"], "--resume FILE"),
     "no such checkpoint": (["--arch", TARGET, "--method", "ptq", "--resume", "{tmp}/a"], "no file '{tmp}/a'"),
     "another arch": (
