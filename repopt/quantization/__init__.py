@@ -23,6 +23,7 @@ except ImportError as error:
     raise UserError(f"quantization needs torchao (pip install 'repopt[deploy]'): {one_line(error)}") from None
 
 from repopt.quantization.calibrators import CALIBRATORS, check_calibrator
+from repopt.quantization.equalize import correct_biases, equalize
 from repopt.quantization.flow import (
     MAX_BATCH,
     Int8,
@@ -47,6 +48,8 @@ __all__ = [
     "check_calibrator",
     "choose_float_layers",
     "convert",
+    "correct_biases",
+    "equalize",
     "export_program",
     "find_preset",
     "load",

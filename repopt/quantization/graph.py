@@ -19,7 +19,7 @@ from repopt.quantization.presets import Preset, specs_of
 _aten = torch.ops.aten
 LAYERS = (_aten.conv2d.default, _aten.linear.default)
 _NORMS = (_aten.batch_norm.default,)
-_RELUS = (_aten.relu.default, _aten.relu_.default)
+RELUS = (_aten.relu.default, _aten.relu_.default)
 _TRAINING_FLAGS = {_aten.dropout.default: "train", _aten.batch_norm.default: "training"}
 # In QAT torchao multiplies a kernel by the scale of its batch norm, and divides the layer's output by it again.
 _QAT_RESCALE_OPS = (_aten.div.Tensor,)
@@ -95,7 +95,7 @@ def output_of(layer: fx.Node) -> fx.Node:
 
 def pattern_end(layer: fx.Node) -> fx.Node:
     """Return the end of the chain of layer, batch norm and ReLU, where the latter are there."""
-    return sole_user_in(sole_user_in(layer, _NORMS), _RELUS)
+    return sole_user_in(sole_user_in(layer, _NORMS), RELUS)
 
 
 def sole_user_in(node: fx.Node, operations: tuple[Any, ...]) -> fx.Node:
@@ -209,7 +209,6 @@ def finish_conversion(graph: fx.GraphModule) -> None:
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     for name in [name for name in graph.state_dict() if name not in used]:
         _delete(graph, name)
-    graph.delete_all_unused_submodules()
     for node in filter(_is_quantized, layers(graph)):
         kernel = argument(node, "weight")
         for name in _declared(kernel):
@@ -219,6 +218,7 @@ def finish_conversion(graph: fx.GraphModule) -> None:
                 _delete(graph, str(source.target))
                 graph.get_submodule(path_of(node)).register_buffer(_INTEGERS[name], value)
                 source.target = f"{path_of(node)}.{_INTEGERS[name]}"
+    graph.delete_all_unused_submodules()
     graph.recompile()
 
 
