@@ -85,6 +85,7 @@ def write_onnx(
         for node in program.model.graph:
             node.metadata_props.clear()  # where in our code it was traced
         _separate_zero_points(program.model.graph)
+        _keep_float(program.model.graph)
         _name_batches(program.model.graph)
         program.model.metadata_props.update(metadata)
         program.save(temporary)
@@ -127,6 +128,35 @@ def _separate_zero_points(graph: ir.Graph) -> None:
             own.shape, own.type = zero_points.shape, zero_points.type
             graph.register_initializer(own)
             node.replace_input_with(2, own)
+
+
+def _keep_float(graph: ir.Graph) -> None:
+    """Give layers with float kernels inputs of one scale per channel, all equal.
+
+    Of layers between integers onnxruntime would make integers of the kernels, too, where the input has a single scale.
+    """
+    for node in [*graph]:
+        if node.op_type not in ("Conv", "Gemm"):
+            continue
+        image, kernel = node.inputs[:2]
+        source = image.producer() if image is not None else None
+        if source is None or source.op_type != "DequantizeLinear" or kernel is None or not kernel.is_initializer():
+            continue
+        assert image is not None and image.shape is not None
+        channels, own = image.shape[1], [source.inputs[0]]
+        for value in source.inputs[1:]:
+            assert value is not None and value.const_value is not None
+            numbers = value.const_value.numpy().reshape(-1).repeat(channels)
+            same = ir.Value(name=f"{node.name}_{value.name}", const_value=ir.tensor(numbers))
+            same.shape, same.dtype = ir.Shape([channels]), value.dtype
+            graph.register_initializer(same)
+            own.append(same)
+        by_channel = ir.node("DequantizeLinear", own, {"axis": 1})
+        by_channel.outputs[0].shape, by_channel.outputs[0].type = image.shape, image.type
+        graph.insert_before(node, by_channel)
+        node.replace_input_with(0, by_channel.outputs[0])
+        if not image.uses():
+            graph.remove(source, safe=True)
 
 
 class OnnxNetwork(nn.Module):

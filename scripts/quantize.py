@@ -7,7 +7,8 @@
 Evaluates the network before and after, and writes to <output>/<arch>/<tag>/artifacts/ both as ONNX (checked), the
 weights as safetensors, and quantized.pth, from which scripts/export.py makes more. The configuration is that of
 main_repopt.py; qat is a training like any other: it resumes, runs on many GPUs, and with the scales that the checkpoint
-holds (or --scales-path) its optimizer is the RepOptimizer.
+holds (or --scales-path) its optimizer is the RepOptimizer. By --opts: QUANT.CALIBRATOR, QUANT.FLOAT_LAYERS,
+QUANT.EQUALIZE and QUANT.BIAS_CORRECTION of ptq, QUANT.DISTILL of qat (docs/quantization.md).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 CLASSIFY, SEGMENT, DETECT = TASKS = ("classify", "segment", "detect")
 DENSE = (SEGMENT, DETECT)
 AUTO = "auto"  # the word of a key that finds its value itself
+FLOAT_LAYERS_DB = 20  # that QUANT.FLOAT_LAYERS auto reaches
 
 
 class Key(NamedTuple):
@@ -369,6 +370,28 @@ KEYS: dict[str, Key] = {
     ),
     "QUANT.PRESET": Key(
         "default", "How numbers become integers: a row of repopt/quantization/presets.py.", immutable_on_resume=True
+    ),
+    "QUANT.CALIBRATOR": Key(
+        None,
+        "How ptq chooses the ranges of activations: minmax, histogram, percentile, mse or entropy (a row of "
+        "repopt/quantization/calibrators.py); None: as the preset says.",
+        str,
+    ),
+    "QUANT.FLOAT_LAYERS": Key(
+        "",
+        "Layers that stay in float: names as in signal_to_noise.json, with commas between; a number: so many of the "
+        f"most sensitive; auto: as few of these as put the logits {FLOAT_LAYERS_DB} dB above their noise after ptq, "
+        "on the calibration images; empty: none.",
+        immutable_on_resume=True,
+    ),
+    "QUANT.EQUALIZE": Key(False, "Whether ptq equalizes the weights of consecutive layers before (Nagel et al. 2019)."),
+    "QUANT.BIAS_CORRECTION": Key(
+        False, "Whether ptq takes the mean error of every channel, on the calibration images, from its bias."
+    ),
+    "QUANT.DISTILL": Key(
+        0.0,
+        "Weight of the Kullback-Leibler divergence of the logits from the float network's in the loss of qat; 0: none.",
+        immutable_on_resume=True,
     ),
     "QUANT.CALIBRATION_IMAGES": Key(
         1024,

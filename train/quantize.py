@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -24,15 +26,21 @@ from train.command import Program
 from train.distributed import run_on_main
 from train.evaluation.base import Result
 from train.file_names import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
-from train.keys import CLASSIFY
+from train.keys import AUTO, CLASSIFY, FLOAT_LAYERS_DB, KEYS
 from train.logging import as_json, logger
 from train.placement import to_device
 from train.precision import Precision
 from train.resume import check_same_run, find_scales, match_images, read_own
 from train.run import fit, prepare, run
 from train.tasks.base import Task
+from train.trained import float_layers_of
 
 QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safetensors", "fp32.onnx", "int8.onnx"
+
+MEASURED = 32  # images at a time where the outputs of all layers are held
+
+# What a method has no use for.
+UNUSED = {"ptq": ("QUANT.DISTILL",), "qat": ("QUANT.CALIBRATOR", "QUANT.EQUALIZE", "QUANT.BIAS_CORRECTION")}
 
 # What training for INT8 goes without, and what these keys may be, the first of which they are then: autocast rounds
 # otherwise, and the exported graph is changed between training and evaluation.
@@ -57,6 +65,11 @@ def start(settings: config.Settings, argv: Sequence[str], program: Program) -> C
     if not cfg.MODEL.RESUME:
         raise UserError("a trained network is needed: --resume FILE")
     quantization.find_preset(cfg.QUANT.PRESET)
+    if cfg.QUANT.CALIBRATOR is not None:
+        quantization.check_calibrator(cfg.QUANT.CALIBRATOR)
+    for name in UNUSED[cfg.QUANT.METHOD]:
+        if (value := config.lookup(cfg, name)) != KEYS[name].default:
+            raise UserError(f"{name} {value} is not of --method {cfg.QUANT.METHOD}: leave it out")
     settings = settings.with_defaults({"TAG": f"{cfg.QUANT.METHOD}-{cfg.QUANT.PRESET}"})
     if cfg.QUANT.METHOD == "ptq":  # nothing is trained, and on GPUs histograms have no such algorithm
         return run(settings.with_values({"DETERMINISTIC": False}), argv, program, quantize_network)
@@ -85,6 +98,8 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     if not trains:  # a training writes it when it is sure to go on
         run_record.write(task, folder)
     logger.info(f"{cfg.QUANT.PRESET}: {quantization.find_preset(cfg.QUANT.PRESET).meaning}")
+    if cfg.QUANT.CALIBRATOR is not None:
+        logger.info(f"ranges of activations: {cfg.QUANT.CALIBRATOR}")
     source = pretrained.read(task, cfg.MODEL.RESUME)
     logger.info(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
     match_images(task, source.content, source.path)
@@ -96,20 +111,29 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     batches = FixedSizeBatches(task, loader, images.shape[2:])
     results = {"fp32": evaluate(batches, "fp32", model)}
     float_network = repopt.deploy(model)
+    example = images[:1].to(world.device)
+    calibration = FixedSizeBatches(task, task.calibration_loader(), images.shape[2:])
+    if cfg.QUANT.EQUALIZE:
+        model = quantization.equalize(model, example)
+    task = with_float_layers(task, model, example, calibration)
+    cfg = task.cfg
     own = own_checkpoint(cfg, folder) if trains else None
     scales = find_scales(task, model, own or source.content) if trains else None
     del source  # its optimizer's state is as large as the network
-    prepared = quantization.prepare(model, images[:1].to(world.device), cfg.QUANT.METHOD, cfg.QUANT.PRESET)
-    calibrate(prepared, FixedSizeBatches(task, task.calibration_loader(), images.shape[2:]))
+    prepared = observed = calibrated(task, cfg.QUANT.METHOD, model, example, calibration, float_layers_of(cfg))
+    if cfg.QUANT.BIAS_CORRECTION:
+        prepared = quantization.correct_biases(observed, ImagesOf(calibration, "bias correction", MEASURED))
     if trains:
-        trainer = prepare(task, prepared, scales, folder, own)
+        added_loss = distillation(float_network, cfg.QUANT.DISTILL) if cfg.QUANT.DISTILL else None
+        trainer = prepare(task, prepared, scales, folder, own, added_loss)
         del own
         if not fit(trainer):
             return False
         del trainer
     int8 = quantization.convert(prepared)
     results["INT8"] = evaluate(batches, "INT8, torch", int8)
-    written = run_on_main(lambda: write_artifacts(artifacts, task, prepared, float_network, int8, images))
+    ratios = quantization.signal_to_noise(observed, int8, images.to(world.device))
+    written = run_on_main(lambda: write_artifacts(artifacts, task, prepared, float_network, int8, images, ratios))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     in_onnxruntime = export.OnnxNetwork(written / INT8_ONNX, threads)
     results["INT8, onnxruntime"] = evaluate(batches, "INT8, onnxruntime", in_onnxruntime)
@@ -148,10 +172,67 @@ def evaluate(batches: FixedSizeBatches, name: str, model: nn.Module) -> Result:
     return result
 
 
-def calibrate(prepared: quantization.PreparedModel, batches: FixedSizeBatches) -> None:
-    """Let the network see the images that choose its ranges."""
-    batches.progress = "calibration"
-    quantization.calibrate(prepared, (batches.task.network_input(images) for images, _ in batches))
+class ImagesOf:
+    """What the network sees of batches, in parts of so many images, or in whole batches."""
+
+    def __init__(self, batches: FixedSizeBatches, progress: str, part: int | None = None) -> None:
+        self._batches, self._progress, self._part = batches, progress, part
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self._batches.progress = self._progress
+        for images, _ in self._batches:
+            seen = self._batches.task.network_input(images)
+            yield from seen.split(self._part or len(seen))
+
+
+def calibrated(
+    task: Task, method: str, model: nn.Module, example: Tensor, batches: FixedSizeBatches, float_layers: Sequence[str]
+) -> quantization.PreparedModel:
+    """Return a prepared network that has seen the images that choose its ranges."""
+    quant = task.cfg.QUANT
+    prepared = quantization.prepare(model, example, method, quant.PRESET, quant.CALIBRATOR, float_layers)
+    quantization.calibrate(prepared, ImagesOf(batches, "calibration"))
+    return prepared
+
+
+def with_float_layers(task: Task, model: nn.Module, example: Tensor, batches: FixedSizeBatches) -> Task:
+    """Return the task with names as its QUANT.FLOAT_LAYERS, of the layers that are the most sensitive after training.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    wanted = task.cfg.QUANT.FLOAT_LAYERS
+    if wanted != AUTO and not wanted.isdecimal():
+        return task
+
+    def quantized(float_layers: Sequence[str]) -> quantization.PreparedModel:
+        return calibrated(task, "ptq", model, example, batches, float_layers)
+
+    images = ImagesOf(batches, "sensitivity", MEASURED)
+    if wanted == AUTO:
+        names = quantization.choose_float_layers(quantized, images, FLOAT_LAYERS_DB)
+    else:
+        every = quantization.most_sensitive(quantized([]), images)
+        if int(wanted) > len(every):
+            raise UserError(f"QUANT.FLOAT_LAYERS is {wanted}, and the network has {len(every)} layers")
+        names = every[: int(wanted)]
+    logger.info(f"QUANT.FLOAT_LAYERS {wanted}: {', '.join(names) or 'none'}")
+    settings = config.Settings(task.cfg, frozenset()).with_values({"QUANT.FLOAT_LAYERS": ",".join(names)})
+    return type(task)(settings.cfg, task.world)
+
+
+def distillation(teacher: nn.Module, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss of logits, (N, classes), against those of another network for the same images, (N, C, H, W).
+
+    It is `weight` times the Kullback-Leibler divergence between their classes' probabilities, mean over the images.
+    """
+
+    def loss(images: Tensor, logits: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = teacher(images).log_softmax(1)
+        return weight * F.kl_div(logits.log_softmax(1), expected, reduction="batchmean", log_target=True)
+
+    return loss
 
 
 def own_checkpoint(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
@@ -179,6 +260,7 @@ def write_artifacts(
     float_network: nn.Module,
     int8: quantization.Int8,
     images: Tensor,
+    ratios: dict[str, float],
 ) -> Path:
     """Write the files of both networks to a folder next to `path`, check them, and return that folder."""
     new = path.with_name(f"{path.name}.writing")
@@ -192,9 +274,9 @@ def write_artifacts(
         }
         metadata = task.in_out().as_metadata()
         checkpoint.write(content | task.notes(), new / QUANTIZED)
-        write_json(quantization.signal_to_noise(prepared.cpu(), int8.cpu(), images), new / SIGNAL_TO_NOISE)
+        write_json(ratios, new / SIGNAL_TO_NOISE)
         export.write_safetensors(float_network.cpu(), new / FP32_SAFETENSORS, metadata)
-        for network, name in ((float_network, FP32_ONNX), (int8, INT8_ONNX)):
+        for network, name in ((float_network, FP32_ONNX), (int8.cpu(), INT8_ONNX)):
             difference = export.write_onnx(network, images, new / name, metadata)
             logger.info(f"{name}: onnxruntime's outputs differ from torch's by {difference:.1e} (relative)")
     except UserError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import repopt
@@ -174,6 +174,7 @@ def prepare(
     scales: repopt.BoundScales | None,
     folder: RunFolder,
     content: Mapping[str, Any] | None,
+    added_loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Trainer:
     """Return what trains a model that is on its device, on from the content of a checkpoint where there is one."""
     cfg, world = task.cfg, task.world
@@ -217,6 +218,7 @@ def prepare(
         model=distribute(task, plain),
         frozen=frozen,
         clip=clipping(task.cfg, model, state.optimizer),
+        added_loss=added_loss,
     )
 
 

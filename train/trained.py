@@ -76,9 +76,11 @@ class LoadedCheckpoint(NamedTuple):
         """
         from repopt import quantization  # an extra
 
-        cfg = self.settings("MODEL.NUM_CLASSES", "QUANT.METHOD", "QUANT.PRESET")
-        images = torch.zeros(1, *self.input_shape)
-        observed = quantization.prepare(self._build(cfg.MODEL.NUM_CLASSES), images, cfg.QUANT.METHOD, cfg.QUANT.PRESET)
+        keys = ("QUANT.METHOD", "QUANT.PRESET", "QUANT.CALIBRATOR", "QUANT.FLOAT_LAYERS")
+        cfg = self.settings("MODEL.NUM_CLASSES", *keys)
+        model, images = self._build(cfg.MODEL.NUM_CLASSES), torch.zeros(1, *self.input_shape)
+        quant, float_layers = cfg.QUANT, float_layers_of(cfg)
+        observed = quantization.prepare(model, images, quant.METHOD, quant.PRESET, quant.CALIBRATOR, float_layers)
         quantization.load(observed, checkpoint.state_dict_of(self.content))
         return quantization.convert(observed)
 
@@ -150,6 +152,11 @@ class LoadedCheckpoint(NamedTuple):
 
     def _task(self, cfg: CfgNode) -> tasks.Task:
         return tasks.create(cfg, World(0, 1, torch.device("cpu")))
+
+
+def float_layers_of(cfg: CfgNode) -> list[str]:
+    """Return the names of the layers that stay in float, as QUANT.FLOAT_LAYERS lists them."""
+    return [name for name in cfg.QUANT.FLOAT_LAYERS.split(",") if name]
 
 
 def read(

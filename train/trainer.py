@@ -53,6 +53,7 @@ class Trainer:
         model: what computes in training: ``state.model``, or what stands for it, in DDP or compiled.
         frozen: modules of the network that stay in eval mode.
         clip: clips the gradients and returns their norm before; None = no clipping, or the optimizer does it.
+        added_loss: what is added to the loss, from the images and what the network gives; None = nothing.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class Trainer:
         model: nn.Module | None = None,
         frozen: Sequence[nn.Module] = (),
         clip: Callable[[], Tensor] | None = None,
+        added_loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self.task, self.cfg, self.world = task, task.cfg, task.world
         self.state, self.folder = state, folder
         self.train_loader, self.val_loader = train_loader, val_loader
         self.model = state.model if model is None else model
-        self.clip, self.frozen = clip, frozen
+        self.clip, self.frozen, self.added_loss = clip, frozen, added_loss
         self.guard = NonFiniteGuard(state.model, state.optimizer, state.precision.device)
         self.metrics = Metrics(None)
         train_loader.set_epoch(state.epoch)
@@ -225,6 +227,8 @@ class Trainer:
                 with precision.autocast():
                     outputs = self.task.forward(self.model, images, targets)
                     loss = self.task.criterion(outputs, targets)
+                    if self.added_loss is not None:
+                        loss = loss + self.added_loss(images, outputs)
                 precision.scaler.scale(self.guard.nan_if_not_finite(loss) / size).backward()
             self._recent.add_loss(loss.detach(), len(images))
             self._done += 1

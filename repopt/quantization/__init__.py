@@ -22,6 +22,8 @@ try:
 except ImportError as error:
     raise UserError(f"quantization needs torchao (pip install 'repopt[deploy]'): {one_line(error)}") from None
 
+from repopt.quantization.calibrators import CALIBRATORS, check_calibrator
+from repopt.quantization.equalize import correct_biases, equalize
 from repopt.quantization.flow import (
     MAX_BATCH,
     Int8,
@@ -31,21 +33,28 @@ from repopt.quantization.flow import (
     export_program,
     load,
     prepare,
-    signal_to_noise,
 )
+from repopt.quantization.noise import choose_float_layers, most_sensitive, sensitivity, signal_to_noise
 from repopt.quantization.presets import PRESETS, Preset, find_preset
 
 __all__ = [
+    "CALIBRATORS",
     "MAX_BATCH",
     "PRESETS",
     "Int8",
     "PreparedModel",
     "Preset",
     "calibrate",
+    "check_calibrator",
+    "choose_float_layers",
     "convert",
+    "correct_biases",
+    "equalize",
     "export_program",
     "find_preset",
     "load",
+    "most_sensitive",
     "prepare",
+    "sensitivity",
     "signal_to_noise",
 ]

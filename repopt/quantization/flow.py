@@ -1,10 +1,10 @@
-"""The way to INT8: prepare, calibrate (and train), convert; and how much noise it brings."""
+"""The way to INT8: prepare, calibrate (and train), convert."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from repopt.deploy import deploy
 from repopt.errors import UserError, one_line, unknown
 from repopt.layers import ModuleWrapper
 from repopt.quantization import graph as graphs
+from repopt.quantization.calibrators import check_calibrator
 from repopt.quantization.presets import AVERAGED_BATCHES, FakeQuantizedActivation, find_preset
 
 MAX_SIDE = 8192  # pixels of an image, of an exported network that takes many sizes
@@ -115,7 +116,14 @@ class Int8(nn.Module):
         return self
 
 
-def prepare(model: nn.Module, images: Tensor, method: str, preset: str) -> PreparedModel:
+def prepare(
+    model: nn.Module,
+    images: Tensor,
+    method: str,
+    preset: str,
+    calibrator: str | None = None,
+    float_layers: Collection[str] = (),
+) -> PreparedModel:
     """Return a copy of a model whose ranges are observed, for `calibrate` and `convert`.
 
     With "qat" it is to be trained between the two, as the INT8 network that it will be. A target network keeps its
@@ -127,14 +135,21 @@ def prepare(model: nn.Module, images: Tensor, method: str, preset: str) -> Prepa
         images: (N, C, H, W), whose height and width the network will take.
         method: "ptq" (after training) or "qat" (by training on).
         preset: one of `PRESETS`.
+        calibrator: how "ptq" chooses the ranges of activations, one of `CALIBRATORS`; None = as the preset says.
+        float_layers: paths of modules that stay in float, as `signal_to_noise` has them.
 
     Raises:
-        UserError: the method or the preset is unknown, or the model cannot be exported.
+        UserError: the method, the preset, the calibrator or a layer is unknown, or the model cannot be exported.
     """
     if method not in _METHODS:
         raise unknown("quantization method", method, _METHODS)
-    fake = method == "qat"
-    quantizer = graphs.ConvBnReluQuantizer(find_preset(preset), fake=fake)
+    fake, numbers = method == "qat", find_preset(preset)
+    if calibrator is not None:
+        check_calibrator(calibrator)
+        if fake:
+            raise UserError("training for INT8 averages the ranges of its batches, and takes no calibrator")
+        numbers = dataclasses.replace(numbers, calibrator=calibrator)
+    quantizer = graphs.ConvBnReluQuantizer(numbers, float_layers, fake=fake)
     if not fake:
         deployed = deploy(model)
         graph = prepare_pt2e(export_program(deployed, images).module(), quantizer)
@@ -144,7 +159,9 @@ def prepare(model: nn.Module, images: Tensor, method: str, preset: str) -> Prepa
     graph = export_program(trained, images).module()
     graphs.drop_batch_counts(graph, trained)
     settings = graphs.norm_settings(graph)
+    graphs.part_norms(graph, float_layers)
     graph = prepare_qat_pt2e(graph, quantizer)
+    graphs.join_norms(graph, float_layers)
     graphs.restore_norm_settings(graph, settings)
     return PreparedModel(graph, trained, images[:1], fake=True)
 
@@ -188,44 +205,6 @@ def convert(prepared: PreparedModel) -> Int8:
     graph = convert_pt2e(prepared.network)
     graphs.finish_conversion(graph)
     return Int8(graph)
-
-
-@torch.no_grad()
-def signal_to_noise(prepared: PreparedModel, int8: Int8, images: Tensor) -> dict[str, float]:
-    """Return how far the noise of quantization is below every layer's output, in dB, by the path of its module.
-
-    A layer is a convolution or linear layer with what `convert` computes together with it; its output has the noise of
-    those before it, too. Infinite where there is no noise.
-
-    Args:
-        prepared: what was converted; the signals are its own in float.
-        int8: what `convert` made of it.
-        images: (N, C, H, W).
-    """
-    prepared = copy.deepcopy(prepared)
-    with prepared.calibrating():
-        signals = _layer_outputs(prepared.network, images)
-    ratios = {}
-    for path, output in _layer_outputs(int8.network, images).items():
-        noise = (output - signals[path]).square().sum()
-        ratios[path] = 10 * (signals[path].square().sum() / noise).log10().item() if noise else math.inf
-    return ratios
-
-
-def _layer_outputs(graph: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
-    ends = {graphs.output_of(node): graphs.path_of(node) for node in graphs.layers(graph)}
-    outputs = {}
-
-    class Record(fx.Interpreter):
-        @override
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if n in ends:
-                outputs[ends[n]] = result.clone()  # ReLUs may overwrite it
-            return result
-
-    Record(graph).run(images)
-    return outputs
 
 
 def export_program(model: nn.Module, images: Tensor, multiple: int | None = None) -> torch.export.ExportedProgram:

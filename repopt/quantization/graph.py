@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import quantizer as ao
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+from torchao.quantization.pt2e.utils import fold_bn_weights_into_conv_node
 from typing_extensions import override
 
+from repopt.errors import unknown
 from repopt.quantization.presets import Preset, specs_of
 
 _aten = torch.ops.aten
 LAYERS = (_aten.conv2d.default, _aten.linear.default)
 _NORMS = (_aten.batch_norm.default,)
-_RELUS = (_aten.relu.default, _aten.relu_.default)
+RELUS = (_aten.relu.default, _aten.relu_.default)
 # What is quantized where all that it takes is: sums with shortcuts, squeeze-and-excitation's gates and products.
 _BETWEEN = (_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.hardsigmoid.default, _aten.sigmoid.default)
 _TRAINING_FLAGS = {_aten.dropout.default: "train", _aten.batch_norm.default: "training"}
@@ -38,16 +40,29 @@ class ConvBnReluQuantizer(ao.Quantizer):
 
     Their inputs, weights and outputs are quantized, and so are sums, products and gates of such outputs. Biases, and
     all else between, stay as they are, and so does what the network gives.
+
+    Args:
+        preset: the integers.
+        float_layers: paths of layers that stay in float.
+        fake: whether it is for QAT.
+
+    Raises:
+        UserError: in `annotate`; there is no such layer.
     """
 
-    def __init__(self, preset: Preset, *, fake: bool) -> None:
+    def __init__(self, preset: Preset, float_layers: Collection[str], *, fake: bool) -> None:
         super().__init__()
         self._activations, self._weights = specs_of(preset, fake=fake)
+        self._float_layers = float_layers
 
     @override
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        paths = {node: path_of(node) for node in layers(model)}
+        for path in self._float_layers:
+            if path not in paths.values():
+                raise unknown("layer", path, paths.values())
         for node in model.graph.nodes:
-            if node.target in LAYERS:
+            if node in paths and paths[node] not in self._float_layers:
                 inputs = {argument(node, "input"): self._activations, argument(node, "weight"): self._weights}
                 node.meta[Q_ANNOTATION_KEY] = ao.QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
             elif not (node.target in _BETWEEN and all(map(_is_quantized, node.all_input_nodes))):
@@ -87,7 +102,7 @@ def output_of(layer: fx.Node) -> fx.Node:
 
 def pattern_end(layer: fx.Node) -> fx.Node:
     """Return the end of the chain of layer, batch norm and ReLU, where the latter are there."""
-    return sole_user_in(sole_user_in(layer, _NORMS), _RELUS)
+    return sole_user_in(sole_user_in(layer, _NORMS), RELUS)
 
 
 def sole_user_in(node: fx.Node, operations: tuple[Any, ...]) -> fx.Node:
@@ -166,15 +181,42 @@ def restore_norm_settings(graph: fx.GraphModule, settings: dict[Any, tuple[float
     graph.recompile()
 
 
-def finish_conversion(graph: fx.GraphModule) -> None:
-    """Round biases, drop the float kernels that torchao leaves behind, and give the integers the layers' names."""
+def part_norms(graph: fx.GraphModule, float_layers: Collection[str]) -> None:
+    """Part batch norms from convolutions that stay in float: torchao's QAT fusion takes them for quantized ones."""
     for node in layers(graph):
-        round_bias(graph, node)
+        if path_of(node) in float_layers and (norm := sole_user_in(node, _NORMS)) is not node:
+            with graph.graph.inserting_after(node):
+                norm.replace_input_with(node, graph.graph.call_function(_aten.alias.default, (node,)))
+    graph.recompile()
+
+
+def join_norms(graph: fx.GraphModule, float_layers: Collection[str]) -> None:
+    """Undo `part_norms`."""
+    for node in layers(graph):
+        if path_of(node) in float_layers and (between := sole_user_in(node, (_aten.alias.default,))) is not node:
+            between.replace_all_uses_with(node)
+            graph.graph.erase_node(between)
+    graph.recompile()
+
+
+def finish_conversion(graph: fx.GraphModule) -> None:
+    """Round biases, drop the float kernels that torchao leaves behind, and give the integers the layers' names.
+
+    Batch norms of layers that stay in float are folded, as torchao folds the others.
+    """
+    for node in layers(graph):
+        kernel, bias = argument(node, "weight"), argument(node, "bias")
+        if not _is_quantized(node):
+            if node.target is _aten.conv2d.default and (norm := sole_user_in(node, _NORMS)) is not node:
+                fold_bn_weights_into_conv_node(node, kernel, bias, norm, graph)
+        elif bias is not None:
+            widen_steps(graph, node)
+            round_bias(graph, node)
+    graph.graph.eliminate_dead_code()
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     for name in [name for name in graph.state_dict() if name not in used]:
         _delete(graph, name)
-    graph.delete_all_unused_submodules()
-    for node in layers(graph):
+    for node in filter(_is_quantized, layers(graph)):
         kernel = argument(node, "weight")
         for name in _declared(kernel):
             source = argument(kernel, name)
@@ -183,7 +225,28 @@ def finish_conversion(graph: fx.GraphModule) -> None:
                 _delete(graph, str(source.target))
                 graph.get_submodule(path_of(node)).register_buffer(_INTEGERS[name], value)
                 source.target = f"{path_of(node)}.{_INTEGERS[name]}"
+    graph.delete_all_unused_submodules()
     graph.recompile()
+
+
+def _is_quantized(layer: fx.Node) -> bool:
+    """Return whether a converted layer's weights are integers."""
+    kernel = argument(layer, "weight")
+    return kernel.op == "call_function" and "quant_min" in _declared(kernel)
+
+
+def widen_steps(graph: fx.GraphModule, layer: fx.Node) -> None:
+    """Let the steps of a kernel (almost) without weights be such that its bias is an integer of 32 bits of them."""
+    kernel, bias = argument(layer, "weight"), value_of(graph, argument(layer, "bias"))
+    growth = (bias / _bias_step(graph, layer)).abs().div(2**30).clamp(min=1)
+    integers, (name, scale) = value_of(graph, argument(kernel, "input")), _scale_of(graph, kernel)
+    if isinstance(scale, Tensor):  # by channel
+        scale.mul_(growth)
+        growth = growth.view(-1, *[1] * (integers.dim() - 1))
+    else:
+        growth = growth.max()
+        set_argument(kernel, name, scale * growth.item())
+    integers.copy_((integers / growth).round())
 
 
 def round_bias(graph: fx.GraphModule, layer: fx.Node) -> None:
@@ -191,12 +254,20 @@ def round_bias(graph: fx.GraphModule, layer: fx.Node) -> None:
 
     torchao leaves it in float; onnxruntime and TensorRT add it to the sums of products as an integer of 32 bits.
     """
-    if (bias := argument(layer, "bias")) is not None:
-        image, kernel = argument(layer, "input"), argument(layer, "weight")
-        of_kernel = "scales" if "scales" in _declared(kernel) else "scale"
-        step: Tensor = argument(image, "scale") * value_of(graph, argument(kernel, of_kernel))
-        own = value_of(graph, bias)
-        own.copy_((own / step).round() * step)
+    bias, step = value_of(graph, argument(layer, "bias")), _bias_step(graph, layer)
+    bias.copy_((bias / step).round() * step)
+
+
+def _bias_step(graph: fx.GraphModule, layer: fx.Node) -> Any:
+    """Return what the integers of a layer's sums of products stand for."""
+    _, scale = _scale_of(graph, argument(layer, "weight"))
+    return argument(argument(layer, "input"), "scale") * scale
+
+
+def _scale_of(graph: fx.GraphModule, kernel: fx.Node) -> tuple[str, Any]:
+    """Return what a kernel's scale is called, and the scale: a number, or one per channel."""
+    name = "scales" if "scales" in _declared(kernel) else "scale"
+    return name, value_of(graph, argument(kernel, name))
 
 
 def _delete(graph: fx.GraphModule, name: str) -> None:

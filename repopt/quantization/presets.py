@@ -11,9 +11,10 @@ from torchao.quantization.pt2e import quantizer as ao
 from typing_extensions import override
 
 from repopt.errors import unknown
+from repopt.quantization.calibrators import CALIBRATORS
 
 AVERAGED_BATCHES = 100  # that count in the range of an activation, while training for INT8
-_MIN_STEP = 1e-6  # of a weight: the bias of a channel without weights is an integer of 32 bits of such steps
+_MIN_STEP = 1e-15  # between integers; a product of two is still far from the smallest float
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,21 @@ class Preset:
         meaning: description in a line.
         activations, weights: ranges of the integers; a range around 0 is symmetric, one from 0 on is affine.
         per_channel: whether every output channel's weights have a scale of their own.
-        histogram: whether PTQ chooses the activations' range by their histogram, instead of from min to max.
+        calibrator: how PTQ chooses the activations' ranges, a key of `CALIBRATORS`.
     """
 
     meaning: str
     activations: tuple[int, int] = (0, 255)
     weights: tuple[int, int] = (-127, 127)
     per_channel: bool = True
-    histogram: bool = True
+    calibrator: str = "histogram"
 
 
 PRESETS = {
     "default": Preset("8-bit weights per channel, 8-bit activations by histogram"),
     "fbgemm": Preset("8-bit weights per channel, 7-bit activations by histogram", (0, 127), (-128, 127)),
     "per_tensor": Preset(
-        "8-bit weights per tensor, 8-bit activations from smallest to largest", per_channel=False, histogram=False
+        "8-bit weights per tensor, 8-bit activations from smallest to largest", per_channel=False, calibrator="minmax"
     ),
     "tensorrt": Preset(  # onnxruntime has no integer kernels for it on CPUs, and computes in float
         "8-bit weights per channel, 8-bit activations around 0 by histogram, for TensorRT", (-128, 127)
@@ -57,16 +58,15 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-class FakeQuantize(pt2e.FusedMovingAvgObsFakeQuantize):
-    """Rounding in training whose scale INT8 takes over; torchao's observers compute it anew by another formula."""
+class FakeQuantizedActivation(pt2e.FusedMovingAvgObsFakeQuantize):
+    """Rounding of activations in training, whose ranges an evaluation leaves as they are.
+
+    INT8 takes over its scale; torchao's observers compute it anew by another formula.
+    """
 
     @override
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
-
-
-class FakeQuantizedActivation(FakeQuantize):
-    """Rounding of activations, whose ranges an evaluation leaves as they are."""
 
 
 def specs_of(preset: Preset, *, fake: bool) -> tuple[ao.QuantizationSpec, ao.QuantizationSpec]:
@@ -74,12 +74,13 @@ def specs_of(preset: Preset, *, fake: bool) -> tuple[ao.QuantizationSpec, ao.Qua
     if fake:
         per_tensor, per_channel = pt2e.MovingAverageMinMaxObserver, pt2e.MovingAveragePerChannelMinMaxObserver
         activations = FakeQuantizedActivation.with_args(observer=per_tensor, averaging_constant=1 / AVERAGED_BATCHES)
-        weights = FakeQuantize.with_args(
+        weights = pt2e.FakeQuantize.with_args(  # not the fused one, whose scales are 6e-5 at least
             observer=per_channel if preset.per_channel else per_tensor,
             averaging_constant=1.0,  # those of the last step alone
+            eps=_MIN_STEP,
         )
     else:
-        activations = pt2e.HistogramObserver if preset.histogram else pt2e.MinMaxObserver
+        activations = CALIBRATORS[preset.calibrator].with_args(eps=_MIN_STEP)
         weights = pt2e.PerChannelMinMaxObserver if preset.per_channel else pt2e.MinMaxObserver
         weights = weights.with_args(eps=_MIN_STEP)
     symmetric = preset.activations[0] < 0

@@ -16,7 +16,7 @@ import data
 import main_repopt
 from repopt import checkpoint, export, quantization
 from repopt.errors import UserError
-from train import trained
+from train import quantize, trained
 from train.command import EXIT_INTERRUPTED
 from train.evaluation.classification import evaluate
 from train.precision import Precision
@@ -117,6 +117,28 @@ def test_export_of_what_was_trained(target, tmp_path):
     assert torch.equal(export.OnnxNetwork(tmp_path / "export" / "fp32.onnx")(x), export.OnnxNetwork(fp32)(x))
 
 
+def test_calibration_and_control(target, ptq, tmp_path):
+    """A calibrator, equalization, bias correction and float layers; all of them are in the files."""
+    control = ("QUANT.CALIBRATOR", "mse", "QUANT.EQUALIZE", True, "QUANT.BIAS_CORRECTION", True)
+    assert (
+        main(tmp_path, TARGET, "--resume", target, "--method", "ptq", "--opts", *control, "QUANT.FLOAT_LAYERS", 2) == 0
+    )
+    artifacts = tmp_path / TARGET / "ptq-default" / "artifacts"
+    fp32, int8, in_onnxruntime = results(artifacts)
+    assert fp32 == results(ptq)[0]
+    assert abs(int8 - fp32) < 5
+    assert abs(in_onnxruntime - int8) <= 0.2
+    runs = export.operations(artifacts / "int8.onnx")
+    assert runs["QLinearConv"] == 26
+    assert runs["Conv"] + runs["FusedConv"] == 2
+    again = trained.read(artifacts / "quantized.pth")
+    assert int8 == pytest.approx(accuracy(again.int8_network()))
+    names = again.setting("QUANT.FLOAT_LAYERS")
+    assert set(names.split(",")) < set(json.loads((artifacts / "signal_to_noise.json").read_text()))
+    log = (artifacts.parent / "log_rank0.txt").read_text()
+    assert f"QUANT.FLOAT_LAYERS 2: {names.replace(',', ', ')}" in log
+
+
 def test_training_on_in_two_processes(repvgg, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "scripts" / "quantize.py"), "--cfg", str(RECIPE), "--arch", REPVGG, "--method", "qat"]
@@ -131,6 +153,44 @@ def test_training_on_in_two_processes(repvgg, tmp_path):
     x = torch.randn(4, 3, 32, 32)
     assert torch.equal(both[0](x), both[1](x))
     assert int8 == pytest.approx(accuracy(both[0]))
+
+
+def divergence(logits, of_teacher):
+    """Mean over the images of the sum over the classes of q log(q / p), with loops."""
+    total = 0.0
+    for p, q in zip(logits.double().softmax(1), of_teacher.double().softmax(1), strict=True):
+        total += sum(b * (b.log() - a.log()) for a, b in zip(p, q, strict=True))
+    return total / len(logits)
+
+
+def test_the_loss_of_a_distillation():
+    teacher, x = torch.nn.Linear(4, 3), torch.randn(5, 4)
+    logits = torch.randn(5, 3, requires_grad=True)
+    loss = quantize.distillation(teacher, 2.5)
+    torch.testing.assert_close(loss(x, logits).double(), 2.5 * divergence(logits, teacher(x)))
+    loss(x, logits).backward()
+    assert logits.grad.abs().max() > 0
+    assert teacher.weight.grad is None
+    assert loss(x, teacher(x)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_distilled_network_stays_near_its_float_network(repvgg, tmp_path, monkeypatch):
+    def convert(observed):
+        raise UserError("it takes seconds")
+
+    divergences = []
+    for weight in (0.0, 5.0):
+        with monkeypatch.context() as patch:
+            patch.setattr(quantization, "convert", convert)
+            arguments = ("--resume", repvgg, "--tag", f"distilled{weight}", "--method", "qat", "--opts")
+            options = ("TRAIN.EPOCHS", 5, "TRAIN.BASE_LR", 0.1, "TEST.PERIOD", 5, "QUANT.DISTILL", weight)
+            assert main(tmp_path, REPVGG, *arguments, *options) == 2
+        images = data.Classification(data.Source("digits"), image_size=32, num_classes=10)
+        x, _ = next(iter(data.eval_loader(images, batch_size=128, device=torch.device("cpu"))))
+        int8 = trained.read(tmp_path / REPVGG / f"distilled{weight}" / "latest.pth").int8_network()
+        with torch.no_grad():
+            divergences.append(divergence(int8(x), trained.read(repvgg).network()(x)).item())
+    assert divergences[1] < 0.5 * divergences[0]
 
 
 QAT_OPTIONS = ("TRAIN.EPOCHS", 2, "SAVE_EVERY_STEPS", 3, "TRAIN.CLIP_GRAD", 5.0)
@@ -183,6 +243,15 @@ MISTAKES = {
     "no method": (["--arch", TARGET, "--resume", "{target}"], "--method ptq .* or --method qat"),
     "method": (["--arch", TARGET, "--resume", "{target}", "--method", "pqt"], "unknown value of QUANT.METHOD 'pqt'"),
     "preset": ([*PTQ, "--preset", "fbgem"], "did you mean 'fbgemm'"),
+    "calibrator": ([*PTQ, "--opts", "QUANT.CALIBRATOR", "entropie"], "did you mean 'entropy'"),
+    "calibrator of qat": ([*QAT, "--opts", "QUANT.CALIBRATOR", "mse"], "QUANT.CALIBRATOR mse is not of --method qat"),
+    "equalization": ([*QAT, "--opts", "QUANT.EQUALIZE", True], "QUANT.EQUALIZE True is not of --method qat"),
+    "distillation": ([*PTQ, "--opts", "QUANT.DISTILL", 0.5], "QUANT.DISTILL 0.5 is not of --method ptq"),
+    "float layer": (
+        [*PTQ, "--opts", "QUANT.FLOAT_LAYERS", "stage3.4.cnv"],
+        "unknown layer 'stage3.4.cnv'; did you mean 'stage3.4.conv'",
+    ),
+    "float layers": ([*PTQ, "--opts", "QUANT.FLOAT_LAYERS", 99], "is 99, and the network has 29 layers"),
     "no checkpoint": (["--arch", TARGET, "--method", "ptq"], "--resume FILE"),
     "no such checkpoint": (["--arch", TARGET, "--method", "ptq", "--resume", "{tmp}/a"], "no file '{tmp}/a'"),
     "another arch": (
