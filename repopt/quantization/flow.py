@@ -53,6 +53,9 @@ class PreparedModel(ModuleWrapper):
         self.network, self.fake = graph, fake
         example = torch.zeros_like(example, memory_format=torch.contiguous_format)
         self.register_buffer("example", example, persistent=False)
+        # torchao's observers replace it when they load a state dict.
+        self._smallest_steps = {name: value.clone() for name, value in graph.named_buffers() if name.endswith(".eps")}
+        self.register_load_state_dict_post_hook(PreparedModel._restore_smallest_steps)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -80,6 +83,10 @@ class PreparedModel(ModuleWrapper):
         self.eval()
         if self.fake:
             self(self.example)  # torchao's fake quantizers compute scales from ranges in a forward pass only
+
+    def _restore_smallest_steps(self, _: object) -> None:
+        for name, value in self._smallest_steps.items():
+            self.network.get_buffer(name).copy_(value)
 
     def _switch(self, training: bool) -> None:
         self.training = training

@@ -216,5 +216,8 @@ class TestSmallWeights:
         quantization.calibrate(prepared, [x])
         int8 = quantization.convert(prepared)
         assert export.relative_difference(int8(x), model(x)) < 0.03
+        again = quantization.prepare(model, x, method, preset)
+        quantization.load(again, {name: value.clone() for name, value in prepared.state_dict().items()})
+        assert torch.equal(quantization.convert(again)(x), int8(x))
         export.write_onnx(int8, x, tmp_path / "int8.onnx")
         assert export.relative_difference(export.OnnxNetwork(tmp_path / "int8.onnx")(x), int8(x)) < 0.01
