@@ -65,7 +65,7 @@ class ConvBnReluQuantizer(ao.Quantizer):
             if node in paths and paths[node] not in self._float_layers:
                 inputs = {argument(node, "input"): self._activations, argument(node, "weight"): self._weights}
                 node.meta[Q_ANNOTATION_KEY] = ao.QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
-            elif not (node.target in _BETWEEN and all(map(_is_quantized, node.all_input_nodes))):
+            elif not (node.target in _BETWEEN and all(map(_is_rounded, node.all_input_nodes))):
                 continue
             end = pattern_end(node)
             if any(user.op != "output" for user in end.users):
@@ -78,7 +78,7 @@ class ConvBnReluQuantizer(ao.Quantizer):
         pass  # nothing is left to check
 
 
-def _is_quantized(node: fx.Node) -> bool:
+def _is_rounded(node: fx.Node) -> bool:
     """Return whether what a node gives is annotated to be rounded."""
     annotation = node.meta.get(Q_ANNOTATION_KEY)
     return annotation is not None and annotation.output_qspec is not None
@@ -206,7 +206,7 @@ def finish_conversion(graph: fx.GraphModule) -> None:
     """
     for node in layers(graph):
         kernel, bias = argument(node, "weight"), argument(node, "bias")
-        if not _is_quantized(node):
+        if not _has_integers(node):
             if node.target is _aten.conv2d.default and (norm := sole_user_in(node, _NORMS)) is not node:
                 fold_bn_weights_into_conv_node(node, kernel, bias, norm, graph)
         elif bias is not None:
@@ -216,7 +216,7 @@ def finish_conversion(graph: fx.GraphModule) -> None:
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     for name in [name for name in graph.state_dict() if name not in used]:
         _delete(graph, name)
-    for node in filter(_is_quantized, layers(graph)):
+    for node in filter(_has_integers, layers(graph)):
         kernel = argument(node, "weight")
         for name in _declared(kernel):
             source = argument(kernel, name)
@@ -229,7 +229,7 @@ def finish_conversion(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _is_quantized(layer: fx.Node) -> bool:
+def _has_integers(layer: fx.Node) -> bool:
     """Return whether a converted layer's weights are integers."""
     kernel = argument(layer, "weight")
     return kernel.op == "call_function" and "quant_min" in _declared(kernel)
