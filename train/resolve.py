@@ -61,7 +61,7 @@ def _check_task(cfg: CfgNode, own: object) -> None:
     if was is None:  # quantized as a classifier, and evaluated as what its weights fit
         was = CLASSIFY if cfg.QUANT.METHOD else cfg.TASK
     if cfg.QUANT.METHOD and DETECT in (was, cfg.TASK):
-        raise UserError("a detector (TASK detect) cannot be quantized: what it computes depends on what it has found")
+        raise UserError("a detector (TASK detect) cannot be quantized yet")
     if was != cfg.TASK:
         raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and TASK is {cfg.TASK} here")
 
