@@ -112,7 +112,7 @@ def training_state(
         )
     images_per_step = cfg.DATA.BATCH_SIZE * world.size * accumulation
     scaling = images_per_step / 256  # the learning rates of the configuration are per 256 images
-    base_lr = cfg.TRAIN.BASE_LR * scaling
+    base_lr, factors = cfg.TRAIN.BASE_LR * scaling, learning_rate_factors(task, plain)
     rule, multiplied = cfg.TRAIN.OPTIMIZER, scales_of_gradients(task, scales) if branches is None else None
     optimizer = repopt.build_optimizer(
         rule.NAME,
@@ -121,7 +121,7 @@ def training_state(
         branches=branches,
         max_norm=None if branches is None and multiplied is None else cfg.TRAIN.CLIP_GRAD or None,
         lr=base_lr,
-        lr_factors=learning_rate_factors(task, plain),
+        lr_factors=factors,
         weight_decay=cfg.TRAIN.WEIGHT_DECAY,
         momentum=rule.MOMENTUM,
         nesterov=rule.MOMENTUM > 0,
@@ -129,7 +129,7 @@ def training_state(
         eps=rule.EPS,
         implementation=rule.IMPLEMENTATION,
     )
-    for group in optimizer.param_groups:  # timm's schedules multiply all rates of a group, the first and last too
+    for group in optimizer.param_groups if factors else ():  # timm's schedules multiply the first and last rate, too
         group["lr_scale"], group["lr"] = group["lr"] / base_lr if base_lr else 1.0, base_lr
     steps_per_epoch = count_steps(batches, accumulation)
     warmup_steps = cfg.TRAIN.WARMUP_STEPS

@@ -351,7 +351,7 @@ class BranchOptimizer(torch.optim.Optimizer):
             )
             for name, held in self.branches.items()
         }
-        taken = ("lr", "momentum", "weight_decay", "nesterov", "initial_lr")
+        taken = ("lr", "momentum", "weight_decay", "nesterov", "initial_lr", "lr_scale")
         groups = [
             {key: group[key] for key in taken if key in group}
             | {"dampening": float(group["dampening"])}  # torch's default is the integer 0

@@ -172,10 +172,18 @@ def test_frozen_layers_stay_bit_for_bit(source, tmp_path):
     assert same == frozen
 
 
-def test_layers_learn_at_rates_of_their_own(source, tmp_path):
+@pytest.mark.parametrize("search", [0, 1])  # whose end brings another optimizer
+def test_layers_learn_at_rates_of_their_own(source, tmp_path, search):
     """From the head back: a rate of its own, then a tenth from block to block."""
     options = ("TRAIN.HEAD_LR", 0.8, "TRAIN.BASE_LR", 0.4, "TRAIN.LAYER_DECAY", 0.1, "TRAIN.MIN_LR", 0.4)
-    options += ("TRAIN.OPTIMIZER.MOMENTUM", 0.0)  # the last rate is the first, so the schedule stands still
+    options += (
+        "TRAIN.SEARCH_EPOCHS",
+        search,
+        "TRAIN.EPOCHS",
+        1 + search,
+        "TRAIN.OPTIMIZER.MOMENTUM",
+        0.0,
+    )  # the last rate is the first, so the schedule stands still
     found, log = untouched(tmp_path, "--pretrained", source, options=options)
     rates = {name: group["lr"] for group in found["optimizer"]["param_groups"] for name in group["param_names"]}
     assert rates["linear.weight"] == rates["linear.bias"] == pytest.approx(0.8 * 64 / 256)
