@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from model_helpers import with_statistics
 from pycocotools.coco import COCO
 from torch import nn
 from torch.nn.functional import softplus
@@ -100,14 +101,12 @@ def differences(csla, target):
     return {name: ((a - b).norm() / a.norm().clamp(min=1)).item() for name, (a, b) in pairs.items()}
 
 
-@pytest.mark.parametrize("head", WITH_MASKS)
-def test_target_detector_follows_the_csla_detector(head):
-    scales = searched(head=head, neck="declared")
-    csla, target = csla_and_target(scales, head)
+def assert_target_follows(csla, target, scales, rule, settings, **training):
+    """Losses and parameters are the same, and all of them are trained."""
     start = {name: p.detach().clone() for name, p in target.named_parameters()}
     losses = [
-        train(csla, repopt.build_optimizer("sgd", csla, **SGD)),
-        train(target, repopt.build_optimizer("sgd", target, scales, **SGD)),
+        train(csla, repopt.build_optimizer(rule, csla, **settings), **training),
+        train(target, repopt.build_optimizer(rule, target, scales, **settings), **training),
     ]
     for a, b in zip(*losses, strict=True):
         assert a == pytest.approx(b, rel=1e-6)
@@ -117,6 +116,13 @@ def test_target_detector_follows_the_csla_detector(head):
     assert max(found.values()) < 1e-10, found
     for name, p in target.named_parameters():
         assert not torch.equal(p, start[name]), f"{name} is not trained"
+
+
+@pytest.mark.parametrize("head", WITH_MASKS)
+def test_target_detector_follows_the_csla_detector(head):
+    scales = searched(head=head, neck="declared")
+    csla, target = csla_and_target(scales, head)
+    assert_target_follows(csla, target, scales, "sgd", SGD)
 
 
 def test_without_the_multipliers_it_does_not():
@@ -161,15 +167,8 @@ def test_scales_of_a_classifier_train_the_body():
 @pytest.mark.parametrize(("name", "mode"), [("RepOpt-VGG-nano", "repvgg"), ("RepOpt-VGG-nano", "target")])
 def test_deployed_detector_finds_the_same(name, mode):
     model = detector(name, mode=mode, neck="declared", head="cascade")
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            module.momentum = None  # the running statistics are plain averages
     images, targets = batch()
-    for _ in range(2):
-        model(images, targets)
-    model.eval()
+    with_statistics(model, lambda: model(images, targets)).eval()
     deployed = repopt.deploy(model)
     assert not any(isinstance(m, nn.BatchNorm2d | repopt.RepConv2d) for m in deployed.modules())
     assert deployed.masks

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_helpers import with_statistics
 
 import repopt
 from repopt.layers import MODES, RepConv2d
@@ -15,14 +16,7 @@ def create(name, mode, **arguments):
     """A network in float64 whose batch norms have seen data."""
     se = {"se": True} if name.endswith(" with se") else {}
     model = repopt.create_model(name.removesuffix(" with se"), mode=mode, num_classes=10, **se, **arguments).double()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias)
-            module.momentum = None  # the running statistics are plain averages
-    for _ in range(2):
-        model(images(name))
-    return model
+    return with_statistics(model, lambda: model(images(name)))
 
 
 def images(name):

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_detection import SGD, batch, csla_and_target, detector, differences, searched, train
+from model_helpers import with_statistics
+from test_detection import SGD, assert_target_follows, batch, csla_and_target, detector, differences, searched, train
 from torch import nn
 from torchvision.models.detection import fcos
 
@@ -33,16 +34,9 @@ def images_and_targets():
     return images, [target] * 2
 
 
-def with_statistics(model):
-    """A detector whose batch norms do something, with statistics of the batch."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            module.momentum = None  # the running statistics are plain averages
-    for _ in range(2):
-        model(*images_and_targets())
-    return model.eval()
+def trained_a_little(model):
+    """A detector in eval mode whose batch norms have seen data."""
+    return with_statistics(model, lambda: model(*images_and_targets())).eval()
 
 
 def assert_found(one, other, **tolerance):
@@ -57,19 +51,7 @@ def assert_found(one, other, **tolerance):
 def test_target_follows_csla(rule, settings):
     scales = searched(head=FCOS)
     csla, target = csla_and_target(scales, FCOS, **LARGE)
-    start = {name: p.detach().clone() for name, p in target.named_parameters()}
-    losses = [
-        train(csla, repopt.build_optimizer(rule, csla, **settings), 3, images_and_targets()),
-        train(target, repopt.build_optimizer(rule, target, scales, **settings), 3, images_and_targets()),
-    ]
-    for a, b in zip(*losses, strict=True):
-        assert a == pytest.approx(b, rel=1e-6)
-    assert losses[0][0] != pytest.approx(losses[0][-1], rel=1e-2)
-    found = differences(csla, target)
-    assert len(found) == len(start)
-    assert max(found.values()) < 1e-10, found
-    for name, p in target.named_parameters():
-        assert not torch.equal(p, start[name]), f"{name} is not trained"
+    assert_target_follows(csla, target, scales, rule, settings, steps=3, of=images_and_targets())
 
 
 def test_without_the_multipliers_it_does_not():
@@ -97,7 +79,7 @@ def test_scales_have_the_same_names_in_every_mode():
 
 @pytest.mark.parametrize("mode", ["target", "repvgg"])
 def test_deployed_detector_finds_the_same(mode):
-    model = with_statistics(detector(head=FCOS, mode=mode, **LARGE))
+    model = trained_a_little(detector(head=FCOS, mode=mode, **LARGE))
     deployed = repopt.deploy(model)
     assert not any(isinstance(m, nn.BatchNorm2d | repopt.RepConv2d) for m in deployed.modules())
     images, _ = images_and_targets()
@@ -106,7 +88,7 @@ def test_deployed_detector_finds_the_same(mode):
 
 def test_detections_are_those_of_the_raw_predictions():
     """Of images of two sizes; whatever else predicts as the predictor does may take its place."""
-    model = with_statistics(detector(head=FCOS))
+    model = trained_a_little(detector(head=FCOS))
     images = [torch.rand(3, 96, 72, dtype=torch.float64), torch.rand(3, 64, 96, dtype=torch.float64)]
     sizes = [(96, 72), (64, 96)]
     batch, _ = model.transform(images)
@@ -120,7 +102,7 @@ def test_detections_are_those_of_the_raw_predictions():
 @pytest.mark.parametrize("multiple", [None, 32])
 def test_raw_predictions_are_exported(multiple, tmp_path):
     """For images of one size or of any; of which the detector makes what it finds itself."""
-    model = with_statistics(detector(head=FCOS)).float()
+    model = trained_a_little(detector(head=FCOS)).float()
     predictor = repopt.deploy(model).predictor
     written = {name: tmp_path / name for name in ("raw.onnx", "raw.pt2")}
     for path, write in zip(written.values(), (export.write_onnx, export.write_program), strict=True):
@@ -176,7 +158,7 @@ class Answers(fcos.FCOSHead):
 
 
 def test_losses_and_detections_are_torchvisions():
-    model = with_statistics(detector(head=FCOS))
+    model = trained_a_little(detector(head=FCOS))
     images, targets = batch()
     with torch.no_grad():
         raw = model.predictor(model.transform(images)[0].tensors)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
+from model_helpers import with_statistics
 from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -203,14 +204,7 @@ def test_weights_of_a_file(name, tmp_path):
 @pytest.mark.parametrize(("name", "mode"), MODES)
 def test_deployed_backbone_is_the_same_function(name, mode):
     model = create(name, mode=mode, features_only=True, out_indices=(1, 3))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            module.momentum = None  # the running statistics are plain averages
-    for _ in range(2):
-        model(images())
-    model.eval()
+    with_statistics(model, lambda: model(images())).eval()
     deployed, x = repopt.deploy(model), images()
     assert not any(isinstance(m, nn.BatchNorm2d | repopt.RepConv2d) for m in deployed.modules())
     for a, b in zip(deployed(x), model(x), strict=True):
