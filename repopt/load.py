@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from repopt import checkpoint
 from repopt.description import CLASSIFY, DETECT, InOut, NetworkDescription, names
 from repopt.errors import UserError, one_line
 from repopt.images import Preprocessing
-from repopt.models import create_model, list_models, parse_arch
+from repopt.models import create_model, parse_arch, without_values
 
 logger = logging.getLogger("repopt")
 
@@ -111,21 +110,18 @@ def _described_by_weights(
     if not isinstance(arch, str):
         raise UserError("it does not say of which network it is: name its architecture")
     model, mode, _ = parse_arch(arch)
-    number = count_classes(model, state, lambda classes: create_model(model, mode=mode, num_classes=classes))
+    number = count_classes(state, lambda classes: create_model(model, mode=mode, num_classes=classes))
     return NetworkDescription(CLASSIFY, model, mode, {"num_classes": number})
 
 
-def count_classes(model: str, state: Mapping[str, Tensor], create: Callable[[int], nn.Module]) -> int:
+def count_classes(state: Mapping[str, Tensor], create: Callable[[int], nn.Module]) -> int:
     """Return the number of classes of a classifier's weights: its head alone has another shape in one of one class.
 
     Args:
-        model: name of the network.
         state: its weights by name.
         create: makes the network with so many classes.
     """
-    # Some of the libraries' networks cannot be made without values: they compute their widths with tensors.
-    with torch.device("meta" if model in list_models() else "cpu"):
-        own = create(1).state_dict()
+    own = without_values(lambda: create(1)).state_dict()
     other = (state[name] for name in own if name in state and state[name].shape != own[name].shape)
     sizes = {len(weight) for weight in other if weight.dim()}
     return sizes.pop() if len(sizes) == 1 else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,7 @@ from repopt import checkpoint
 from repopt.errors import UserError, shown
 from repopt.layers import MODES
 from repopt.load import error_context
-from repopt.models import baselines, list_models
+from repopt.models import baselines, without_values
 from train import config, trained
 from train.keys import CLASSIFY, DETECT
 from train.logging import listed, logger
@@ -27,26 +28,20 @@ def read(task: Task, path: str) -> trained.LoadedCheckpoint:
         UserError: it is no checkpoint, or one of another task, architecture or function.
     """
     cfg = task.cfg
-    source = _recognized(task, trained.read(path, fallback=cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS))
+    source = _identified(task, trained.read(path, fallback=cfg.MODEL.ARCH, weights=cfg.MODEL.WEIGHTS))
     _check(task, source)
     return source if source.arch.mode == task.arch.mode else _merged(task, source)
 
 
-def _recognized(task: Task, source: trained.LoadedCheckpoint) -> trained.LoadedCheckpoint:
+def _identified(task: Task, source: trained.LoadedCheckpoint) -> trained.LoadedCheckpoint:
     """Return weights alone as those of the baseline of a target network, where they have its names."""
     if source.setting("MODEL.ARCH") is None and task.arch.mode == "target":
         names = checkpoint.state_dict_of(source.content, source.weights).keys()
         for name, arch in baselines(task.arch.model).items():
-            with torch.device(_device_of_shapes(task)):
-                own = repopt.create_model(arch.model, mode=arch.mode, num_classes=1).state_dict()
-            if own.keys() <= names:
+            network = functools.partial(repopt.create_model, arch.model, mode=arch.mode, num_classes=1)
+            if without_values(network).state_dict().keys() <= names:
                 return source._replace(name=name, arch=arch)
     return source
-
-
-def _device_of_shapes(task: Task) -> str:
-    """Return where a network is made for its shapes: some of the libraries' compute their widths with tensors."""
-    return "meta" if task.arch.model in list_models() else "cpu"
 
 
 def _merged(task: Task, source: trained.LoadedCheckpoint) -> trained.LoadedCheckpoint:
@@ -101,8 +96,7 @@ def of_classes(task: Task, model: nn.Module) -> set[str]:
     """Return the names of the tensors whose shapes depend on the number of classes."""
     more = {"MODEL.NUM_CLASSES": task.cfg.MODEL.NUM_CLASSES + 1}
     other = type(task)(config.Settings(task.cfg, frozenset()).with_values(more).cfg, task.world)
-    with torch.device(_device_of_shapes(task)):
-        shapes = {name: value.shape for name, value in other.network().state_dict().items()}
+    shapes = {name: value.shape for name, value in without_values(other.network).state_dict().items()}
     return {name for name, value in model.state_dict().items() if value.shape != shapes[name]}
 
 

@@ -144,7 +144,7 @@ class LoadedCheckpoint(NamedTuple):
         """Return the number of classes: as the run was configured; of a classifier as its weights have them."""
         if self.setting("TASK") in DENSE:
             return self.settings("MODEL.NUM_CLASSES").MODEL.NUM_CLASSES
-        return count_classes(self.arch.model, weights, self._build)
+        return count_classes(weights, self._build)
 
     def _build(self, num_classes: int) -> nn.Module:
         keys = ("TASK", *OF_NETWORK, *OF_IMAGES)  # a detector normalises its images itself

@@ -71,14 +71,18 @@ def modes(name: str) -> tuple[str, ...]:
 
 @functools.cache
 def _module_types(name: str) -> frozenset[type[nn.Module]]:
-    """Return the types of the modules of a network, for which it is made: without values, if that can be."""
+    """Return the types of the modules of a network."""
+    return frozenset(map(type, without_values(lambda: create(name, num_classes=1)).modules()))
+
+
+def without_values(create: Callable[[], nn.Module]) -> nn.Module:
+    """Return a network made for its shapes and types: on the meta device, if that can be, and without drawing."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                model = create(name, num_classes=1)
-        except RuntimeError:  # some compute their widths with tensors
-            model = create(name, num_classes=1)
-    return frozenset(map(type, model.modules()))
+                return create()
+        except (RuntimeError, UserError):  # some compute their widths with tensors, or are tried on an image
+            return create()
 
 
 def create(
