@@ -57,19 +57,10 @@ class Split:
         )
         category_ids, class_names = categories.ids(), categories.column("name", _is_text, "text")
         by_id = np.argsort(category_ids)
-        own = {class_names[k]: int(category_ids[k]) for k in by_id}
-        if classes and (foreign := [name for name in own if name not in classes]):
-            raise UserError(
-                f"{self.file}: category {foreign[0]!r} is no class of those that the network was trained on "
-                f"({len(foreign)} of {len(own)} categories are none)"
-            )
-        if classes and len(own) < len(class_names):
-            raise UserError(f"{self.file}: two categories have one name, and are to be matched by name")
-        others = itertools.count(int(category_ids.max()) + 1)
-        self.class_names = tuple(classes) or tuple(class_names[k] for k in by_id)
-        self.category_ids = tuple(own[name] if name in own else next(others) for name in classes) or tuple(
-            category_ids[by_id].tolist()
-        )
+        self.category_ids = tuple(category_ids[by_id].tolist())
+        self.class_names = tuple(class_names[k] for k in by_id)
+        if classes:
+            self.category_ids, self.class_names = self._ids_of(classes), tuple(classes)
 
         self.image_ids = images.ids()
         self.names = images.column("file_name", _is_text, "text")
@@ -109,6 +100,19 @@ class Split:
                 f"{str(self.folder)!r} lacks {len(lacking)} of {len(self.names)} images that {self.file} lists: "
                 f"{shown(lacking[0])}"
             )
+
+    def _ids_of(self, classes: Sequence[str]) -> tuple[int, ...]:
+        """Return the categories' ids in the order of classes with their names."""
+        own = dict(zip(self.class_names, self.category_ids, strict=True))
+        if foreign := [name for name in own if name not in classes]:
+            raise UserError(
+                f"{self.file}: category {foreign[0]!r} is no class of those that the network was trained on "
+                f"({len(foreign)} of {len(own)} categories are none)"
+            )
+        if len(own) < len(self.class_names):
+            raise UserError(f"{self.file}: two categories have one name, and are to be matched by name")
+        others = itertools.count(max(self.category_ids) + 1)
+        return tuple(own[name] if name in own else next(others) for name in classes)
 
     def _is_below(self, name: str) -> bool:
         return not Path(name).is_absolute() and ".." not in Path(name).parts and (self.folder / name).is_file()

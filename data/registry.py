@@ -8,14 +8,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 
 from data import caltech, cifar, cityscapes, digits, fake, folder, glyphs, patches, scenes, zipped
 from data.types import ON_BAD_IMAGE, DatasetInfo, EncodedImages, Source
 from repopt.errors import UserError, unknown
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
