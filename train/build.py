@@ -20,8 +20,8 @@ from repopt.errors import UserError
 from repopt.optim import WITHOUT_MULTIPLIERS, HeldBranches
 from train import compilation
 from train.distributed import World
+from train.finetuning import learning_rate_factors
 from train.keys import CLASSIFY
-from train.layers import learning_rate_factors
 from train.logging import logger
 from train.parallel import data_parallel
 from train.placement import precision_of, to_device

@@ -52,7 +52,7 @@ def learning_rate_factors(task: Task, model: nn.Module) -> dict[str, float] | No
     prefix = f"{task.backbone_path}." if task.backbone_path else ""
     of_backbone = [
         [f"{prefix}{name}" for name in names if f"{prefix}{name}" not in head]
-        for names in layers(model.get_submodule(task.backbone_path))
+        for names in parameters_by_layer(model.get_submodule(task.backbone_path))
     ]
     of_backbone = [names for names in of_backbone if names]
     factors = {name: cfg.LAYER_DECAY**depth for depth, names in enumerate(reversed(of_backbone)) for name in names}
@@ -60,7 +60,7 @@ def learning_rate_factors(task: Task, model: nn.Module) -> dict[str, float] | No
     return {name: of_head for name, _ in model.named_parameters()} | factors
 
 
-def layers(model: nn.Module) -> list[list[str]]:
+def parameters_by_layer(model: nn.Module) -> list[list[str]]:
     """Return the names of a network's parameters by layer, in the order in which its modules were added.
 
     A declared block is a layer, as its baseline is, and so is every other module with a weight of two or more

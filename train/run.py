@@ -18,17 +18,18 @@ from repopt import checkpoint
 from repopt.errors import UserError, shown
 from repopt.models import parse_arch
 from train import config, pretrained, run_record, tasks
+from train.as_trained import as_trained
 from train.build import check_batch_norms, clipping, distribute, plain_form, training_state
 from train.checkpoint import RunFolder
 from train.command import MAIN, Program
 from train.distributed import run_on_main, world
 from train.file_names import THROUGHPUT
+from train.finetuning import freeze
 from train.interruption import Interrupted
 from train.keys import CLASSIFY, DETECT
-from train.layers import freeze
 from train.logging import listed, logger, start_log
 from train.placement import memory_format_of, precision_of, to_device
-from train.resolve import as_trained, resolve
+from train.resolve import resolve
 from train.resume import check_same_run, find_scales, goes_on, log_images, match_images, read_checkpoint
 from train.state import TrainingState
 from train.throughput import measure_throughput
@@ -181,15 +182,14 @@ def prepare(
     train_loader, val_loader = task.train_loader(), task.eval_loader()
     if goes_on(content) and content.get("data") not in (None, train_loader.fingerprint):
         raise UserError("cannot resume: the training images of DATA.DATA_PATH are not those that this run began with")
-    given = content is not None and not goes_on(content)  # weights alone, of which branches are made, so before them
-    if content is not None and given:
+    if content is not None and not goes_on(content):  # weights alone, of which branches are made, so before them
         taken = checkpoint.choose_weights(content, cfg.MODEL.WEIGHTS)
         content = {"model": checkpoint.state_dict_of(content, taken)}
         repopt.load_weights(model, content["model"])
         logger.info(f"begins with {checkpoint.WEIGHTS[taken]} of {cfg.MODEL.RESUME}")
-    given = given or (content is None and bool(cfg.MODEL.PRETRAINED))
+    keep_weights = bool(cfg.MODEL.PRETRAINED) if content is None else not goes_on(content)
     frozen = freeze(model, cfg.TRAIN.FREEZE)
-    plain, branches = plain_form(task, model, scales, keep_weights=given)
+    plain, branches = plain_form(task, model, scales, keep_weights=keep_weights)
     state: TrainingState = training_state(
         task, model, scales, batches=len(train_loader), plain=plain, branches=branches
     )

@@ -10,7 +10,8 @@ import main_repopt
 from repopt import checkpoint
 from repopt.errors import UserError
 from train import config
-from train.resolve import as_trained, resolve
+from train.as_trained import as_trained
+from train.resolve import resolve
 
 ARCH = "RepOpt-VGG-nano-target-norepopt"
 FOLDER = ("DATA.DATASET", "folder", "DATA.NUM_WORKERS", 0, "DATA.BATCH_SIZE", 4)
@@ -85,6 +86,14 @@ def test_other_classes_are_refused_by_name(trained, pictures, tmp_path, capsys, 
 def test_sizes(trained, pictures, values, size):
     own = {"MODEL.ARCH": ARCH, "MODEL.RESUME": str(trained), "DATA.DATASET": "folder", "DATA.DATA_PATH": str(pictures)}
     assert size == resolve(as_trained(config.build(own | values))).DATA.TEST_SIZE
+
+
+@pytest.mark.parametrize("mean", [5, (), ("a", "b"), "abc"])
+def test_a_mean_that_is_none_is_refused(pictures, tmp_path, mean):
+    checkpoint.write({"model": {}, "config": {"DATA": {"MEAN": mean}}}, tmp_path / "a.pth")
+    own = {"MODEL.ARCH": ARCH, "MODEL.RESUME": str(tmp_path / "a.pth"), "DATA.DATASET": "folder", "EVAL_MODE": True}
+    with pytest.raises(UserError, match=r"^DATA\.MEAN takes "):
+        as_trained(config.build(own | {"DATA.DATA_PATH": str(pictures)}))
 
 
 def test_a_size_that_is_none_is_refused(pictures, tmp_path):

@@ -6,14 +6,14 @@ from train_helpers import three_blocks
 
 import repopt
 from repopt import declared_blocks
-from train.layers import layers
+from train.finetuning import parameters_by_layer
 
 RULES = {"sgd": {"momentum": 0.9, "nesterov": True}, "adamw": {"eps": 1e-30}}
 
 
 def factors_of(model):
     """Half the rate from layer to layer, from the last one back."""
-    return {name: 0.5**depth for depth, names in enumerate(reversed(layers(model))) for name in names}
+    return {name: 0.5**depth for depth, names in enumerate(reversed(parameters_by_layer(model))) for name in names}
 
 
 def train(model, optimizer, steps=10):
@@ -63,7 +63,7 @@ def test_a_declared_block_is_one_layer_in_every_mode():
     """With what belongs to it: batch norm, squeeze-and-excitation."""
     for mode in ("hs", "csla", "target"):
         model = repopt.create_model("RepOpt-VGG-nano", mode=mode, se=True)
-        found = layers(model)
+        found = parameters_by_layer(model)
         assert len(found) == 28 + 1
         assert sorted(name for names in found for name in names) == sorted(dict(model.named_parameters()))
         for (path, _), names in zip(declared_blocks(model), found, strict=False):
@@ -74,6 +74,6 @@ def test_a_declared_block_is_one_layer_in_every_mode():
 def test_other_libraries_networks_have_a_layer_for_every_kernel():
     model = repopt.create_model("timm/resnet10t", mode="plain")
     kernels = [name for name, param in model.named_parameters() if param.dim() > 1]
-    found = layers(model)
+    found = parameters_by_layer(model)
     assert [names[0] for names in found] == kernels
     assert sum(map(len, found)) == len(list(model.parameters()))
