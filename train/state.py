@@ -81,19 +81,16 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the entries of the published release's checkpoints, and ours; tensors are not copied."""
-        content = (
-            {key: part.state_dict() for key, part in self.parts().items()}
-            | dict(self.notes)
-            | {
-                "lr_scheduler": self.schedule.state_dict(),  # for others: the learning rate is a function of the step
-                "epoch": self.epoch - 1,  # the last one done, as the published release counts
-                "max_accuracy": self.max_accuracy,
-                "max_ema_accuracy": self.max_ema_accuracy,
-                "skipped": self.skipped,
-                "data": self.data,
-                "seen": list(self.seen),
-            }
-        )
+        content = {key: part.state_dict() for key, part in self.parts().items()} | {
+            **self.notes,
+            "lr_scheduler": self.schedule.state_dict(),  # for others: the learning rate is a function of the step
+            "epoch": self.epoch - 1,  # the last one done, as the published release counts
+            "max_accuracy": self.max_accuracy,
+            "max_ema_accuracy": self.max_ema_accuracy,
+            "skipped": self.skipped,
+            "data": self.data,
+            "seen": list(self.seen),
+        }
         if self.searched:
             content["search"] = {"scales": dict(self.searched), "settled": self.settled}
         return content if self.scales is None else content | {"scales": dict(self.scales)}
