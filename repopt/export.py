@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from repopt.detection import EndToEnd
 from repopt.errors import UserError, one_line
 from repopt.quantization import Int8, export_program
 
@@ -35,6 +36,7 @@ Metadata = Mapping[str, str]
 Outputs = Tensor | list[Tensor] | Mapping[str, Tensor]
 
 OPSET = 20
+MAX_OBJECTS = 1000  # of a class in an image, where a file ends with non-maximum suppression
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"  # of several outputs, those of a dict have its keys as names
 # Between torch's and onnxruntime's outputs. Where a number is about halfway between two integers, float and integer
 # arithmetic round it to different ones.
@@ -48,6 +50,7 @@ def write_onnx(
     path: Path,
     metadata: Metadata = MappingProxyType({}),
     multiple: int | None = None,
+    reference: nn.Module | None = None,
 ) -> float:
     """Write a network as ONNX for batches of up to `quantization.MAX_BATCH` images, and check it with onnxruntime.
 
@@ -57,6 +60,7 @@ def write_onnx(
         path: path of the file; there is none yet.
         metadata: what the file says of itself.
         multiple: see `quantization.export_program`: by default height and width are fixed.
+        reference: what it is compared with; None = the model.
 
     Returns:
         The difference of the outputs: root of the mean square, relative to that of torch's.
@@ -89,12 +93,32 @@ def write_onnx(
         _name_batches(program.model.graph)
         program.model.metadata_props.update(metadata)
         program.save(temporary)
-        difference = relative_difference(OnnxNetwork(temporary)(images), model(images))
+        difference = relative_difference(OnnxNetwork(temporary)(images), (reference or model)(images))
         if not difference <= (MAX_DIFFERENCE_INT8 if isinstance(model, Int8) else MAX_DIFFERENCE):
             raise UserError(
                 f"onnxruntime's outputs differ from torch's by {difference:.2g}: {path.name} is not written"
             )
     return difference
+
+
+def write_end_to_end(
+    model: EndToEnd, images: Tensor, path: Path, metadata: Metadata = MappingProxyType({}), raw: Path | None = None
+) -> float:
+    """Write a detector as ONNX up to its objects, and compare these with what torch makes of the predictor's ONNX.
+
+    Like that, numbers that integers round otherwise in torch do not count: they would change the order of objects. The
+    predictor by itself is compared with torch's, as by `write_onnx`, whose result and errors these are.
+
+    Args:
+        model, images, path, metadata: see `write_onnx`.
+        raw: the predictor's file; None = it is written, and not kept.
+    """
+    if raw is None:
+        with tempfile.TemporaryDirectory() as folder:
+            raw = Path(folder, path.name)
+            write_onnx(model.predictor, images, raw)
+            return write_end_to_end(model, images, path, metadata, raw)
+    return write_onnx(model, images, path, metadata, reference=model.on(OnnxNetwork(raw)))
 
 
 def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
@@ -162,7 +186,7 @@ def _keep_float(graph: ir.Graph) -> None:
 class OnnxNetwork(nn.Module):
     """An ONNX file that onnxruntime runs on the CPU, (N, C, H, W) -> (N, num_classes), always in eval mode.
 
-    Of a network with several outputs it gives a list of them.
+    Of a network with several outputs it gives a dict of them by name.
 
     Args:
         path: path of the file.
@@ -188,10 +212,10 @@ class OnnxNetwork(nn.Module):
 
     @torch.no_grad()
     @override
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         found = self._session.run(None, {self._session.get_inputs()[0].name: x.cpu().numpy()})
         outputs = [torch.from_numpy(output).to(x.device) for output in found]
-        return outputs[0] if len(outputs) == 1 else outputs
+        return outputs[0] if len(outputs) == 1 else dict(zip(self.output_names, outputs, strict=True))
 
 
 def operations(path: str | os.PathLike[str]) -> Counter[str]:
@@ -259,6 +283,7 @@ def relative_difference(outputs: Outputs, reference: Outputs) -> float:
     outputs, reference = (list(x.values()) if isinstance(x, Mapping) else x for x in (outputs, reference))
     if isinstance(outputs, list) or isinstance(reference, list):
         return max(map(relative_difference, outputs, reference))
+    outputs, reference = outputs.double(), reference.double()
     return ((outputs - reference).square().mean() / reference.square().mean()).sqrt().item()
 
 
@@ -326,7 +351,15 @@ def _quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, 
     return op.Clip(quantized, constant(quant_min), constant(quant_max))
 
 
+def _suppressed(boxes: Any, scores: Any, iou: float, threshold: float) -> Any:
+    """Translate `repopt.nms.suppressed`."""
+    limits: Any = [op.Constant(value_ints=[MAX_OBJECTS]), *(op.Constant(value_floats=[x]) for x in (iou, threshold))]
+    kept = op.NonMaxSuppression(boxes, scores, *limits)
+    return op.ScatterND(op.Mul(scores, op.Constant(value_float=0.0)), kept, op.GatherND(scores, kept))
+
+
 _WHOLE_RANGES = {(0, 255), (-128, 127)}
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.quantized_decomposed.quantize_per_tensor.default: _quantize_per_tensor
+    torch.ops.quantized_decomposed.quantize_per_tensor.default: _quantize_per_tensor,
+    torch.ops.repopt.suppressed.default: _suppressed,
 }

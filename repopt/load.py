@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,6 +18,9 @@ from repopt.description import CLASSIFY, DETECT, InOut, NetworkDescription, name
 from repopt.errors import UserError, one_line
 from repopt.images import Preprocessing
 from repopt.models import create_model, parse_arch, without_values
+
+if TYPE_CHECKING:
+    from repopt.export import OnnxNetwork
 
 logger = logging.getLogger("repopt")
 
@@ -90,10 +93,27 @@ def _load_onnx(path: Path) -> Loaded:
     with error_context(str(path)):
         task, classes, images = InOut.of_metadata(network.metadata)
         if task == DETECT:
-            raise UserError(
-                "it gives the raw predictions of a detector, of which its checkpoint makes objects: load that"
-            )
+            return Loaded(_as_detector(network, images), tuple(classes), images, task)
     return Loaded(network, tuple(classes), images, task)
+
+
+def _as_detector(network: OnnxNetwork, images: Preprocessing) -> nn.Module:
+    """Return a detector in a file, which images are padded for."""
+    from repopt.detection import EndToEndDetector, Transform
+    from repopt.detection.end_to_end import OUTPUTS
+
+    if network.output_names != OUTPUTS:
+        raise UserError(
+            "it gives the raw predictions of a detector: load its checkpoint, or the file that ends with "
+            "_detections.onnx, which gives objects"
+        )
+    _, height, width = network.input_shape
+    if height is None or width is None:
+        raise UserError("it says nothing of the size of its images")
+    # Its images are normalized by then.
+    transform = Transform((images.short_side,), max(height, width), [0.0] * 3, [1.0] * 3, multiple=1)
+    transform.size = height, width
+    return EndToEndDetector(network, transform)
 
 
 def _described_by_weights(

@@ -5,11 +5,13 @@
 
 FILE is a checkpoint of main_repopt.py or of the published release (with --arch), or one of scripts/quantize.py
 (quantized.pth, or a checkpoint of its training), which gives an INT8 network. Branches and batch norms are folded. The
-files are fp32.onnx or int8.onnx and so on; none is written over. Of a detector (DETECT.HEAD fcos) they give the raw
-predictions, which repopt.detection.Fcos.detections makes boxes of.
+files are fp32.onnx or int8.onnx and so on; none is written over. Of a detector they give the raw predictions, of which
+its method `detections` makes objects.
 
     onnx         for batches of any size, INT8 as QuantizeLinear and DequantizeLinear pairs (QDQ); onnxruntime's outputs
                  are compared with torch's before it is done
+    detections   of a detector of DETECT.HEAD fcos: ONNX that gives boxes, scores and labels, non-maximum suppression
+                 included
     safetensors  the weights by name
     pt2          torch.export's program
     compiled     a package of AOTInductor for this kind of machine; not of an INT8 network, which it computes in float
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import _root  # noqa: F401
@@ -30,7 +32,13 @@ from train.keys import KEYS
 
 MULTIPLE = 32  # by which our networks divide the size of an image
 # What follows "fp32" or "int8" in the names of files.
-ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "pt2": ".pt2", "compiled": "-compiled.pt2"}
+ENDINGS = {
+    "onnx": ".onnx",
+    "detections": "_detections.onnx",
+    "safetensors": ".safetensors",
+    "pt2": ".pt2",
+    "compiled": "-compiled.pt2",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,14 +93,22 @@ def export_all(arguments: argparse.Namespace) -> None:
     if source.quantized and arguments.dynamic_size:
         raise UserError("--dynamic-size: a quantized network takes the size that it was quantized for")
     print(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
-    network, trained_for = (source.int8_network(), source.in_out) if source.quantized else source.exported()
+    network, end_to_end, trained_for = source.exported(size)
+    if "detections" in arguments.formats and (end_to_end is None or arguments.dynamic_size):
+        raise UserError("--formats detections is of a detector of DETECT.HEAD fcos, for images of one size")
     sides = [max(2, -(-side // MULTIPLE)) * MULTIPLE for side in size] if arguments.dynamic_size else size
     images = torch.randn(8, source.input_shape[0], *sides)
-    writers = {"onnx": export.write_onnx, "pt2": export.write_program, "compiled": export.write_compiled}
+    writers: dict[str, Callable[..., object]] = {
+        "onnx": export.write_onnx,
+        "pt2": export.write_program,
+        "compiled": export.write_compiled,
+    }
     metadata = trained_for._replace(images=trained_for.images.resized(size)).as_metadata()
     for name, path in paths.items():
         if name == "safetensors":
             export.write_safetensors(network, path, metadata)
+        elif name == "detections" and end_to_end is not None:
+            export.write_end_to_end(end_to_end, images, path, metadata)
         else:
             writers[name](network, images, path, metadata, MULTIPLE if arguments.dynamic_size else None)
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")

@@ -13,7 +13,7 @@ from repopt.errors import UserError, shown
 from repopt.models import parse_arch
 from train import config
 from train.file_names import CONFIG
-from train.keys import CLASSIFY, DETECT, KEYS, OF_IMAGES, OF_NETWORK
+from train.keys import CLASSIFY, KEYS, OF_IMAGES, OF_NETWORK
 from train.resolve import output_folder
 from train.resume import goes_on
 
@@ -57,12 +57,10 @@ def as_trained(settings: config.Settings) -> config.Settings:
 
 
 def _check_task(cfg: CfgNode, own: object) -> None:
-    """Raise a UserError where a checkpoint with this configuration is of another task, or a detector's, for INT8."""
+    """Raise a UserError where a checkpoint with this configuration is of another task."""
     was = config.lookup(own, "TASK")
     if was is None:  # quantized as a classifier, and evaluated as what its weights fit
         was = CLASSIFY if cfg.QUANT.METHOD else cfg.TASK
-    if cfg.QUANT.METHOD and DETECT in (was, cfg.TASK):
-        raise UserError("a detector (TASK detect) cannot be quantized yet")
     if was != cfg.TASK:
         raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and TASK is {cfg.TASK} here")
 

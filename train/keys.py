@@ -419,4 +419,7 @@ def flags_of(task: str) -> dict[str, str]:
 OF_NETWORK = tuple(name for name, key in KEYS.items() if key.of_model and name not in ("TASK", "MODEL.NUM_CLASSES"))
 
 # How a picture becomes an image in evaluation, which a checkpoint says for whoever evaluates it or begins with it.
-OF_IMAGES = ("DATA.IMG_SIZE", "DATA.TEST_SIZE", "DATA.INTERPOLATION", "TEST.CROP", "DATA.MEAN", "DATA.STD")
+OF_IMAGES = (
+    *("DATA.IMG_SIZE", "DATA.TEST_SIZE", "DATA.INTERPOLATION", "TEST.CROP", "DATA.MEAN", "DATA.STD"),
+    *("DETECT.SIZES", "DETECT.MAX_SIZE"),
+)

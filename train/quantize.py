@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -26,7 +26,7 @@ from train.command import Program
 from train.distributed import run_on_main
 from train.evaluation.base import Result
 from train.file_names import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
-from train.keys import AUTO, CLASSIFY, FLOAT_LAYERS_DB, KEYS
+from train.keys import AUTO, FLOAT_LAYERS_DB, KEYS
 from train.logging import as_json, logger
 from train.placement import to_device
 from train.precision import Precision
@@ -36,6 +36,7 @@ from train.tasks.base import Task
 from train.trained import float_layers_of
 
 QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safetensors", "fp32.onnx", "int8.onnx"
+INT8_END_TO_END = "int8_detections.onnx"
 
 MEASURED = 32  # images at a time where the outputs of all layers are held
 
@@ -45,9 +46,9 @@ UNUSED = {"ptq": ("QUANT.DISTILL",), "qat": ("QUANT.CALIBRATOR", "QUANT.EQUALIZE
 # What training for INT8 goes without, and what these keys may be, the first of which they are then: autocast rounds
 # otherwise, and the exported graph is changed between training and evaluation.
 QAT_TAKES = {
-    "TASK": (CLASSIFY,),
     "TRAIN.EMA_ALPHA": (0.0,),
     "TRAIN.FREEZE": ([],),
+    "MODEL.FREEZE_BN": (False,),
     "TRAIN.HEAD_LR": (None,),
     "TRAIN.LAYER_DECAY": (1.0,),
     "TRAIN.USE_CHECKPOINT": (False,),
@@ -76,18 +77,8 @@ def start(settings: config.Settings, argv: Sequence[str], program: Program) -> C
     for name, allowed in QAT_TAKES.items():
         if (value := config.lookup(cfg, name)) not in allowed:
             raise UserError(f"--method qat takes {name} {allowed[0]} only, not {value}")
-    return run(settings.with_values({name: allowed[0] for name, allowed in QAT_TAKES.items()}), argv, program, qat)
-
-
-def qat(task: Task, folder: RunFolder) -> bool:
-    """Quantize by training on; return whether the training came to its end."""
-    sizes = task.cfg.DATA
-    if sizes.IMG_SIZE != sizes.TEST_SIZE:
-        raise UserError(
-            f"--method qat trains and evaluates at one size: DATA.IMG_SIZE is {sizes.IMG_SIZE}, DATA.TEST_SIZE "
-            f"{sizes.TEST_SIZE}"
-        )
-    return quantize_network(task, folder)
+    settings = settings.with_values({name: allowed[0] for name, allowed in QAT_TAKES.items()})
+    return run(settings, argv, program, quantize_network)
 
 
 def quantize_network(task: Task, folder: RunFolder) -> bool:
@@ -108,35 +99,44 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
         check_batch_norms(task, model)
     loader = task.eval_loader()
     images = run_on_main(lambda: task.network_input(next(iter(loader))[0])[:16].cpu())
+    if trains and (size := task.training_size()) != images.shape[2:]:
+        raise UserError(
+            f"--method qat trains and evaluates at one size, and the images are {size[0]} x {size[1]} in training, "
+            f"{images.shape[2]} x {images.shape[3]} in evaluation"
+        )
     batches = FixedSizeBatches(task, loader, images.shape[2:])
-    results = {"fp32": evaluate(batches, "fp32", model)}
-    float_network = repopt.deploy(model)
+    results = {"fp32": evaluate(batches, "fp32", task.with_predictor(model, task.predictor(model)))}
+    deployed, predictor = repopt.deploy(model), task.predictor(model)
     example = images[:1].to(world.device)
     calibration = FixedSizeBatches(task, task.calibration_loader(), images.shape[2:])
     if cfg.QUANT.EQUALIZE:
-        model = quantization.equalize(model, example)
-    task = with_float_layers(task, model, example, calibration)
+        predictor = quantization.equalize(predictor, example)
+    task = with_float_layers(task, predictor, example, calibration)
     cfg = task.cfg
     own = own_checkpoint(cfg, folder) if trains else None
     scales = find_scales(task, model, own or source.content) if trains else None
     del source  # its optimizer's state is as large as the network
-    prepared = observed = calibrated(task, cfg.QUANT.METHOD, model, example, calibration, float_layers_of(cfg))
+    prepared = observed = calibrated(task, cfg.QUANT.METHOD, predictor, example, calibration, float_layers_of(cfg))
     if cfg.QUANT.BIAS_CORRECTION:
         prepared = quantization.correct_biases(observed, ImagesOf(calibration, "bias correction", MEASURED))
+    whole = task.with_predictor(model, prepared)
     if trains:
-        added_loss = distillation(float_network, cfg.QUANT.DISTILL) if cfg.QUANT.DISTILL else None
-        trainer = prepare(task, prepared, scales, folder, own, added_loss)
-        del own
-        if not fit(trainer):
-            return False
-        del trainer
+        with distillation(task, prepared, task.predictor(deployed)) as added_loss:
+            trainer = prepare(task, whole, scales, folder, own, added_loss)
+            del own
+            if not fit(trainer):
+                return False
+            del trainer
     int8 = quantization.convert(prepared)
-    results["INT8"] = evaluate(batches, "INT8, torch", int8)
+    results["INT8"] = evaluate(batches, "INT8, torch", task.with_predictor(model, int8))
     ratios = quantization.signal_to_noise(observed, int8, images.to(world.device))
-    written = run_on_main(lambda: write_artifacts(artifacts, task, prepared, float_network, int8, images, ratios))
+    written = run_on_main(lambda: write_artifacts(artifacts, task, whole, deployed, int8, images, ratios))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    in_onnxruntime = export.OnnxNetwork(written / INT8_ONNX, threads)
+    in_onnxruntime = task.with_predictor(model, export.OnnxNetwork(written / INT8_ONNX, threads))
     results["INT8, onnxruntime"] = evaluate(batches, "INT8, onnxruntime", in_onnxruntime)
+    if (written / INT8_END_TO_END).is_file():
+        in_onnxruntime = task.with_end_to_end(export.OnnxNetwork(written / INT8_END_TO_END, threads))
+        results["INT8, onnxruntime, end to end"] = evaluate(batches, "INT8, onnxruntime, end to end", in_onnxruntime)
     run_on_main(lambda: publish_results(written, artifacts, COLUMNS[cfg.TASK], results))
     return True
 
@@ -221,18 +221,26 @@ def with_float_layers(task: Task, model: nn.Module, example: Tensor, batches: Fi
     return type(task)(settings.cfg, task.world)
 
 
-def distillation(teacher: nn.Module, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss of logits, (N, classes), against those of another network for the same images, (N, C, H, W).
+@contextmanager
+def distillation(task: Task, student: nn.Module, teacher: nn.Module) -> Iterator[Callable[[], Tensor] | None]:
+    """Give the loss of what a predictor has last given in training, against what a teacher gives for the same images.
 
-    It is `weight` times the Kullback-Leibler divergence between their classes' probabilities, mean over the images.
+    It is QUANT.DISTILL times `Task.divergence`; None where that is 0.
     """
+    weight, losses = task.cfg.QUANT.DISTILL, list[Tensor]()
+    if not weight:
+        yield None
+        return
 
-    def loss(images: Tensor, logits: Tensor) -> Tensor:
-        with torch.no_grad():
-            expected = teacher(images).log_softmax(1)
-        return weight * F.kl_div(logits.log_softmax(1), expected, reduction="batchmean", log_target=True)
+    def compare(_: nn.Module, images: tuple[Tensor], outputs: Any) -> None:
+        if student.training:
+            with torch.no_grad():
+                expected = teacher(*images)
+            losses[:] = [weight * task.divergence(outputs, expected)]
 
-    return loss
+    handle = student.register_forward_hook(compare)
+    yield losses.pop
+    handle.remove()
 
 
 def own_checkpoint(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
@@ -256,28 +264,45 @@ def own_checkpoint(cfg: CfgNode, folder: RunFolder) -> dict[str, Any] | None:
 def write_artifacts(
     path: Path,
     task: Task,
-    prepared: quantization.PreparedModel,
-    float_network: nn.Module,
+    whole: nn.Module,
+    deployed: nn.Module,
     int8: quantization.Int8,
     images: Tensor,
     ratios: dict[str, float],
 ) -> Path:
-    """Write the files of both networks to a folder next to `path`, check them, and return that folder."""
+    """Write the files of both networks to a folder next to `path`, check them, and return that folder.
+
+    Args:
+        path: where they are published.
+        task: of the network.
+        whole: the network whose predictor is prepared.
+        deployed: the network in float.
+        int8: the quantized predictor.
+        images: what a predictor takes, (N, C, H, W).
+        ratios: of signal to noise, by layer.
+    """
     new = path.with_name(f"{path.name}.writing")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
         content = {
-            "model": prepared.state_dict(),
+            "model": whole.state_dict(),
             "config": config.as_dict(task.cfg),
             "image_size": list(images.shape[2:]),
         }
-        metadata = task.in_out().as_metadata()
+        in_out, size = task.in_out(), (images.shape[2], images.shape[3])
+        metadata = in_out._replace(images=task.exported_images(in_out.images)).as_metadata()
         checkpoint.write(content | task.notes(), new / QUANTIZED)
         write_json(ratios, new / SIGNAL_TO_NOISE)
-        export.write_safetensors(float_network.cpu(), new / FP32_SAFETENSORS, metadata)
-        for network, name in ((float_network, FP32_ONNX), (int8.cpu(), INT8_ONNX)):
-            difference = export.write_onnx(network, images, new / name, metadata)
+        export.write_safetensors(deployed.cpu(), new / FP32_SAFETENSORS, metadata)
+        differences = {
+            name: export.write_onnx(network, images, new / name, metadata)
+            for name, network in ((FP32_ONNX, task.predictor(deployed)), (INT8_ONNX, int8.cpu()))
+        }
+        if (end_to_end := task.end_to_end(deployed, int8, size)) is not None:
+            file = INT8_END_TO_END
+            differences[file] = export.write_end_to_end(end_to_end, images, new / file, metadata, new / INT8_ONNX)
+        for name, difference in differences.items():
             logger.info(f"{name}: onnxruntime's outputs differ from torch's by {difference:.1e} (relative)")
     except UserError:
         shutil.rmtree(new)
@@ -287,11 +312,12 @@ def write_artifacts(
 
 def publish_results(written: Path, path: Path, columns: Sequence[Column], results: Mapping[str, Result]) -> None:
     """Compare the networks, and let the files have their place."""
+    columns = [column for column in columns if column.name in results["fp32"].numbers()]
     lines = [
         f"| network | {' | '.join(column.head for column in columns)} | file (MB) |",
         "|" + "---|" * (len(columns) + 2),
     ]
-    files = {"fp32": FP32_ONNX, "INT8, onnxruntime": INT8_ONNX}
+    files = {"fp32": FP32_ONNX, "INT8, onnxruntime": INT8_ONNX, "INT8, onnxruntime, end to end": INT8_END_TO_END}
     for name, result in results.items():
         size = f"{(written / files[name]).stat().st_size / 1e6:.2f}" if name in files else "–"
         numbers = result.numbers()

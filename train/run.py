@@ -175,7 +175,7 @@ def prepare(
     scales: repopt.BoundScales | None,
     folder: RunFolder,
     content: Mapping[str, Any] | None,
-    added_loss: Callable[[Any, Any], Tensor] | None = None,
+    added_loss: Callable[[], Tensor] | None = None,
 ) -> Trainer:
     """Return what trains a model that is on its device, on from the content of a checkpoint where there is one."""
     cfg, world = task.cfg, task.world

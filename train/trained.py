@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 import repopt
 from repopt import checkpoint
 from repopt.description import InOut, names
+from repopt.detection import EndToEnd
 from repopt.errors import UserError, shown
 from repopt.images import Preprocessing
 from repopt.load import count_classes, error_context
@@ -68,8 +69,8 @@ class LoadedCheckpoint(NamedTuple):
             repopt.load_weights(model, weights)
         return model.eval()
 
-    def int8_network(self) -> quantization.Int8:
-        """Return the quantized network, for images of `image_size`.
+    def _int8(self, task: tasks.Task, model: nn.Module) -> quantization.Int8:
+        """Return what is quantized of a network, for images of `image_size`.
 
         Raises:
             UserError: the content is not what scripts/quantize.py writes.
@@ -77,22 +78,33 @@ class LoadedCheckpoint(NamedTuple):
         from repopt import quantization  # an extra
 
         keys = ("QUANT.METHOD", "QUANT.PRESET", "QUANT.CALIBRATOR", "QUANT.FLOAT_LAYERS")
-        cfg = self.settings("MODEL.NUM_CLASSES", *keys)
-        model, images = self._build(cfg.MODEL.NUM_CLASSES), torch.zeros(1, *self.input_shape)
-        quant, float_layers = cfg.QUANT, float_layers_of(cfg)
-        observed = quantization.prepare(model, images, quant.METHOD, quant.PRESET, quant.CALIBRATOR, float_layers)
-        quantization.load(observed, checkpoint.state_dict_of(self.content))
+        cfg, images = self.settings(*keys), torch.zeros(1, *self.input_shape)
+        quant, float_layers, predictor = cfg.QUANT, float_layers_of(cfg), task.predictor(model)
+        observed = quantization.prepare(predictor, images, quant.METHOD, quant.PRESET, quant.CALIBRATOR, float_layers)
+        quantization.load(observed, checkpoint.state_dict_of(self.content), task.with_predictor(model, observed))
         return quantization.convert(observed)
 
-    def exported(self) -> tuple[nn.Module, InOut]:
-        """Return what is exported of the trained network, deployed, and what that takes and gives.
+    def exported(self, size: tuple[int, int]) -> tuple[nn.Module, EndToEnd | None, InOut]:
+        """Return what is exported of the trained network, deployed or quantized, and what that takes and gives.
+
+        Args:
+            size: height and width of the images.
+
+        Returns:
+            The predictor; the same end to end, where that is another network (`Task.end_to_end`); what they take.
 
         Raises:
-            UserError: see `network` and `Task.exported`.
+            UserError: see `network`; or the content is not what scripts/quantize.py writes.
         """
-        task = self._task(self._settings(("TASK", *OF_NETWORK), {}))
-        network, images = task.exported(repopt.deploy(self.network()), self.in_out.images)
-        return network, self.in_out._replace(images=images)
+        task = self._task(self.settings("TASK", "DATA.DATASET", "MODEL.NUM_CLASSES", *OF_NETWORK, *OF_IMAGES))
+        if self.quantized:
+            model = self._build(task.cfg.MODEL.NUM_CLASSES)
+            predictor: nn.Module = self._int8(task, model)
+        else:
+            model = repopt.deploy(self.network())
+            predictor = task.predictor(model)
+        images = task.exported_images(self.in_out.images)
+        return predictor, task.end_to_end(model, predictor, size), self.in_out._replace(images=images)
 
     @property
     def in_out(self) -> InOut:

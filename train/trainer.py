@@ -53,7 +53,7 @@ class Trainer:
         model: what computes in training: ``state.model``, or what stands for it, in DDP or compiled.
         frozen: modules of the network that stay in eval mode.
         clip: clips the gradients and returns their norm before; None = no clipping, or the optimizer does it.
-        added_loss: what is added to the loss, from the images and what the network gives; None = nothing.
+        added_loss: gives what is added to the loss of a batch that the network has just seen; None = nothing.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Trainer:
         model: nn.Module | None = None,
         frozen: Sequence[nn.Module] = (),
         clip: Callable[[], Tensor] | None = None,
-        added_loss: Callable[[Any, Any], Tensor] | None = None,
+        added_loss: Callable[[], Tensor] | None = None,
     ) -> None:
         self.task, self.cfg, self.world = task, task.cfg, task.world
         self.state, self.folder = state, folder
@@ -228,7 +228,7 @@ class Trainer:
                     outputs = self.task.forward(self.model, images, targets)
                     loss = self.task.criterion(outputs, targets)
                     if self.added_loss is not None:
-                        loss = loss + self.added_loss(images, outputs)
+                        loss = loss + self.added_loss()
                 precision.scaler.scale(self.guard.nan_if_not_finite(loss) / size).backward()
             self._recent.add_loss(loss.detach(), len(images))
             self._done += 1

@@ -8,38 +8,22 @@ from typing import Any
 
 from torch import nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from repopt.detection.backbone import LEVELS, PyramidBackbone
+from repopt.detection.base import Detector
 from repopt.detection.cascade import STAGES, CascadeHeads, Stage
 from repopt.detection.fcos import Fcos
-from repopt.detection.parts import Anchors, BoxPredictor, ClassAgnosticPredictor, MaskPredictor, RPNHead
+from repopt.detection.parts import BoxPredictor, ClassAgnosticPredictor, MaskPredictor, Transform
+from repopt.detection.two_stage import TwoStage
 from repopt.errors import unknown
 
 FASTER, MASK, CASCADE, FCOS = HEADS = ("faster", "mask", "cascade", "fcos")
 WITH_MASKS = (MASK, CASCADE)
 BODY = "backbone.body"  # where the backbone stands in a detector
-ASPECT_RATIOS = (0.5, 1.0, 2.0)
-
-
-class Detector(GeneralizedRCNN):
-    """A detector that is called as torchvision's are.
-
-    In training ``model(images, targets)`` is a dict of losses, in eval mode ``model(images)`` a list of a dict per
-    image: "boxes" (D, 4), "labels" (D,), "scores" (D,), and "masks" (D, 1, H, W). Images are (3, H, W) floats in
-    [0, 1]; targets have "boxes" (K, 4), "labels" (K,) from 1 on, and "masks" (K, H, W). Boxes are x1, y1, x2, y2.
-
-    Attributes:
-        masks: whether it finds masks.
-    """
-
-    masks: bool
 
 
 def create_detector(
@@ -57,7 +41,7 @@ def create_detector(
     mean: Sequence[float],
     std: Sequence[float],
     **backbone: Any,
-) -> Detector | Fcos:
+) -> Detector:
     """Create a detector with default initialization.
 
     Args:
@@ -114,27 +98,8 @@ def create_detector(
         roi_heads: nn.Module = CascadeHeads(stages, [stage.loss_weight for stage in STAGES])
     else:
         roi_heads = heads(STAGES[0], BoxPredictor)
-    transform = GeneralizedRCNNTransform(tuple(sizes), max_size, mean, std, size_divisible=reductions[-1])
-    detector = Detector(pyramid, _rpn(channels, reductions, anchor_scale), roi_heads, transform)
-    detector.masks = head in WITH_MASKS
-    return detector
-
-
-def _rpn(channels: int, reductions: Sequence[int], anchor_scale: int) -> RegionProposalNetwork:
-    """Return the region proposal network of torchvision's Faster R-CNN."""
-    sides = [anchor_scale * reduction for reduction in (*reductions, 2 * reductions[-1])]
-    anchors = Anchors([(side,) for side in sides], [ASPECT_RATIOS] * len(sides))
-    return RegionProposalNetwork(
-        anchors,
-        RPNHead(channels, len(ASPECT_RATIOS)),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=256,
-        positive_fraction=0.5,
-        pre_nms_top_n={"training": 2000, "testing": 1000},
-        post_nms_top_n={"training": 2000, "testing": 1000},
-        nms_thresh=0.7,
-    )
+    transform = Transform(sizes, max_size, mean, std, multiple=reductions[-1])
+    return TwoStage(pyramid, roi_heads, transform, anchor_scale, masks=head in WITH_MASKS)
 
 
 def _pool(size: int, reductions: Sequence[int]) -> MultiScaleRoIAlign:

@@ -1,4 +1,4 @@
-"""Parts of torchvision's detectors that give at least float32 wherever coordinates are computed.
+"""Parts of torchvision's detectors: images of one size, and at least float32 wherever coordinates are computed.
 
 torchvision computes anchors and boxes in the type of features and of heads' outputs. Under autocast that would be
 bfloat16, whose numbers around 1000 are 4 to 8 apart: pixels, there.
@@ -6,19 +6,49 @@ bfloat16, whose numbers around 1000 are 4 to 8 apart: pixels, there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from typing_extensions import override
 
 
 def wide(x: Tensor) -> Tensor:
     """Return the values in float32, or in their own type where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Transform(GeneralizedRCNNTransform):
+    """torchvision's transform, which resizes, normalises and pads images, and brings boxes back.
+
+    Args:
+        sizes: lengths of an image's shorter side, one drawn for every training image; the last in evaluation.
+        max_size: largest length of the longer side.
+        mean, std: of the channels.
+        multiple: of which the padded sides are.
+
+    Attributes:
+        size: height and width to which all batches are padded; None = what the largest image of a batch takes.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], max_size: int, mean: Sequence[float], std: Sequence[float], multiple: int
+    ) -> None:
+        super().__init__(tuple(sizes), max_size, list(mean), list(std), size_divisible=multiple)
+        self.size: tuple[int, int] | None = None
+
+    @override
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        batch = super().batch_images(images, size_divisible)
+        height, width = self.size or batch.shape[-2:]
+        return F.pad(batch, (0, width - batch.shape[-1], 0, height - batch.shape[-2]))
 
 
 class Anchors(AnchorGenerator):
@@ -37,6 +67,22 @@ class RPNHead(rpn.RPNHead):
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
         return list(map(wide, logits)), list(map(wide, deltas))
+
+
+class KnownRegions(nn.Module):
+    """In the place of an `RPNHead` whose predictions are known: they are its input, logits before deltas, by level.
+
+    Args:
+        anchors: at a place.
+    """
+
+    def __init__(self, anchors: int) -> None:
+        super().__init__()
+        self._anchors = anchors
+
+    @override
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return [level[:, : self._anchors] for level in x], [level[:, self._anchors :] for level in x]
 
 
 class BoxPredictor(FastRCNNPredictor):

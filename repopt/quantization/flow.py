@@ -192,15 +192,20 @@ def calibrate(prepared: PreparedModel, batches: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def load(prepared: PreparedModel, state: Mapping[str, Tensor]) -> None:
+def load(prepared: PreparedModel, state: Mapping[str, Tensor], whole: nn.Module | None = None) -> None:
     """Load the state dict of a network that was prepared alike, whose ranges are known.
+
+    Args:
+        prepared: gets the weights and ranges.
+        state: its own; or that of `whole`.
+        whole: of which the prepared network is a part.
 
     Raises:
         UserError: it is another's.
     """
     with prepared.calibrating():
         prepared(prepared.example)  # torchao's observers give their buffers a shape in a forward pass only
-    load_weights(prepared, state)
+    load_weights(prepared if whole is None else whole, state)
 
 
 @torch.no_grad()

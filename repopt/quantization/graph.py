@@ -39,7 +39,7 @@ class ConvBnReluQuantizer(ao.Quantizer):
     """Marks what becomes integers: convolutions and linear layers, each with the batch norm and ReLU behind it.
 
     Their inputs, weights and outputs are quantized, and so are sums, products and gates of such outputs. Biases, and
-    all else between, stay as they are, and so does what the network gives.
+    all else between, stay as they are, and so does what no layer comes after: what the network gives.
 
     Args:
         preset: the integers.
@@ -68,7 +68,7 @@ class ConvBnReluQuantizer(ao.Quantizer):
             elif not (node.target in _BETWEEN and all(map(_is_rounded, node.all_input_nodes))):
                 continue
             end = pattern_end(node)
-            if any(user.op != "output" for user in end.users):
+            if _leads_to_layer(end):
                 annotation = end.meta.setdefault(Q_ANNOTATION_KEY, ao.QuantizationAnnotation(_annotated=True))
                 annotation.output_qspec = self._activations
         return model
@@ -76,6 +76,19 @@ class ConvBnReluQuantizer(ao.Quantizer):
     @override
     def validate(self, model: fx.GraphModule) -> None:
         pass  # nothing is left to check
+
+
+def _leads_to_layer(node: fx.Node) -> bool:
+    """Return whether a layer takes what a node gives, or what comes of it."""
+    after, seen = [*node.users], set[fx.Node]()
+    while after:
+        user = after.pop()
+        if user.target in LAYERS:
+            return True
+        if user not in seen:
+            seen.add(user)
+            after += user.users
+    return False
 
 
 def _is_rounded(node: fx.Node) -> bool:

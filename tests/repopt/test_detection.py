@@ -209,9 +209,9 @@ def test_backbones(name, arguments):
 @pytest.mark.parametrize(("strides", "smallest"), [((2, 2, 2, 2, 2), 4), ((2, 1, 2, 2, 2), 2)])
 def test_anchors_follow_the_reductions(strides, smallest):
     model = detector(strides=strides)
-    sides = [size for (size,) in model.rpn.anchor_generator.sizes]
+    sides = [size for (size,) in model.regions.anchor_generator.sizes]
     assert sides == [4 * smallest * 2**level for level in range(5)]
-    areas = [(w * h).mean() for a in model.rpn.anchor_generator.cell_anchors for w, h in [(a[:, 2:] - a[:, :2]).T]]
+    areas = [(w * h).mean() for a in model.regions.anchor_generator.cell_anchors for w, h in [(a[:, 2:] - a[:, :2]).T]]
     assert [area.sqrt().item() for area in areas] == pytest.approx(sides, rel=0.05)
     assert model.transform.size_divisible == 8 * smallest
     train(model, repopt.build_optimizer("sgd", model, lr=1e-3), steps=1)
@@ -279,14 +279,14 @@ def test_coordinates_keep_their_precision_under_autocast():
     model = detector(sizes=(1000,), max_size=1000, head="faster").float().eval()
     nn.init.zeros_(model.rpn.head.bbox_pred.weight)
     proposals = []
-    model.rpn.register_forward_hook(lambda module, inputs, output: proposals.append(output[0][0]))
+    model.regions.register_forward_hook(lambda module, inputs, output: proposals.append(output[0][0]))
     image = torch.rand(3, 96, 96)
     with torch.autocast("cpu", torch.bfloat16):
         model([image])
     assert proposals[0].dtype == torch.float32
     widths, heights = (proposals[0][:, 2:] - proposals[0][:, :2]).T
     inside = (proposals[0].amin(1) > 0) & (proposals[0].amax(1) < 1000)
-    cells = torch.cat(model.rpn.anchor_generator.cell_anchors)
+    cells = torch.cat(model.regions.anchor_generator.cell_anchors)
     for width, height in zip(widths[inside].tolist(), heights[inside].tolist(), strict=True):
         assert (cells[:, 2:] - cells[:, :2] - torch.tensor([width, height])).abs().amax(1).min() < 1e-3
 

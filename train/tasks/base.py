@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Set
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import data
 from repopt.description import InOut, NetworkDescription
+from repopt.detection import EndToEnd
 from repopt.errors import UserError
 from repopt.images import Preprocessing
 from repopt.models import parse_arch
@@ -143,20 +145,37 @@ class Task(ABC):
         return model(images)
 
     @abstractmethod
+    def training_size(self) -> tuple[int, int]:
+        """Return height and width of what a predictor sees in training."""
+
+    @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Return height and width at which a network is exported."""
 
-    def exported(self, model: nn.Module, images: Preprocessing) -> tuple[nn.Module, Preprocessing]:
-        """Return what is exported of a deployed network, (N, C, H, W) -> its outputs, and how its images are made.
+    def predictor(self, model: nn.Module) -> nn.Module:
+        """Return what is quantized and exported of a network, (N, C, H, W) -> its outputs; it shares its modules."""
+        return model
 
-        Args:
-            model: the network.
-            images: how those that it takes are made.
+    def with_predictor(self, model: nn.Module, predictor: nn.Module) -> nn.Module:
+        """Return a network as `model` is, whose predictor is another form of its own, at `image_size`."""
+        return predictor
 
-        Raises:
-            UserError: it cannot be exported.
-        """
-        return model, images
+    def end_to_end(self, model: nn.Module, predictor: nn.Module, size: tuple[int, int]) -> EndToEnd | None:
+        """Return what gives the network's answers as tensors, at a size; None where there is nothing of the kind."""
+        return None
+
+    def with_end_to_end(self, network: nn.Module) -> nn.Module:
+        """Return what is called as a network is in eval mode, and answers as a form of `end_to_end` does."""
+        return network
+
+    def exported_images(self, images: Preprocessing) -> Preprocessing:
+        """Return how the images are made that a predictor takes, where the network takes `images`."""
+        return images
+
+    def divergence(self, outputs: Any, expected: Any) -> Tensor:
+        """Return how far outputs of a predictor are from those of another one, in training."""
+        found = F.kl_div(outputs.log_softmax(1), expected.log_softmax(1), reduction="none", log_target=True)
+        return found.sum(1).mean()
 
     def network_input(self, images: Any) -> Any:
         """Return what the network sees at once of a batch of evaluation."""

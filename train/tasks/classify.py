@@ -80,6 +80,10 @@ class Classify(Task):
         return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     @override
+    def training_size(self) -> tuple[int, int]:
+        return self.cfg.DATA.IMG_SIZE, self.cfg.DATA.IMG_SIZE
+
+    @override
     def image_size(self) -> tuple[int, int]:
         return (self.cfg.DATA.TEST_SIZE or self.cfg.DATA.IMG_SIZE,) * 2
 

@@ -83,19 +83,52 @@ class Detect(Task):
         return model(images, targets)
 
     @override
+    def training_size(self) -> tuple[int, int]:
+        return self.image_size()
+
+    @override
     def image_size(self) -> tuple[int, int]:
         side = -(-self.cfg.DETECT.MAX_SIZE // self.multiple) * self.multiple
         return side, side
 
     @override
-    def exported(self, model: nn.Module, images: Preprocessing) -> tuple[nn.Module, Preprocessing]:
-        if not isinstance(model, detection.Fcos):
-            raise UserError(
-                f"of detectors, those of DETECT.HEAD {detection.FCOS} are exported: what DETECT.HEAD "
-                f"{self.cfg.DETECT.HEAD} computes depends on what it has found"
-            )
-        mean, std = (tuple(values) for values in (model.transform.image_mean, model.transform.image_std))
-        return model.predictor, replace(images, mean=mean, std=std)
+    def predictor(self, model: nn.Module) -> nn.Module:
+        return _detector(model).predictor
+
+    @override
+    def with_predictor(self, model: nn.Module, predictor: nn.Module) -> nn.Module:
+        return detection.DetectorOn(_detector(model), predictor, self._transform)
+
+    @override
+    def end_to_end(self, model: nn.Module, predictor: nn.Module, size: tuple[int, int]) -> detection.EndToEnd | None:
+        return detection.EndToEnd(model, predictor, size) if isinstance(model, detection.Fcos) else None
+
+    @override
+    def with_end_to_end(self, network: nn.Module) -> nn.Module:
+        return detection.EndToEndDetector(network, self._transform)
+
+    @cached_property
+    def _transform(self) -> detection.Transform:
+        """What makes batches of `image_size` in evaluation."""
+        cfg, spec = self.cfg, _images(self.cfg).spec
+        found = detection.Transform(cfg.DETECT.SIZES, cfg.DETECT.MAX_SIZE, spec.mean, spec.std, self.multiple)
+        found.size = self.image_size()
+        return found.eval()
+
+    @override
+    def network_input(self, images: list[Tensor]) -> Tensor:
+        return self._transform(images)[0].tensors
+
+    @override
+    def exported_images(self, images: Preprocessing) -> Preprocessing:
+        spec = _images(self.cfg).spec
+        return replace(images, mean=spec.mean, std=spec.std, short_side=self.cfg.DETECT.SIZES[-1])
+
+    @override
+    def divergence(self, outputs: Any, expected: Any) -> Tensor:
+        """Return the mean over the outputs of their squared differences, relative to their squares."""
+        pairs = [(outputs[name], expected[name]) for name in expected]
+        return torch.stack([(a - b).square().mean() / b.square().mean() for a, b in pairs]).mean()
 
     @cached_property
     @override
@@ -104,6 +137,11 @@ class Detect(Task):
         return functools.partial(
             evaluation.evaluate, ground_truth=images.ground_truth, category_ids=images.category_ids
         )
+
+
+def _detector(model: nn.Module) -> detection.Detector:
+    assert isinstance(model, detection.Detector)
+    return model
 
 
 def _images(cfg: CfgNode) -> data.Detection:

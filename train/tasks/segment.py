@@ -59,6 +59,11 @@ class Segment(Task):
         return nn.CrossEntropyLoss(ignore_index=segmentation.IGNORED)
 
     @override
+    def training_size(self) -> tuple[int, int]:
+        height, width = self.cfg.SEGMENT.CROP
+        return height, width
+
+    @override
     def image_size(self) -> tuple[int, int]:
         height, width = self.cfg.SEGMENT.WINDOW or self.cfg.SEGMENT.CROP
         return height + -height % self.multiple, width + -width % self.multiple
