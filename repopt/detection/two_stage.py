@@ -35,7 +35,7 @@ class RegionPredictor(nn.Module):
     def forward(self, x: Tensor) -> Outputs:
         maps = self.backbone(x)
         predictions = zip(maps, *self.rpn["head"](list(maps.values())), strict=True)
-        return maps | {f"{REGIONS}{level}": torch.cat(of_level, 1) for level, *of_level in predictions}
+        return dict(maps) | {f"{REGIONS}{level}": torch.cat(of_level, 1) for level, *of_level in predictions}
 
 
 class TwoStage(Detector):

@@ -159,7 +159,9 @@ def prepare(
     quantizer = graphs.ConvBnReluQuantizer(numbers, float_layers, fake=fake)
     if not fake:
         deployed = deploy(model)
-        graph = prepare_pt2e(export_program(deployed, images).module(), quantizer)
+        graph = export_program(deployed, images).module()
+        graphs.part_biases(graph)
+        graph = prepare_pt2e(graph, quantizer)
         return PreparedModel(graph, deployed, images[:1], fake=False)
     keeps_norms = {block.mode for _, block in declared_blocks(model)} == {"target"}
     trained = (copy.deepcopy(model) if keeps_norms else deploy(model).requires_grad_()).train()

@@ -103,9 +103,10 @@ def layers(graph: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def path_of(node: fx.Node) -> str:
-    """Return the path of the module whose operation a node is."""
-    *_, (path, _) = node.meta["nn_module_stack"].values()
-    return path
+    """Return the path of the module whose operation a node is; of one that is used again with "@1", "@2" behind it."""
+    *_, (key, (path, _)) = node.meta["nn_module_stack"].items()
+    _, at, use = key.partition("@")
+    return f"{path}{at}{use}"
 
 
 def output_of(layer: fx.Node) -> fx.Node:
@@ -212,11 +213,26 @@ def join_norms(graph: fx.GraphModule, float_layers: Collection[str]) -> None:
     graph.recompile()
 
 
+def part_biases(graph: fx.GraphModule) -> None:
+    """Give layers of one module, which is used repeatedly, biases of their own, which each changes otherwise."""
+    for node in layers(graph):
+        path, _, use = path_of(node).partition("@")
+        bias = argument(node, "bias")
+        if not use or bias is None or bias.target.endswith(f"@{use}"):
+            continue
+        name = f"bias@{use}"
+        graph.get_submodule(path).register_buffer(name, value_of(graph, bias).detach().clone())
+        with graph.graph.inserting_before(node):
+            set_argument(node, "bias", graph.graph.get_attr(f"{path}.{name}"))
+    graph.recompile()
+
+
 def finish_conversion(graph: fx.GraphModule) -> None:
     """Round biases, drop the float kernels that torchao leaves behind, and give the integers the layers' names.
 
     Batch norms of layers that stay in float are folded, as torchao folds the others.
     """
+    part_biases(graph)
     for node in layers(graph):
         kernel, bias = argument(node, "weight"), argument(node, "bias")
         if not _has_integers(node):
@@ -231,13 +247,14 @@ def finish_conversion(graph: fx.GraphModule) -> None:
         _delete(graph, name)
     for node in filter(_has_integers, layers(graph)):
         kernel = argument(node, "weight")
+        path, at, use = path_of(node).partition("@")
         for name in _declared(kernel):
             source = argument(kernel, name)
             if name in _INTEGERS and isinstance(source, fx.Node):  # else it is a number
-                value = value_of(graph, source)
+                value, own = value_of(graph, source), f"{_INTEGERS[name]}{at}{use}"
                 _delete(graph, str(source.target))
-                graph.get_submodule(path_of(node)).register_buffer(_INTEGERS[name], value)
-                source.target = f"{path_of(node)}.{_INTEGERS[name]}"
+                graph.get_submodule(path).register_buffer(own, value)
+                source.target = f"{path}.{own}"
     graph.delete_all_unused_submodules()
     graph.recompile()
 
