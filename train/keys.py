@@ -380,8 +380,8 @@ KEYS: dict[str, Key] = {
     "QUANT.FLOAT_LAYERS": Key(
         "",
         "Layers that stay in float: names as in signal_to_noise.json, with commas between; a number: so many of the "
-        f"most sensitive; auto: as few of these as put the logits {FLOAT_LAYERS_DB} dB above their noise after ptq, "
-        "on the calibration images; empty: none.",
+        f"most sensitive; auto: as few of these as put the network's outputs {FLOAT_LAYERS_DB} dB above their noise "
+        "after ptq, on the calibration images; empty: none.",
         immutable_on_resume=True,
     ),
     "QUANT.EQUALIZE": Key(False, "Whether ptq equalizes the weights of consecutive layers before (Nagel et al. 2019)."),

@@ -216,6 +216,7 @@ def with_float_layers(task: Task, model: nn.Module, example: Tensor, batches: Fi
         if int(wanted) > len(every):
             raise UserError(f"QUANT.FLOAT_LAYERS is {wanted}, and the network has {len(every)} layers")
         names = every[: int(wanted)]
+    names = run_on_main(lambda: names)  # gradients on GPUs may differ in their last bits
     logger.info(f"QUANT.FLOAT_LAYERS {wanted}: {', '.join(names) or 'none'}")
     settings = config.Settings(task.cfg, frozenset()).with_values({"QUANT.FLOAT_LAYERS": ",".join(names)})
     return type(task)(settings.cfg, task.world)

@@ -140,9 +140,11 @@ def test_calibration_and_control(target, ptq, tmp_path):
 
 
 def test_training_on_in_two_processes(repvgg, tmp_path):
+    """With layers in float that both choose."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "scripts" / "quantize.py"), "--cfg", str(RECIPE), "--arch", REPVGG, "--method", "qat"]
     command += ["--resume", str(repvgg), "--output", str(tmp_path), "--opts", "TRAIN.EPOCHS", "1"]
+    command += ["QUANT.FLOAT_LAYERS", "auto"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -153,6 +155,10 @@ def test_training_on_in_two_processes(repvgg, tmp_path):
     x = torch.randn(4, 3, 32, 32)
     assert torch.equal(both[0](x), both[1](x))
     assert int8 == pytest.approx(accuracy(both[0]))
+    names = trained.read(folder / "latest.pth").setting("QUANT.FLOAT_LAYERS").split(",")
+    assert f"QUANT.FLOAT_LAYERS auto: {', '.join(names)}" in (folder / "log_rank0.txt").read_text()
+    convolutions = len([name for name in names if name != "linear"])
+    assert export.operations(folder / "artifacts/int8.onnx")["QLinearConv"] == 28 - convolutions < 28
 
 
 def divergence(logits, of_teacher):
