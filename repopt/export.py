@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from repopt.detection import EndToEnd
+from repopt.detection.end_to_end import difference_of_objects
 from repopt.errors import UserError, one_line
 from repopt.quantization import Int8, export_program
 
@@ -51,6 +52,7 @@ def write_onnx(
     metadata: Metadata = MappingProxyType({}),
     multiple: int | None = None,
     reference: nn.Module | None = None,
+    difference: Callable[[Any, Any], float] | None = None,
 ) -> float:
     """Write a network as ONNX for batches of up to `quantization.MAX_BATCH` images, and check it with onnxruntime.
 
@@ -61,9 +63,10 @@ def write_onnx(
         metadata: what the file says of itself.
         multiple: see `quantization.export_program`: by default height and width are fixed.
         reference: what it is compared with; None = the model.
+        difference: of outputs and those of the reference; None = `relative_difference`.
 
     Returns:
-        The difference of the outputs: root of the mean square, relative to that of torch's.
+        The difference of the outputs.
 
     Raises:
         UserError: the file exists, an operation cannot be exported, or onnxruntime computes something else.
@@ -93,12 +96,10 @@ def write_onnx(
         _name_batches(program.model.graph)
         program.model.metadata_props.update(metadata)
         program.save(temporary)
-        difference = relative_difference(OnnxNetwork(temporary)(images), (reference or model)(images))
-        if not difference <= (MAX_DIFFERENCE_INT8 if isinstance(model, Int8) else MAX_DIFFERENCE):
-            raise UserError(
-                f"onnxruntime's outputs differ from torch's by {difference:.2g}: {path.name} is not written"
-            )
-    return difference
+        found = (difference or relative_difference)(OnnxNetwork(temporary)(images), (reference or model)(images))
+        if not found <= (MAX_DIFFERENCE_INT8 if isinstance(model, Int8) else MAX_DIFFERENCE):
+            raise UserError(f"onnxruntime's outputs differ from torch's by {found:.2g}: {path.name} is not written")
+    return found
 
 
 def write_end_to_end(
@@ -118,7 +119,8 @@ def write_end_to_end(
             raw = Path(folder, path.name)
             write_onnx(model.predictor, images, raw)
             return write_end_to_end(model, images, path, metadata, raw)
-    return write_onnx(model, images, path, metadata, reference=model.on(OnnxNetwork(raw)))
+    reference = model.on(OnnxNetwork(raw))
+    return write_onnx(model, images, path, metadata, reference=reference, difference=difference_of_objects)
 
 
 def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
@@ -279,12 +281,17 @@ def write_compiled(
 
 
 def relative_difference(outputs: Outputs, reference: Outputs) -> float:
-    """Return the root of the mean square of the difference, relative to the reference's; of several, the largest."""
+    """Return the root of the mean square of the difference, relative to the reference's; of several, the largest.
+
+    Not a number where an output is not, or is not zero like the reference.
+    """
     outputs, reference = (list(x.values()) if isinstance(x, Mapping) else x for x in (outputs, reference))
-    if isinstance(outputs, list) or isinstance(reference, list):
-        return max(map(relative_difference, outputs, reference))
-    outputs, reference = outputs.double(), reference.double()
-    return ((outputs - reference).square().mean() / reference.square().mean()).sqrt().item()
+    if isinstance(outputs, Tensor) and isinstance(reference, Tensor):
+        outputs, reference = [outputs], [reference]
+    powers = [
+        ((found - own).square().mean(), own.square().mean()) for found, own in zip(outputs, reference, strict=True)
+    ]
+    return torch.stack([wrong if wrong == 0 else wrong / own for wrong, own in powers]).max().sqrt().item()
 
 
 @contextlib.contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,8 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
             f"{images.shape[2]} x {images.shape[3]} in evaluation"
         )
     batches = FixedSizeBatches(task, loader, images.shape[2:])
-    results = {"fp32": evaluate(batches, "fp32", task.with_predictor(model, task.predictor(model)))}
+    result = evaluate(batches, "fp32", task.with_predictor(model, task.predictor(model)))
+    forms = {"fp32": Form(result, FP32_ONNX)}
     deployed, predictor = repopt.deploy(model), task.predictor(model)
     example = images[:1].to(world.device)
     calibration = FixedSizeBatches(task, task.calibration_loader(), images.shape[2:])
@@ -128,16 +130,21 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
                 return False
             del trainer
     int8 = quantization.convert(prepared)
-    results["INT8"] = evaluate(batches, "INT8, torch", task.with_predictor(model, int8))
+    result = evaluate(batches, "INT8, torch", task.with_predictor(model, int8))
+    seen = ImagesOf(calibration, "noise", MEASURED)
+    forms["INT8"] = Form(result, signal_to_noise=quantization.outputs_signal_to_noise(observed, int8, seen))
     ratios = quantization.signal_to_noise(observed, int8, images.to(world.device))
     written = run_on_main(lambda: write_artifacts(artifacts, task, whole, deployed, int8, images, ratios))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    in_onnxruntime = task.with_predictor(model, export.OnnxNetwork(written / INT8_ONNX, threads))
-    results["INT8, onnxruntime"] = evaluate(batches, "INT8, onnxruntime", in_onnxruntime)
-    if (written / INT8_END_TO_END).is_file():
-        in_onnxruntime = task.with_end_to_end(export.OnnxNetwork(written / INT8_END_TO_END, threads))
-        results["INT8, onnxruntime, end to end"] = evaluate(batches, "INT8, onnxruntime, end to end", in_onnxruntime)
-    run_on_main(lambda: publish_results(written, artifacts, COLUMNS[cfg.TASK], results))
+    places: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "": functools.partial(task.with_predictor, model),
+        ", end to end": task.with_end_to_end,
+    }
+    for (kind, in_network), file in zip(places.items(), (INT8_ONNX, INT8_END_TO_END), strict=True):
+        if (written / file).is_file():
+            name, network = f"INT8, onnxruntime{kind}", in_network(export.OnnxNetwork(written / file, threads))
+            forms[name] = Form(evaluate(batches, name, network), file)
+    run_on_main(lambda: publish_results(written, artifacts, COLUMNS[cfg.TASK], forms))
     return True
 
 
@@ -311,22 +318,30 @@ def write_artifacts(
     return new
 
 
-def publish_results(written: Path, path: Path, columns: Sequence[Column], results: Mapping[str, Result]) -> None:
-    """Compare the networks, and let the files have their place."""
-    columns = [column for column in columns if column.name in results["fp32"].numbers()]
-    lines = [
-        f"| network | {' | '.join(column.head for column in columns)} | file (MB) |",
-        "|" + "---|" * (len(columns) + 2),
-    ]
-    files = {"fp32": FP32_ONNX, "INT8, onnxruntime": INT8_ONNX, "INT8, onnxruntime, end to end": INT8_END_TO_END}
-    for name, result in results.items():
-        size = f"{(written / files[name]).stat().st_size / 1e6:.2f}" if name in files else "–"
-        numbers = result.numbers()
-        cells = [f"{numbers[column.name]:.{column.decimals}f}" for column in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} | {size} |")
-    table = "\n".join(lines)
+class Form(NamedTuple):
+    """A form of the network: what an evaluation found, its file, and how far its noise is below its outputs, in dB."""
+
+    result: Result
+    file: str | None = None
+    signal_to_noise: float | None = None
+
+
+def publish_results(written: Path, path: Path, columns: Sequence[Column], forms: Mapping[str, Form]) -> None:
+    """Compare the forms of a network, and let the files have their place."""
+    known = forms["fp32"].result.numbers()
+    columns = [column for column in columns if column.name in known]
+    heads = ["network", *(column.head for column in columns), "signal to noise (dB)", "file (MB)"]
+    rows, content = [heads, ["---"] * len(heads)], {}
+    for name, (result, file, decibels) in forms.items():
+        content[name] = numbers = result.numbers()
+        rows.append([name, *(f"{numbers[column.name]:.{column.decimals}f}" for column in columns)])
+        rows[-1].append("–" if decibels is None else f"{decibels:.1f}")
+        rows[-1].append("–" if file is None else f"{(written / file).stat().st_size / 1e6:.2f}")
+        if decibels is not None:
+            numbers["signal_to_noise"] = decibels
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     (written / "results.md").write_text(table + "\n")
-    write_json({name: result.numbers() for name, result in results.items()}, written / RESULTS)
+    write_json(content, written / RESULTS)
     written.replace(path)
     integers = export.operations(path / INT8_ONNX)["QLinearConv"]
     logger.info(f"{table}\nonnxruntime runs {integers} convolutions on integers; the files are in {path}")

@@ -15,6 +15,7 @@ from repopt.detection.fcos import Fcos
 from repopt.detection.parts import Transform
 from repopt.nms import suppressed
 
+_ROUNDING = 1e-4  # of a score; of a box ten times that, relative to its side
 OUTPUTS = BOXES, SCORES, LABELS = ("boxes", "scores", "labels")
 
 
@@ -56,6 +57,25 @@ class EndToEnd(nn.Module):
         labels, places = best.indices // scores.shape[2], best.indices % scores.shape[2]
         found = boxes.gather(1, places[..., None].expand(-1, -1, 4))
         return {BOXES: found, SCORES: best.values, LABELS: 1 + labels}
+
+
+def difference_of_objects(found: Outputs, reference: Outputs) -> float:
+    """Return how much of the scores is that of objects of one which the other has not, in the outputs of `EndToEnd`.
+
+    Objects that are equally likely, to rounding, may come in any order, and drop out as the last ones.
+    """
+    missed, total = [], []
+    for one, other in ((found, reference), (reference, found)):
+        last = other[SCORES][:, -1:, None]
+        scores = one[SCORES][:, :, None]
+        near = (scores - other[SCORES][:, None]).abs() < _ROUNDING
+        near &= one[LABELS][:, :, None] == other[LABELS][:, None]
+        side = (one[BOXES][..., 2:] - one[BOXES][..., :2]).amax(-1)[:, :, None].clamp(min=1)
+        near &= (one[BOXES][:, :, None] - other[BOXES][:, None]).abs().amax(-1) < 10 * _ROUNDING * side
+        missing = ~near.any(2) & ((scores - last).abs() > _ROUNDING)[:, :, 0]
+        missed.append((one[SCORES] * missing).sum())
+        total.append(one[SCORES].sum())
+    return float(sum(missed) / sum(total)) if sum(total) else 0.0
 
 
 class EndToEndDetector(nn.Module):

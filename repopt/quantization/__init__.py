@@ -34,7 +34,13 @@ from repopt.quantization.flow import (
     load,
     prepare,
 )
-from repopt.quantization.noise import choose_float_layers, most_sensitive, sensitivity, signal_to_noise
+from repopt.quantization.noise import (
+    choose_float_layers,
+    most_sensitive,
+    outputs_signal_to_noise,
+    sensitivity,
+    signal_to_noise,
+)
 from repopt.quantization.presets import PRESETS, Preset, find_preset
 
 __all__ = [
@@ -54,6 +60,7 @@ __all__ = [
     "find_preset",
     "load",
     "most_sensitive",
+    "outputs_signal_to_noise",
     "prepare",
     "sensitivity",
     "signal_to_noise",

@@ -39,6 +39,23 @@ def signal_to_noise(prepared: PreparedModel, int8: Int8, images: Tensor) -> dict
 
 
 @torch.no_grad()
+def outputs_signal_to_noise(prepared: PreparedModel, int8: Int8, batches: Iterable[Tensor]) -> float:
+    """Return how far the noise of quantization is below the network's output, in dB; of several the one with the most.
+
+    Args:
+        prepared: what was converted; the signals are its own in float.
+        int8: what `convert` made of it.
+        batches: images, (N, C, H, W) each.
+    """
+    networks = _in_float(prepared), int8.network
+    by_batch = []
+    for images in batches:
+        pairs = zip(*(run(network, images, {}, lambda _, output: output) for network in networks), strict=True)
+        by_batch.append(torch.stack([torch.stack([_power(signal), _power(noisy - signal)]) for signal, noisy in pairs]))
+    return min(_decibels(_relative(noise, signal)) for signal, noise in torch.stack(by_batch).sum(0))
+
+
+@torch.no_grad()
 def sensitivity(prepared: PreparedModel, int8: Int8, batches: Iterable[Tensor]) -> dict[str, float]:
     """Return how far the noise because of each layer alone is below the network's outputs, in dB, by its module's path.
 
@@ -74,7 +91,8 @@ def choose_float_layers(
     layers = most_sensitive(calibrated([]), batches)
 
     def of_outputs(count: int) -> float:
-        return _of_outputs(calibrated(layers[:count]), batches)
+        prepared = calibrated(layers[:count])
+        return outputs_signal_to_noise(prepared, convert(prepared), batches)
 
     return layers[: bisect.bisect_left(range(len(layers)), decibels, key=of_outputs)]
 
@@ -112,17 +130,6 @@ def _noise_of_layers(
 
     found = [torch.stack([project(output) for _ in range(_PROJECTIONS)]).mean(0) for output in outputs]
     return torch.stack([_power(output) for output in outputs]), torch.stack(found, 1)
-
-
-@torch.no_grad()
-def _of_outputs(prepared: PreparedModel, batches: Iterable[Tensor]) -> float:
-    """Return the least ratio of signal to noise, in dB, of a network's outputs."""
-    networks = _in_float(prepared), convert(prepared).network
-    by_batch = []
-    for images in batches:
-        pairs = zip(*(run(network, images, {}, lambda _, output: output) for network in networks), strict=True)
-        by_batch.append(torch.stack([torch.stack([_power(signal), _power(noisy - signal)]) for signal, noisy in pairs]))
-    return min(_decibels(_relative(noise, signal)) for signal, noise in torch.stack(by_batch).sum(0))
 
 
 def _in_float(prepared: PreparedModel) -> fx.GraphModule:
