@@ -1,5 +1,7 @@
 """Quantize a trained network to INT8: after training (ptq), or by training on as the INT8 network (qat).
 
+With --method compare it is quantized after training in every way that there is, and a table says what each costs.
+
     python scripts/quantize.py --arch RepOpt-VGG-B1-target --resume FILE --data-path IMAGENET --method ptq
     torchrun --nproc_per_node 8 scripts/quantize.py --arch RepOpt-VGG-B1-target --resume FILE --data-path IMAGENET \\
         --method qat [--scales-path FILE] [--preset default|fbgemm|per_tensor|tensorrt]
@@ -55,6 +57,8 @@ def draw(cfg: CfgNode) -> None:
     from plots import plot_by_depth
 
     artifacts = Path(cfg.OUTPUT, ARTIFACTS)
+    if cfg.QUANT.METHOD == "compare":
+        return
     layers = json.loads((artifacts / SIGNAL_TO_NOISE).read_text())
     panels = {"signal to noise (dB)": {"INT8": {"output of the layer": list(layers.values())}}}
     plot_by_depth(panels, list(layers), artifacts / "signal_to_noise.png")

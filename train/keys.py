@@ -363,9 +363,10 @@ KEYS: dict[str, Key] = {
     "THROUGHPUT_MODE": _classify(False, "Measure the inference throughput only.", flag="--throughput"),
     "QUANT.METHOD": Key(
         None,
-        "How scripts/quantize.py makes the network INT8: after training (ptq) or by training on (qat).",
+        "How scripts/quantize.py makes the network INT8: after training (ptq) or by training on (qat); compare: after "
+        "training in every way, to choose one.",
         str,
-        choices=(None, "ptq", "qat"),
+        choices=(None, "ptq", "qat", "compare"),
         immutable_on_resume=True,
     ),
     "QUANT.PRESET": Key(

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from yacs.config import CfgNode
 
-import data
 import repopt
 from repopt import checkpoint, export, quantization
 from repopt.errors import UserError, shown
 from train import config, pretrained, run_record
 from train.build import check_batch_norms
+from train.calibration import Form, Trained, new_folder, publish, write_json
 from train.checkpoint import RunFolder
 from train.command import Program
+from train.compare import compare
 from train.distributed import run_on_main
-from train.evaluation.base import Result
-from train.file_names import ARTIFACTS, COLUMNS, RESULTS, SIGNAL_TO_NOISE, Column
-from train.keys import AUTO, FLOAT_LAYERS_DB, KEYS
-from train.logging import as_json, logger
-from train.placement import to_device
-from train.precision import Precision
-from train.resume import check_same_run, find_scales, match_images, read_own
+from train.file_names import ARTIFACTS, COLUMNS, SIGNAL_TO_NOISE
+from train.keys import KEYS
+from train.logging import logger
+from train.resume import check_same_run, find_scales, read_own
 from train.run import fit, prepare, run
 from train.tasks.base import Task
-from train.trained import float_layers_of
 
 QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safetensors", "fp32.onnx", "int8.onnx"
 INT8_END_TO_END = "int8_detections.onnx"
@@ -42,7 +37,11 @@ INT8_END_TO_END = "int8_detections.onnx"
 MEASURED = 32  # images at a time where the outputs of all layers are held
 
 # What a method has no use for.
-UNUSED = {"ptq": ("QUANT.DISTILL",), "qat": ("QUANT.CALIBRATOR", "QUANT.EQUALIZE", "QUANT.BIAS_CORRECTION")}
+UNUSED = {
+    "ptq": ("QUANT.DISTILL",),
+    "qat": ("QUANT.CALIBRATOR", "QUANT.EQUALIZE", "QUANT.BIAS_CORRECTION"),
+    "compare": ("QUANT.DISTILL", "QUANT.CALIBRATOR", "QUANT.EQUALIZE", "QUANT.BIAS_CORRECTION", "QUANT.FLOAT_LAYERS"),
+}
 
 # What training for INT8 goes without, and what these keys may be, the first of which they are then: autocast rounds
 # otherwise, and the exported graph is changed between training and evaluation.
@@ -63,7 +62,9 @@ def start(settings: config.Settings, argv: Sequence[str], program: Program) -> C
     """Do what the command line `argv` of scripts/quantize.py, read as `settings`, says; see `train.run.start`."""
     cfg = settings.cfg
     if not cfg.QUANT.METHOD:
-        raise UserError("how to quantize? --method ptq (after training) or --method qat (by training on)")
+        raise UserError(
+            "how to quantize? --method ptq (after training), qat (by training on) or compare (all ways after training)"
+        )
     if not cfg.MODEL.RESUME:
         raise UserError("a trained network is needed: --resume FILE")
     quantization.find_preset(cfg.QUANT.PRESET)
@@ -73,8 +74,9 @@ def start(settings: config.Settings, argv: Sequence[str], program: Program) -> C
         if (value := config.lookup(cfg, name)) != KEYS[name].default:
             raise UserError(f"{name} {value} is not of --method {cfg.QUANT.METHOD}: leave it out")
     settings = settings.with_defaults({"TAG": f"{cfg.QUANT.METHOD}-{cfg.QUANT.PRESET}"})
-    if cfg.QUANT.METHOD == "ptq":  # nothing is trained, and on GPUs histograms have no such algorithm
-        return run(settings.with_values({"DETERMINISTIC": False}), argv, program, quantize_network)
+    if cfg.QUANT.METHOD != "qat":  # nothing is trained, and on GPUs histograms have no such algorithm
+        job = compare if cfg.QUANT.METHOD == "compare" else quantize_network
+        return run(settings.with_values({"DETERMINISTIC": False}), argv, program, job)
     for name, allowed in QAT_TAKES.items():
         if (value := config.lookup(cfg, name)) not in allowed:
             raise UserError(f"--method qat takes {name} {allowed[0]} only, not {value}")
@@ -93,36 +95,24 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     if cfg.QUANT.CALIBRATOR is not None:
         logger.info(f"ranges of activations: {cfg.QUANT.CALIBRATOR}")
     source = pretrained.read(task, cfg.MODEL.RESUME)
-    logger.info(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
-    match_images(task, source.content, source.path)
-    model = to_device(source.network(cfg.MODEL.NUM_CLASSES), world)
+    trained = Trained(task, source)
+    model, images = trained.model, trained.images
     if trains:
         check_batch_norms(task, model)
-    loader = task.eval_loader()
-    images = run_on_main(lambda: task.network_input(next(iter(loader))[0])[:16].cpu())
-    if trains and (size := task.training_size()) != images.shape[2:]:
-        raise UserError(
-            f"--method qat trains and evaluates at one size, and the images are {size[0]} x {size[1]} in training, "
-            f"{images.shape[2]} x {images.shape[3]} in evaluation"
-        )
-    batches = FixedSizeBatches(task, loader, images.shape[2:])
-    result = evaluate(batches, "fp32", task.with_predictor(model, task.predictor(model)))
-    forms = {"fp32": Form(result, FP32_ONNX)}
-    deployed, predictor = repopt.deploy(model), task.predictor(model)
-    example = images[:1].to(world.device)
-    calibration = FixedSizeBatches(task, task.calibration_loader(), images.shape[2:])
-    if cfg.QUANT.EQUALIZE:
-        predictor = quantization.equalize(predictor, example)
-    task = with_float_layers(task, predictor, example, calibration)
+        if (size := task.training_size()) != images.shape[2:]:
+            raise UserError(
+                f"--method qat trains and evaluates at one size, and the images are {size[0]} x {size[1]} in training, "
+                f"{images.shape[2]} x {images.shape[3]} in evaluation"
+            )
+    forms = {"fp32": trained.in_float()._replace(file=FP32_ONNX)}
+    deployed = repopt.deploy(model)
+    task, observed, prepared = trained.prepare(task)
     cfg = task.cfg
-    own = own_checkpoint(cfg, folder) if trains else None
-    scales = find_scales(task, model, own or source.content) if trains else None
-    del source  # its optimizer's state is as large as the network
-    prepared = observed = calibrated(task, cfg.QUANT.METHOD, predictor, example, calibration, float_layers_of(cfg))
-    if cfg.QUANT.BIAS_CORRECTION:
-        prepared = quantization.correct_biases(observed, ImagesOf(calibration, "bias correction", MEASURED))
     whole = task.with_predictor(model, prepared)
     if trains:
+        own = own_checkpoint(cfg, folder)
+        scales = find_scales(task, model, own or source.content)
+        del source  # its optimizer's state is as large as the network
         with distillation(task, prepared, task.predictor(deployed)) as added_loss:
             trainer = prepare(task, whole, scales, folder, own, added_loss)
             del own
@@ -130,9 +120,7 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
                 return False
             del trainer
     int8 = quantization.convert(prepared)
-    result = evaluate(batches, "INT8, torch", task.with_predictor(model, int8))
-    seen = ImagesOf(calibration, "noise", MEASURED)
-    forms["INT8"] = Form(result, signal_to_noise=quantization.outputs_signal_to_noise(observed, int8, seen))
+    forms["INT8"] = trained.in_int8("INT8, torch", observed, int8)
     ratios = quantization.signal_to_noise(observed, int8, images.to(world.device))
     written = run_on_main(lambda: write_artifacts(artifacts, task, whole, deployed, int8, images, ratios))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -143,90 +131,11 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     for (kind, in_network), file in zip(places.items(), (INT8_ONNX, INT8_END_TO_END), strict=True):
         if (written / file).is_file():
             name, network = f"INT8, onnxruntime{kind}", in_network(export.OnnxNetwork(written / file, threads))
-            forms[name] = Form(evaluate(batches, name, network), file)
-    run_on_main(lambda: publish_results(written, artifacts, COLUMNS[cfg.TASK], forms))
+            forms[name] = Form(trained.evaluate(name, network), file)
+    run_on_main(lambda: publish(written, artifacts, COLUMNS[cfg.TASK], forms))
+    integers = run_on_main(lambda: export.operations(artifacts / INT8_ONNX)["QLinearConv"])
+    logger.info(f"onnxruntime runs {integers} convolutions on integers; the files are in {artifacts}")
     return True
-
-
-class FixedSizeBatches:
-    """The batches of a loader, of the one size that the network is quantized for.
-
-    Iterating shows its progress on the first process's terminal, and raises a UserError at a batch of another size.
-    """
-
-    def __init__(self, task: Task, loader: data.Loader, size: Sequence[int]) -> None:
-        self.task, self.progress = task, ""
-        self._loader, self._size = loader, tuple(size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        shown = None if self.task.world.is_main else True
-        for images, targets in tqdm(self._loader, desc=self.progress, unit="batch", leave=False, disable=shown):
-            size = tuple(self.task.network_input(images).shape[2:])
-            if size != self._size:
-                raise UserError(
-                    f"the network is quantized for images of {self._size[0]} x {self._size[1]}, and there are others, "
-                    f"which it would see as {size[0]} x {size[1]}"
-                )
-            yield images, targets
-
-
-def evaluate(batches: FixedSizeBatches, name: str, model: nn.Module) -> Result:
-    """Return what an evaluation finds, logged."""
-    task, batches.progress = batches.task, name
-    result = task.evaluate(model, batches, Precision(task.world.device))
-    assert result is not None, "nothing stops it"
-    logger.info(f"{name}: {result}")
-    return result
-
-
-class ImagesOf:
-    """What the network sees of batches, in parts of so many images, or in whole batches."""
-
-    def __init__(self, batches: FixedSizeBatches, progress: str, part: int | None = None) -> None:
-        self._batches, self._progress, self._part = batches, progress, part
-
-    def __iter__(self) -> Iterator[Tensor]:
-        self._batches.progress = self._progress
-        for images, _ in self._batches:
-            seen = self._batches.task.network_input(images)
-            yield from seen.split(self._part or len(seen))
-
-
-def calibrated(
-    task: Task, method: str, model: nn.Module, example: Tensor, batches: FixedSizeBatches, float_layers: Sequence[str]
-) -> quantization.PreparedModel:
-    """Return a prepared network that has seen the images that choose its ranges."""
-    quant = task.cfg.QUANT
-    prepared = quantization.prepare(model, example, method, quant.PRESET, quant.CALIBRATOR, float_layers)
-    quantization.calibrate(prepared, ImagesOf(batches, "calibration"))
-    return prepared
-
-
-def with_float_layers(task: Task, model: nn.Module, example: Tensor, batches: FixedSizeBatches) -> Task:
-    """Return the task with names as its QUANT.FLOAT_LAYERS, of the layers that are the most sensitive after training.
-
-    Raises:
-        UserError: more are asked for than there are.
-    """
-    wanted = task.cfg.QUANT.FLOAT_LAYERS
-    if wanted != AUTO and not wanted.isdecimal():
-        return task
-
-    def quantized(float_layers: Sequence[str]) -> quantization.PreparedModel:
-        return calibrated(task, "ptq", model, example, batches, float_layers)
-
-    images = ImagesOf(batches, "sensitivity", MEASURED)
-    if wanted == AUTO:
-        names = quantization.choose_float_layers(quantized, images, FLOAT_LAYERS_DB)
-    else:
-        every = quantization.most_sensitive(quantized([]), images)
-        if int(wanted) > len(every):
-            raise UserError(f"QUANT.FLOAT_LAYERS is {wanted}, and the network has {len(every)} layers")
-        names = every[: int(wanted)]
-    names = run_on_main(lambda: names)  # gradients on GPUs may differ in their last bits
-    logger.info(f"QUANT.FLOAT_LAYERS {wanted}: {', '.join(names) or 'none'}")
-    settings = config.Settings(task.cfg, frozenset()).with_values({"QUANT.FLOAT_LAYERS": ",".join(names)})
-    return type(task)(settings.cfg, task.world)
 
 
 @contextmanager
@@ -276,7 +185,7 @@ def write_artifacts(
     deployed: nn.Module,
     int8: quantization.Int8,
     images: Tensor,
-    ratios: dict[str, float],
+    ratios: Mapping[str, float],
 ) -> Path:
     """Write the files of both networks to a folder next to `path`, check them, and return that folder.
 
@@ -289,9 +198,7 @@ def write_artifacts(
         images: what a predictor takes, (N, C, H, W).
         ratios: of signal to noise, by layer.
     """
-    new = path.with_name(f"{path.name}.writing")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    new = new_folder(path)
     try:
         content = {
             "model": whole.state_dict(),
@@ -316,37 +223,3 @@ def write_artifacts(
         shutil.rmtree(new)
         raise
     return new
-
-
-class Form(NamedTuple):
-    """A form of the network: what an evaluation found, its file, and how far its noise is below its outputs, in dB."""
-
-    result: Result
-    file: str | None = None
-    signal_to_noise: float | None = None
-
-
-def publish_results(written: Path, path: Path, columns: Sequence[Column], forms: Mapping[str, Form]) -> None:
-    """Compare the forms of a network, and let the files have their place."""
-    known = forms["fp32"].result.numbers()
-    columns = [column for column in columns if column.name in known]
-    heads = ["network", *(column.head for column in columns), "signal to noise (dB)", "file (MB)"]
-    rows, content = [heads, ["---"] * len(heads)], {}
-    for name, (result, file, decibels) in forms.items():
-        content[name] = numbers = result.numbers()
-        rows.append([name, *(f"{numbers[column.name]:.{column.decimals}f}" for column in columns)])
-        rows[-1].append("–" if decibels is None else f"{decibels:.1f}")
-        rows[-1].append("–" if file is None else f"{(written / file).stat().st_size / 1e6:.2f}")
-        if decibels is not None:
-            numbers["signal_to_noise"] = decibels
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    (written / "results.md").write_text(table + "\n")
-    write_json(content, written / RESULTS)
-    written.replace(path)
-    integers = export.operations(path / INT8_ONNX)["QLinearConv"]
-    logger.info(f"{table}\nonnxruntime runs {integers} convolutions on integers; the files are in {path}")
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write numbers for programs to read; what is not finite as null."""
-    path.write_text(json.dumps(as_json(content), indent=1, allow_nan=False) + "\n")

@@ -216,7 +216,8 @@ def convert(prepared: PreparedModel) -> Int8:
     prepared = copy.deepcopy(prepared).eval()
     if prepared.fake:
         prepared(prepared.example)  # for the ranges of the last weights, and the scales of ranges that were averaged
-    graph = convert_pt2e(prepared.network)
+    with graphs.two_dimensional_folding():
+        graph = convert_pt2e(prepared.network)
     graphs.finish_conversion(graph)
     return Int8(graph)
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchao.quantization.pt2e import qat_utils
 from torchao.quantization.pt2e import quantizer as ao
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from torchao.quantization.pt2e.utils import fold_bn_weights_into_conv_node
@@ -193,6 +197,21 @@ def restore_norm_settings(graph: fx.GraphModule, settings: dict[Any, tuple[float
             if variance in settings:  # where a kernel is scaled
                 set_argument(node, "other", settings[variance][1])
     graph.recompile()
+
+
+@contextmanager
+def two_dimensional_folding() -> Iterator[None]:
+    """Let torchao fold batch norms into convolutions of two dimensions alone: here there are no others.
+
+    It traces patterns for every kind of convolutions, for seconds, whether they occur or not.
+    """
+    every = qat_utils._fold_conv_bn_qat_helper
+
+    def fold(graph: fx.GraphModule, kind: Any, *arguments: Any, **settings: Any) -> fx.GraphModule:
+        return every(graph, kind, *arguments, **settings) if kind is F.conv2d else graph
+
+    with mock.patch.object(qat_utils, "_fold_conv_bn_qat_helper", fold):
+        yield
 
 
 def part_norms(graph: fx.GraphModule, float_layers: Collection[str]) -> None:

@@ -99,8 +99,8 @@ def score(training: Training, name: str = "top1") -> Cell:
 
 
 def quantized(training: Training, network: str, name: str = "top1") -> Cell:
-    """Return a cell with a number of a quantized network ("fp32", "INT8" or "INT8, onnxruntime"), in percent."""
-    return Cell(training, lambda run: json.loads(run.result.read_text())[network][name])
+    """Return a cell with a number of a form of a network: "fp32", "INT8" or "INT8, onnxruntime"; None of another."""
+    return Cell(training, lambda run: json.loads(run.result.read_text())[network].get(name))
 
 
 def throughput(training: Training) -> Cell:

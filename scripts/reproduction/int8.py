@@ -6,22 +6,32 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from reproduction.experiment import Cell, Experiment, Row, quantized
 from reproduction.run import DETECT, PTQ, QAT, SEGMENT, TRAIN, Kind, Training
 from train import config
 from train.keys import AUTO
 
-METHODS: Mapping[str, tuple[Kind, Mapping[str, Any]]] = {
-    "weak PTQ": (PTQ, {"QUANT.PRESET": "per_tensor"}),
-    "minmax": (PTQ, {"QUANT.CALIBRATOR": "minmax"}),
-    "histogram": (PTQ, {}),
-    "percentile": (PTQ, {"QUANT.CALIBRATOR": "percentile"}),
-    "mse": (PTQ, {"QUANT.CALIBRATOR": "mse"}),
-    "entropy": (PTQ, {"QUANT.CALIBRATOR": "entropy"}),
-    "equalized": (PTQ, {"QUANT.EQUALIZE": True, "QUANT.BIAS_CORRECTION": True}),
-    "float layers": (PTQ, {"QUANT.FLOAT_LAYERS": AUTO}),
-    "QAT": (QAT, {}),
-    "QAT distilled": (QAT, {"QUANT.DISTILL": 1.0}),
+
+class Method(NamedTuple):
+    """A way to INT8: the name of its runs, their kind, and settings over the recipe."""
+
+    name: str
+    kind: Kind
+    settings: Mapping[str, Any]
+
+
+METHODS = {
+    "PTQ, a scale per tensor, minmax": Method("tensor", PTQ, {"QUANT.PRESET": "per_tensor"}),
+    **{
+        f"PTQ, {name}": Method(name, PTQ, {} if name == "histogram" else {"QUANT.CALIBRATOR": name})
+        for name in ("minmax", "histogram", "percentile", "mse", "entropy")
+    },
+    "PTQ, equalized, biases corrected": Method("equal", PTQ, {"QUANT.EQUALIZE": True, "QUANT.BIAS_CORRECTION": True}),
+    "PTQ, float layers auto": Method("float", PTQ, {"QUANT.FLOAT_LAYERS": AUTO}),
+    "QAT": Method("qat", QAT, {}),
+    "QAT, distilled": Method("distill", QAT, {"QUANT.DISTILL": 1.0}),
 }
+FIRST = next(iter(METHODS))
 MODES = {
     "RepVGG": "repvgg",
     "QARepVGG": "qarepvgg",
@@ -112,3 +122,35 @@ def training(subject: Subject, network: str) -> Training:
         once=True,
     )
     return found.but(found.name, scales=search)
+
+
+@functools.cache
+def quantization(subject: Subject, network: str, label: str) -> Training:
+    """Return the quantization of a network of `MODES` by a method of `METHODS`."""
+    method, base = METHODS[label], training(subject, network)
+    cfg, gpus = f"configs/{subject.recipes[2]}.yaml", subject.gpus if method.kind is QAT else 1
+    return Training(f"{method.name}-{base.name}", "", cfg, method.kind, method.settings, base=base, gpus=gpus)
+
+
+def table(full: bool) -> Experiment:
+    """Return the table: images and methods by networks."""
+    rows = []
+    for images, subject in subjects(full).items():
+        name, title = subject.measure
+
+        def cells(label: str, form: str, subject: Subject = subject, name: str = name) -> dict[str, Cell]:
+            found = {}
+            for network in MODES:
+                run = quantization(subject, network, label)
+                found[network] = quantized(run, form, name)
+                found[f"{network} (dB)"] = quantized(run, form, "signal_to_noise")._replace(decimals=1)
+            return found
+
+        rows.append(Row((f"{images}, {title} (%)", "fp32"), cells(FIRST, "fp32")))
+        rows += [Row((f"{images}, {title} (%)", label), cells(label, "INT8")) for label in METHODS]
+    notes = (
+        "What torch computes. Multi-branch networks are folded before; dB: of the outputs above the noise of "
+        "quantization, on the calibration images (of a detector's outputs the one with the most noise).",
+        "QARepVGG is trained at half the learning rate of the others, at which it learns digits.",
+    )
+    return Experiment("What INT8 costs", notes, rows=rows, label_names=("images", "INT8 by"))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from repopt.errors import UserError, unknown
-from reproduction import figures, paper
+from reproduction import figures, int8, paper
 from reproduction.experiment import (
     Experiment,
     Row,
@@ -402,6 +402,7 @@ TABLES = (_table1, _table2, _table3, _table4, _table5, _table6, _table7, _table8
 FIGURES = (_figure3, _figure4, _figure5, _figure6, _figure7)
 EXPERIMENTS: dict[str, Callable[[bool], Experiment]] = {
     **{f"table {number}": table for number, table in enumerate(TABLES, start=1)},
+    "table int8": int8.table,
     **{f"figure {number}": figure for number, figure in enumerate(FIGURES, start=3)},
 }
 
