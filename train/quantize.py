@@ -135,10 +135,23 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     ratios = quantization.signal_to_noise(observed, int8, images.to(world.device))
     written = run_on_main(lambda: write_artifacts(artifacts, task, prepared, float_network, int8, images, ratios))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    in_onnxruntime = export.OnnxNetwork(written / INT8_ONNX, threads)
-    results["INT8, onnxruntime"] = evaluate(batches, "INT8, onnxruntime", in_onnxruntime)
+    for name, network in in_runtimes(written / INT8_ONNX, threads):
+        results[name] = evaluate(batches, name, network)
     run_on_main(lambda: publish_results(written, artifacts, COLUMNS[cfg.TASK], results))
     return True
+
+
+def in_runtimes(path: Path, threads: int) -> Iterator[tuple[str, nn.Module]]:
+    """Yield an INT8 file's name and network in onnxruntime, and in OpenVINO where that is installed and can run it."""
+    yield "INT8, onnxruntime", export.OnnxNetwork(path, threads)
+    try:
+        from repopt.openvino import OpenVinoNetwork  # an extra
+
+        network = OpenVinoNetwork(path, threads)
+    except UserError as error:
+        logger.info(f"not evaluated in OpenVINO: {error}")
+    else:
+        yield "INT8, OpenVINO", network
 
 
 class FixedSizeBatches:
@@ -291,7 +304,7 @@ def publish_results(written: Path, path: Path, columns: Sequence[Column], result
         f"| network | {' | '.join(column.head for column in columns)} | file (MB) |",
         "|" + "---|" * (len(columns) + 2),
     ]
-    files = {"fp32": FP32_ONNX, "INT8, onnxruntime": INT8_ONNX}
+    files = {"fp32": FP32_ONNX, "INT8, onnxruntime": INT8_ONNX, "INT8, OpenVINO": INT8_ONNX}
     for name, result in results.items():
         size = f"{(written / files[name]).stat().st_size / 1e6:.2f}" if name in files else "–"
         numbers = result.numbers()
