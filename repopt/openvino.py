@@ -38,7 +38,8 @@ class OpenVinoNetwork(nn.Module):
         metadata: what the file says of itself.
 
     Raises:
-        UserError: no such file, or no network of images that OpenVINO can run.
+        UserError: no such file, or no network of images that OpenVINO can run; one of integers, where the CPU has no
+            VNNI: its sums of products of 8 bits would overflow.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
@@ -85,6 +86,8 @@ def _read(path: Path) -> openvino.Model:
     shapes = [value.partial_shape for value in model.inputs]
     if len(shapes) != 1 or shapes[0].rank.is_dynamic or len(shapes[0]) != 4:
         raise UserError(f"OpenVINO cannot run {str(path)!r}: (N, C, H, W) is expected as its one input")
+    if not torch.cpu._is_vnni_supported() and any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):
+        raise UserError(f"OpenVINO would compute {str(path)!r} wrong: integers of 8 bits overflow on CPUs without VNNI")
     return model
 
 

@@ -153,6 +153,8 @@ def test_glyphs(tmp_path, monkeypatch):
 def test_quantization(tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
+    if not torch.cpu._is_vnni_supported():
+        pytest.skip("OpenVINO's integers need VNNI")
     monkeypatch.chdir(tmp_path)
     documented = run("quantization")
     assert (tmp_path / "int8.onnx").is_file()

@@ -16,6 +16,8 @@ from repopt.errors import UserError
 pytest.importorskip("openvino")
 from repopt.openvino import OpenVinoNetwork
 
+needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="OpenVINO's integers need VNNI")
+
 
 def written(model, x, path, **metadata):
     export.write_onnx(model, x, path, metadata)
@@ -30,6 +32,7 @@ def test_float(tmp_path):
     assert found.count_integer_convolutions() == 0
 
 
+@needs_vnni
 @pytest.mark.parametrize("preset", quantization.PRESETS)
 def test_int8_is_what_torch_computes_and_runs_on_integers(tmp_path, preset):
     """That of TensorRT, too, which onnxruntime computes in float; and what leaves the range is cut alike."""
@@ -57,6 +60,7 @@ class Block(nn.Module):
         return self.head(x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()).mean((2, 3))
 
 
+@needs_vnni
 def test_additions_and_gates_are_no_less_exact_than_in_torch(tmp_path):
     """OpenVINO does not round all that torch rounds: another network, as near to the float one."""
     model, x = Block().eval(), images()
@@ -67,6 +71,7 @@ def test_additions_and_gates_are_no_less_exact_than_in_torch(tmp_path):
     assert 0 < export.relative_difference(found(x), outputs(model, x)) < 1.2 * noise
 
 
+@needs_vnni
 def test_float_layers(tmp_path):
     model, x = network(), images()
     observed = quantization.prepare(model, x, "ptq", "default", None, ["stage1.0.conv"])
@@ -114,6 +119,15 @@ def test_no_network(tmp_path, capfd):
     onnx.save(model, path)
     with pytest.raises(UserError, match=r"cannot run .*bad\.onnx.*Convolve"):
         OpenVinoNetwork(path)
+
+
+def test_integers_that_would_overflow_are_refused(tmp_path, monkeypatch):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval(), images(2)
+    _, int8 = quantized(model, x=x)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert written(model, x, tmp_path / "fp32.onnx")(x).shape == (2, 4, 30, 30)
+    with pytest.raises(UserError, match="without VNNI"):
+        written(int8, x, tmp_path / "int8.onnx")
 
 
 def test_without_the_extra(monkeypatch):

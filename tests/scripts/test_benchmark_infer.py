@@ -45,6 +45,7 @@ def no_extra(monkeypatch):
             monkeypatch.delitem(sys.modules, module)
 
 
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="OpenVINO's integers need VNNI")
 def test_every_form_is_a_row_and_the_same_function_as_its_source(compiled):
     rows = measured("--arch", "RepOpt-VGG-nano")
     assert [row["form"] for row in rows] == [*TARGET, *ONNXRUNTIME, *OPENVINO, "repvgg, trained", "repvgg, deployed"]
