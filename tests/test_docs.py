@@ -28,6 +28,7 @@ from test_convert import fenced_code
 
 import repopt
 from repopt import quantization
+from repopt.export import relative_difference
 from repopt.layers import MODES
 from repopt.models import list_archs, registry
 from repopt.optim import RULES
@@ -150,11 +151,19 @@ def test_glyphs(tmp_path, monkeypatch):
 
 
 def test_quantization(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    if not torch.cpu._is_vnni_supported():
+        pytest.skip("OpenVINO's integers need VNNI")
     monkeypatch.chdir(tmp_path)
     documented = run("quantization")
     assert (tmp_path / "int8.onnx").is_file()
-    found, expected = documented["logits"], documented["int8"](documented["images"])
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=1e-3)
+    expected = documented["int8"](documented["images"])
+    for found in (documented["logits"], documented["logits_of_openvino"]):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=1e-3)
+    float_logits = documented["model"](documented["images"])
+    assert relative_difference(documented["logits_of_nncf"], float_logits) < 0.1
+    assert documented["OpenVinoNetwork"]("nncf.onnx").count_integer_convolutions() == 28
     assert documented["optimizer"].grad_mults
 
 

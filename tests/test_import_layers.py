@@ -21,7 +21,8 @@ LAYERS = [
     {"repopt.scales"},
     {"repopt.reparam"},
     {"repopt.branches", "repopt.declare", "repopt.models", "repopt.convert", "repopt.deploy", "repopt.merge"},
-    {"repopt.quantization", "repopt.export", "repopt.segmentation", "repopt.detection", "repopt.integrations"},
+    {"repopt.quantization", "repopt.export", "repopt.openvino"}
+    | {"repopt.segmentation", "repopt.detection", "repopt.integrations"},
     {"repopt.description"},
     {"repopt.load"},
     {"data"},
@@ -121,7 +122,7 @@ def python(code):
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
-        ("import repopt", {"matplotlib", "sklearn", "yacs", "tensorboard", "torchao", "onnx"}),
+        ("import repopt", {"matplotlib", "sklearn", "yacs", "tensorboard", "torchao", "onnx", "openvino"}),
         ("import train.run", {"matplotlib", "sklearn", "tensorboard"}),
     ],
 )

@@ -124,18 +124,38 @@ def quantize_network(task: Task, folder: RunFolder) -> bool:
     ratios = quantization.signal_to_noise(observed, int8, images.to(world.device))
     written = run_on_main(lambda: write_artifacts(artifacts, task, whole, deployed, int8, images, ratios))
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    places: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "": functools.partial(task.with_predictor, model),
-        ", end to end": task.with_end_to_end,
-    }
-    for (kind, in_network), file in zip(places.items(), (INT8_ONNX, INT8_END_TO_END), strict=True):
-        if (written / file).is_file():
-            name, network = f"INT8, onnxruntime{kind}", in_network(export.OnnxNetwork(written / file, threads))
-            forms[name] = Form(trained.evaluate(name, network), file)
+    forms |= evaluate_files(trained, task, written, threads)
     run_on_main(lambda: publish(written, artifacts, COLUMNS[cfg.TASK], forms))
     integers = run_on_main(lambda: export.operations(artifacts / INT8_ONNX)["QLinearConv"])
     logger.info(f"onnxruntime runs {integers} convolutions on integers; the files are in {artifacts}")
     return True
+
+
+def evaluate_files(trained: Trained, task: Task, written: Path, threads: int) -> dict[str, Form]:
+    """Return what evaluations of the INT8 files find, by name."""
+    in_model: dict[str, Callable[[nn.Module], nn.Module]] = {
+        INT8_ONNX: functools.partial(task.with_predictor, trained.model),
+        INT8_END_TO_END: task.with_end_to_end,
+    }
+    forms = {}
+    for file in filter(lambda file: (written / file).is_file(), in_model):
+        for runtime, network in in_runtimes(written / file, threads):
+            name = f"INT8, {runtime}{', end to end' if file == INT8_END_TO_END else ''}"
+            forms[name] = Form(trained.evaluate(name, in_model[file](network)), file)
+    return forms
+
+
+def in_runtimes(path: Path, threads: int) -> Iterator[tuple[str, nn.Module]]:
+    """Yield an INT8 file in onnxruntime, and in OpenVINO where that is installed and can run it, by their names."""
+    yield "onnxruntime", export.OnnxNetwork(path, threads)
+    try:
+        from repopt.openvino import OpenVinoNetwork  # an extra
+
+        network = OpenVinoNetwork(path, threads)
+    except UserError as error:
+        logger.info(f"not evaluated in OpenVINO: {error}")
+    else:
+        yield "OpenVINO", network
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Images per second of what is deployed: the trained target network, its batch norms folded, compiled, and the baseline
-before and after its branches are folded; on CPUs also the folded target network in onnxruntime, in fp32 and in INT8.
+before and after its branches are folded; on CPUs also the folded target network in onnxruntime and in OpenVINO, in fp32
+and in INT8.
 """
 
 from __future__ import annotations
@@ -25,18 +26,27 @@ from repopt.models import list_archs
 
 ARCHS = ("RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2", "RepOpt-GhostNet-0.5x")
 TRAINED = "target, trained"
-FP32, INT8 = "target, onnxruntime", "target, onnxruntime INT8"
+TORCH, ONNXRUNTIME, OPENVINO = "torch", "onnxruntime", "OpenVINO"
 
 
 class Contender(NamedTuple):
-    """A form of a network: its forward pass on the images, and the form whose outputs it should have.
+    """A form of a network: its forward pass on the images, the form whose outputs it should have, and what runs it.
 
     Of INT8 also how many of its convolutions are computed with integers, in words.
     """
 
     forward: Callable[[], Tensor]
     source: str | None
+    runtime: str = TORCH
     integers: str | None = None
+
+
+class InRuntime(NamedTuple):
+    """A network in fp32 and in INT8, and how many convolutions of the second are computed with integers."""
+
+    fp32: nn.Module
+    int8: nn.Module
+    integers: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,21 +70,27 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
         outputs = {form: contender.forward().float() for form, contender in contenders.items()}
         forwards = {form: contender.forward for form, contender in contenders.items()}
         seconds = interleave(forwards, device, rounds=rounds_of(arguments))
-        for form, (forward, source, integers) in contenders.items():
-            in_torch = form not in (FP32, INT8)  # torch does not see the memory of onnxruntime
+        for form, (forward, source, runtime, integers) in contenders.items():
+            in_torch = runtime == TORCH  # which does not see the memory of others
             row = {
                 "arch": arch,
                 "form": form,
                 "images/s": batch_size / seconds[form],
                 "ms per image": 1e3 * seconds[form] / batch_size,
                 "speed / trained target": seconds[TRAINED] / seconds[form],
-                "speed / onnxruntime fp32": None if in_torch else seconds[FP32] / seconds[form],
+                "speed / onnxruntime fp32": None if in_torch else seconds[fp32_in(ONNXRUNTIME)] / seconds[form],
+                "INT8 / fp32": integers and seconds[fp32_in(runtime)] / seconds[form],
                 "peak extra MB per image": peak_extra(forward, device) / batch_size / 1e6 if in_torch else None,
                 "difference of outputs": source and difference(outputs[form], outputs[source]),
                 "integer convolutions": integers,
             }
             rows.append(row)
         yield f"Inference, batches of {batch_size} images of {size} x {size}", rows
+
+
+def fp32_in(runtime: str) -> str:
+    """Return the name of the form that onnxruntime or OpenVINO runs in fp32."""
+    return f"target, {runtime}"
 
 
 def baseline_mode(model: str) -> str:
@@ -112,38 +128,66 @@ def _contenders(arch: str, baseline: str, images: Tensor) -> Iterator[tuple[str,
         else:
             yield "target, deployed, compiled", Contender(compiled, TRAINED)
         if images.device.type == "cpu":
-            try:
-                fp32, int8, integers = in_onnxruntime(arch, model, images)
-            except UserError as error:  # without the arch: that the extra is missing is then said once
-                warnings.warn(f"rows of onnxruntime are left out: {one_line(error)}", stacklevel=1)
-            else:
-                yield FP32, Contender(forward_of(fp32), TRAINED)
-                yield INT8, Contender(forward_of(int8), TRAINED, integers)
+            convolutions = sum(isinstance(module, nn.Conv2d) for module in deployed.modules())
+            for runtime, (fp32, int8, integers) in in_runtimes(arch, model, images):
+                yield fp32_in(runtime), Contender(forward_of(fp32), TRAINED, runtime)
+                words = f"{integers} of {convolutions}"
+                yield f"{fp32_in(runtime)} INT8", Contender(forward_of(int8), TRAINED, runtime, words)
 
 
-def in_onnxruntime(arch: str, model: nn.Module, images: Tensor) -> tuple[nn.Module, nn.Module, str]:
-    """Return a network in onnxruntime, in fp32 and in INT8, and how many convolutions of INT8 are integer ones.
+def in_runtimes(arch: str, model: nn.Module, images: Tensor) -> Iterator[tuple[str, InRuntime]]:
+    """Yield by name what runs ONNX files, with the network in it.
+
+    What is not installed, or cannot run the network, is left out with a warning.
 
     Args:
         arch: its name, for messages.
         model: the network, trained; it stays as it is.
-        images: (N, C, H, W), on which INT8 is calibrated and both are checked.
+        images: (N, C, H, W), on which INT8 is calibrated and the files are checked.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        fp32, int8 = Path(folder, f"{arch}-fp32.onnx"), Path(folder, f"{arch}-int8.onnx")
+        try:
+            write_files(model, images, fp32, int8)
+        except UserError as error:  # without the arch: that an extra is missing is then said once
+            warnings.warn(f"rows of onnxruntime and OpenVINO are left out: {one_line(error)}", stacklevel=1)
+            return
+        for runtime, load in ((ONNXRUNTIME, in_onnxruntime), (OPENVINO, in_openvino)):
+            try:
+                networks = load(fp32, int8)
+            except UserError as error:
+                warnings.warn(f"rows of {runtime} are left out: {one_line(error)}", stacklevel=1)
+            else:
+                yield runtime, networks
+
+
+def write_files(model: nn.Module, images: Tensor, fp32: Path, int8: Path) -> None:
+    """Write a network as ONNX.
 
     Raises:
         UserError: the extra is not installed; the network cannot be exported; onnxruntime computes something else.
     """
     from repopt import export, quantization  # an extra
 
-    deployed = repopt.deploy(model)
     observed = quantization.prepare(model, images, "ptq", "default")
     quantization.calibrate(observed, [images])
-    with tempfile.TemporaryDirectory() as folder:
-        fp32, int8 = Path(folder, f"{arch}-fp32.onnx"), Path(folder, f"{arch}-int8.onnx")
-        export.write_onnx(deployed, images, fp32)
-        export.write_onnx(quantization.convert(observed), images, int8)
-        convolutions = sum(isinstance(module, nn.Conv2d) for module in deployed.modules())
-        integers = f"{export.operations(int8)['QLinearConv']} of {convolutions}"
-        return export.OnnxNetwork(fp32), export.OnnxNetwork(int8), integers
+    export.write_onnx(repopt.deploy(model), images, fp32)
+    export.write_onnx(quantization.convert(observed), images, int8)
+
+
+def in_onnxruntime(fp32: Path, int8: Path) -> InRuntime:
+    """Return two files' networks in onnxruntime."""
+    from repopt import export
+
+    return InRuntime(export.OnnxNetwork(fp32), export.OnnxNetwork(int8), export.operations(int8)["QLinearConv"])
+
+
+def in_openvino(fp32: Path, int8: Path) -> InRuntime:
+    """Return two files' networks in OpenVINO."""
+    from repopt.openvino import OpenVinoNetwork  # an extra
+
+    network = OpenVinoNetwork(int8)
+    return InRuntime(OpenVinoNetwork(fp32), network, network.count_integer_convolutions())
 
 
 @torch.no_grad()

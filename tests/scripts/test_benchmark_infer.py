@@ -15,6 +15,7 @@ from benchmarks import infer
 CPU = torch.device("cpu")
 TARGET = ["target, trained", "target, deployed", "target, deployed, compiled"]
 ONNXRUNTIME = ["target, onnxruntime", "target, onnxruntime INT8"]
+OPENVINO = ["target, OpenVINO", "target, OpenVINO INT8"]
 
 
 def measured(*arguments):
@@ -44,9 +45,11 @@ def no_extra(monkeypatch):
             monkeypatch.delitem(sys.modules, module)
 
 
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="OpenVINO's integers need VNNI")
 def test_every_form_is_a_row_and_the_same_function_as_its_source(compiled):
     rows = measured("--arch", "RepOpt-VGG-nano")
-    assert [row["form"] for row in rows] == [*TARGET, *ONNXRUNTIME, "repvgg, trained", "repvgg, deployed"]
+    assert [row["form"] for row in rows] == [*TARGET, *ONNXRUNTIME, *OPENVINO, "repvgg, trained", "repvgg, deployed"]
+    speeds = {row["form"]: row["images/s"] for row in rows}
     for row in rows:
         if row["form"].endswith("trained"):
             assert row["difference of outputs"] is None
@@ -57,15 +60,20 @@ def test_every_form_is_a_row_and_the_same_function_as_its_source(compiled):
         trained = next(r for r in rows if r["arch"] == row["arch"] and r["form"] == "target, trained")
         assert row["speed / trained target"] == pytest.approx(row["images/s"] / trained["images/s"])
         assert row["ms per image"] == pytest.approx(1e3 / row["images/s"])
-        if row["form"] in ONNXRUNTIME:
+        if row["form"] in ONNXRUNTIME + OPENVINO:
             assert row["peak extra MB per image"] is None
-            fp32 = next(r for r in rows if r["arch"] == row["arch"] and r["form"] == "target, onnxruntime")
-            assert row["speed / onnxruntime fp32"] == pytest.approx(row["images/s"] / fp32["images/s"])
+            assert row["speed / onnxruntime fp32"] == pytest.approx(row["images/s"] / speeds["target, onnxruntime"])
         else:
             assert row["peak extra MB per image"] > 0
             assert row["speed / onnxruntime fp32"] is None
-    integers = {(row["arch"], row["form"]): row["integer convolutions"] for row in rows if row["integer convolutions"]}
-    assert integers == {("RepOpt-VGG-nano", ONNXRUNTIME[1]): "28 of 28"}
+    int8 = {row["form"]: row for row in rows if row["integer convolutions"] is not None}
+    assert {form: row["integer convolutions"] for form, row in int8.items()} == {
+        ONNXRUNTIME[1]: "28 of 28",
+        OPENVINO[1]: "28 of 28",
+    }
+    for fp32, form in (ONNXRUNTIME, OPENVINO):
+        assert int8[form]["INT8 / fp32"] == pytest.approx(speeds[form] / speeds[fp32])
+    assert [row["form"] for row in rows if row["INT8 / fp32"] is not None] == [*int8]
     assert len(compiled) == 1
     assert not any(isinstance(module, nn.BatchNorm2d) for model in compiled for module in model.modules())
 
@@ -97,13 +105,13 @@ def test_where_nothing_compiles_the_row_is_left_out(monkeypatch):
         return lambda images: torch._check(False, lambda: "no compiler")
 
     monkeypatch.setattr(torch, "compile", fails)
-    monkeypatch.setattr(infer, "in_onnxruntime", lambda arch, model, images: (model, model, "none"))
+    monkeypatch.setattr(infer, "in_runtimes", lambda arch, model, images: [])
     with pytest.warns(UserWarning, match="RepOpt-VGG-nano: not compiled.*no compiler"):
         rows = measured("--arch", "RepOpt-VGG-nano")
-    assert len(rows) == 6 and not any("compiled" in row["form"] for row in rows)
+    assert len(rows) == 4 and not any("compiled" in row["form"] for row in rows)
 
 
-def test_without_the_extra_rows_of_onnxruntime_are_left_out_and_it_is_said_once(compiled, no_extra):
+def test_without_the_extra_rows_of_onnx_files_are_left_out_and_it_is_said_once(compiled, no_extra):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
         rows = measured("--arch", "RepOpt-VGG-nano", "ghost")
@@ -113,17 +121,33 @@ def test_without_the_extra_rows_of_onnxruntime_are_left_out_and_it_is_said_once(
         for form in (*TARGET, f"{baseline}, trained", f"{baseline}, deployed")
     ]
     assert {row["speed / onnxruntime fp32"] for row in rows} == {row["integer convolutions"] for row in rows} == {None}
-    (message,) = [str(warning.message) for warning in seen if "onnxruntime" in str(warning.message)]
-    assert message.startswith("rows of onnxruntime are left out: quantization needs torchao")
+    (message,) = [str(warning.message) for warning in seen if "left out" in str(warning.message)]
+    assert message.startswith("rows of onnxruntime and OpenVINO are left out: quantization needs torchao")
+
+
+def test_without_openvino_its_rows_are_left_out_and_it_is_said_once(compiled, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "repopt.openvino", raising=False)
+    monkeypatch.setattr(infer, "write_files", lambda *arguments: None)
+    monkeypatch.setattr(infer, "in_onnxruntime", lambda *files: infer.InRuntime(nn.Flatten(), nn.Flatten(), 0))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            found = [name for name, _ in infer.in_runtimes("RepOpt-VGG-nano", nn.Flatten(), torch.zeros(1, 3, 8, 8))]
+            assert found == ["onnxruntime"]
+    (message,) = [str(warning.message) for warning in seen]
+    assert message.startswith("rows of OpenVINO are left out: OpenVINO is not installed (pip install")
 
 
 def test_a_network_that_onnxruntime_computes_otherwise_is_named(compiled, monkeypatch):
     from repopt import export
 
     monkeypatch.setattr(export, "MAX_DIFFERENCE_INT8", -1.0)
-    with pytest.warns(UserWarning, match="rows of onnxruntime .* differ .*RepOpt-VGG-nano-int8.onnx is not written"):
+    with pytest.warns(
+        UserWarning, match="rows of onnxruntime and OpenVINO .* differ .*RepOpt-VGG-nano-int8.onnx is not written"
+    ):
         rows = measured("--arch", "RepOpt-VGG-nano")
-    assert len(rows) == 5 and not any(row["form"] in ONNXRUNTIME for row in rows)
+    assert len(rows) == 5 and not any(row["form"] in ONNXRUNTIME + OPENVINO for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import data
 import main_repopt
 from repopt import checkpoint, export, quantization
 from repopt.errors import UserError
+from repopt.openvino import OpenVinoNetwork
 from train import quantize, trained
 from train.command import EXIT_INTERRUPTED
 from train.evaluation.classification import evaluate
@@ -24,6 +25,7 @@ from train.precision import Precision
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "digits" / "quantize.yaml"
 HS, TARGET, REPVGG = (f"RepOpt-VGG-nano-{mode}" for mode in ("hs", "target", "repvgg"))
+VNNI = torch.cpu._is_vnni_supported()  # without it OpenVINO is not asked
 DIGITS = ["DATA.DATASET", "digits", "DATA.BATCH_SIZE", 60, "TRAIN.BASE_LR", 0.1, "TRAIN.WARMUP_EPOCHS", 1]
 
 
@@ -73,18 +75,24 @@ def accuracy(network):
 
 
 def results(artifacts):
-    """Top-1 in percent of fp32, INT8 in torch, and INT8 in onnxruntime."""
+    """Top-1 in percent of fp32, INT8 in torch, and INT8 in onnxruntime and OpenVINO."""
     return [result["top1"] for result in json.loads((artifacts / "results.json").read_text()).values()]
 
 
 def test_after_training(target, ptq):
-    fp32, int8, in_onnxruntime = results(ptq)
+    fp32, int8, in_onnxruntime, *in_openvino = results(ptq)
     assert fp32 == pytest.approx(accuracy(trained.read(target).network()))
     assert fp32 > 30  # it has learnt something
     assert int8 == pytest.approx(accuracy(trained.read(ptq / "quantized.pth").int8_network()))
     assert abs(int8 - fp32) < 5
     assert abs(in_onnxruntime - int8) <= 0.2
     assert in_onnxruntime == pytest.approx(accuracy(export.OnnxNetwork(ptq / "int8.onnx")))
+    rows = [line.split(" | ") for line in (ptq / "results.md").read_text().splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| fp32", "| INT8", "| INT8, onnxruntime", *["| INT8, OpenVINO"] * VNNI]
+    if VNNI:
+        assert abs(in_openvino[0] - int8) <= 0.2
+        assert in_openvino[0] == pytest.approx(accuracy(OpenVinoNetwork(ptq / "int8.onnx")))
+        assert rows[3][-1] == rows[2][-1]  # of the same file
     assert export.operations(ptq / "int8.onnx")["QLinearConv"] == 28
     assert b".py" not in (ptq / "int8.onnx").read_bytes()  # no paths of this machine
     assert (ptq / "int8.onnx").stat().st_size < 0.4 * (ptq / "fp32.onnx").stat().st_size
@@ -93,6 +101,28 @@ def test_after_training(target, ptq):
     assert not list(ptq.glob("*writing*"))
     log = (ptq.parent / "log_rank0.txt").read_text()
     assert "runs 28 convolutions on integers" in log
+
+
+def test_where_openvino_is_not_installed_or_cannot_run_the_file_there_is_no_row(ptq, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    said = []
+    monkeypatch.setattr(quantize.logger, "info", said.append)
+
+    def names():
+        return [name for name, _ in quantize.in_runtimes(ptq / "int8.onnx", 1)]
+
+    def fails(path, threads):
+        raise UserError("an unknown operation")
+
+    assert names() == ["INT8, onnxruntime", "INT8, OpenVINO"]
+    with monkeypatch.context() as patch:
+        patch.setattr("repopt.openvino.OpenVinoNetwork", fails)
+        assert names() == ["INT8, onnxruntime"]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "repopt.openvino")
+    assert names() == ["INT8, onnxruntime"]
+    assert said[0] == "not evaluated in OpenVINO: an unknown operation"
+    assert "pip install 'repopt[openvino]'" in said[1]
 
 
 def test_export_of_what_was_quantized(ptq, tmp_path, capsys):
@@ -124,10 +154,10 @@ def test_calibration_and_control(target, ptq, tmp_path):
         main(tmp_path, TARGET, "--resume", target, "--method", "ptq", "--opts", *control, "QUANT.FLOAT_LAYERS", 2) == 0
     )
     artifacts = tmp_path / TARGET / "ptq-default" / "artifacts"
-    fp32, int8, in_onnxruntime = results(artifacts)
+    fp32, int8, *in_runtimes = results(artifacts)
     assert fp32 == results(ptq)[0]
     assert abs(int8 - fp32) < 5
-    assert abs(in_onnxruntime - int8) <= 0.2
+    assert all(abs(found - int8) <= 0.2 for found in in_runtimes)
     runs = export.operations(artifacts / "int8.onnx")
     assert runs["QLinearConv"] == 26
     assert runs["Conv"] + runs["FusedConv"] == 2
@@ -149,8 +179,8 @@ def test_training_on_in_two_processes(repvgg, tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / REPVGG / "qat-default"
-    _, int8, in_onnxruntime = results(folder / "artifacts")
-    assert abs(in_onnxruntime - int8) <= 0.2
+    _, int8, *in_runtimes = results(folder / "artifacts")
+    assert all(abs(found - int8) <= 0.2 for found in in_runtimes)
     both = [trained.read(path).int8_network() for path in (folder / "latest.pth", folder / "artifacts/quantized.pth")]
     x = torch.randn(4, 3, 32, 32)
     assert torch.equal(both[0](x), both[1](x))
