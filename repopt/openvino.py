@@ -25,8 +25,8 @@ except ImportError as error:
 class OpenVinoNetwork(nn.Module):
     """An ONNX file that OpenVINO runs on the CPU, (N, C, H, W) -> (N, num_classes), always in eval mode.
 
-    Of a network with several outputs it gives a dict of them by name. What is not integers is float32; by itself OpenVINO
-    would take bfloat16 on CPUs that have it.
+    Of a network with several outputs it gives a dict of them by name. What is not integers is float32; by itself
+    OpenVINO would take bfloat16 on CPUs that have it.
 
     Args:
         path: path of the file.

@@ -17,8 +17,6 @@ from train.tasks.base import Task
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "per tensor, minmax": {"QUANT.PRESET": "per_tensor", "QUANT.CALIBRATOR": "minmax"},
     **{name: {"QUANT.CALIBRATOR": name} for name in quantization.CALIBRATORS},
-    "equalized": {"QUANT.EQUALIZE": True},
-    "biases corrected": {"QUANT.BIAS_CORRECTION": True},
     "equalized, biases corrected": {"QUANT.EQUALIZE": True, "QUANT.BIAS_CORRECTION": True},
     "float layers auto": {"QUANT.FLOAT_LAYERS": AUTO},
 }

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from reproduction.experiment import Cell, Experiment, Row, quantized
-from reproduction.run import DETECT, PTQ, QAT, SEGMENT, TRAIN, Kind, Training
+from reproduction.experiment import Experiment, Row, quantized
+from reproduction.run import COMPARE, DETECT, QAT, SEGMENT, TRAIN, Kind, Training
 from train import config
+from train.compare import WAYS
 from train.keys import AUTO
 
-
-class Method(NamedTuple):
-    """A way to INT8: the name of its runs, their kind, and settings over the recipe."""
-
-    name: str
-    kind: Kind
-    settings: Mapping[str, Any]
-
-
-METHODS = {
-    "PTQ, a scale per tensor, minmax": Method("tensor", PTQ, {"QUANT.PRESET": "per_tensor"}),
-    **{
-        f"PTQ, {name}": Method(name, PTQ, {} if name == "histogram" else {"QUANT.CALIBRATOR": name})
-        for name in ("minmax", "histogram", "percentile", "mse", "entropy")
-    },
-    "PTQ, equalized, biases corrected": Method("equal", PTQ, {"QUANT.EQUALIZE": True, "QUANT.BIAS_CORRECTION": True}),
-    "PTQ, float layers auto": Method("float", PTQ, {"QUANT.FLOAT_LAYERS": AUTO}),
-    "QAT": Method("qat", QAT, {}),
-    "QAT, distilled": Method("distill", QAT, {"QUANT.DISTILL": 1.0}),
-}
-FIRST = next(iter(METHODS))
+QATS: Mapping[str, Mapping[str, Any]] = {"qat": {}, "qat-distilled": {"QUANT.DISTILL": 1.0}}
 MODES = {
     "RepVGG": "repvgg",
     "QARepVGG": "qarepvgg",
@@ -55,6 +37,7 @@ class Subject(NamedTuple):
         suffix: of the names of runs.
         settings: over the recipes of trainings.
         gpus: of a training and of a quantization by training.
+        once: whether there is one seed.
     """
 
     model: str
@@ -66,6 +49,7 @@ class Subject(NamedTuple):
     suffix: str = ""
     settings: tuple[tuple[str, Any], ...] = ()
     gpus: int = 1
+    once: bool = False
 
 
 def subjects(full: bool) -> Mapping[str, Subject]:
@@ -86,7 +70,7 @@ def subjects(full: bool) -> Mapping[str, Subject]:
     segment = ("scenes/segment", "", "scenes/quantize")
     return {
         "digits": digits,
-        "glyphs": Subject(model, glyphs, top1, 1, suffix="-glyphs", settings=shorter),
+        "glyphs": Subject(model, glyphs, top1, 1, suffix="-glyphs", settings=shorter, once=True),
         "scenes (FCOS)": Subject(model, fcos, box_map, 4, DETECT, suffix="-fcos"),
         "scenes (UPerNet)": Subject(model, segment, miou, 4, SEGMENT, digits, suffix="-segment"),
     }
@@ -96,7 +80,7 @@ def subjects(full: bool) -> Mapping[str, Subject]:
 def training(subject: Subject, network: str) -> Training:
     """Return the training of a network of `MODES`."""
     name, mode, (recipe, search_recipe, _) = NAMES[network], MODES[network], subject.recipes
-    family = name if mode in ("repvgg", "target-norepopt") else "target"  # one recipe of each at full scale
+    family = {"qarepvgg": "repvgg", "one-run": "target"}.get(name, name)  # of the recipes at full scale
     found = Training(
         f"{name}{subject.suffix}",
         f"{subject.model}-{mode}",
@@ -105,6 +89,7 @@ def training(subject: Subject, network: str) -> Training:
         dict(subject.settings),
         base=training(subject.base, network) if subject.base else None,
         gpus=subject.gpus,
+        once=subject.once,
     )
     if mode == "qarepvgg":  # at the rate of the others it hardly learns digits (docs/quantization.md)
         half = config.parse(["--cfg", str(found.cfg)], subject.kind.program).cfg.TRAIN.BASE_LR / 2
@@ -125,32 +110,40 @@ def training(subject: Subject, network: str) -> Training:
 
 
 @functools.cache
-def quantization(subject: Subject, network: str, label: str) -> Training:
-    """Return the quantization of a network of `MODES` by a method of `METHODS`."""
-    method, base = METHODS[label], training(subject, network)
-    cfg, gpus = f"configs/{subject.recipes[2]}.yaml", subject.gpus if method.kind is QAT else 1
-    return Training(f"{method.name}-{base.name}", "", cfg, method.kind, method.settings, base=base, gpus=gpus)
+def quantization(subject: Subject, network: str, name: str) -> Training:
+    """Return the quantizations of a network of `MODES`: after training ("compare"), or by one of `QATS`."""
+    base, cfg = training(subject, network), f"configs/{subject.recipes[2]}.yaml"
+    found = Training(f"{name}-{base.name}", "", cfg, COMPARE, base=base, once=subject.once)
+    return replace(found, kind=QAT, settings=QATS[name], gpus=subject.gpus) if name in QATS else found
 
 
 def table(full: bool) -> Experiment:
-    """Return the table: images and methods by networks."""
+    """Return the table: images and ways to INT8 by networks."""
     rows = []
     for images, subject in subjects(full).items():
-        name, title = subject.measure
+        measure, title = subject.measure
 
-        def cells(label: str, form: str, subject: Subject = subject, name: str = name) -> dict[str, Cell]:
-            found = {}
+        def row(
+            label: str,
+            name: str,
+            form: str,
+            images: str = f"{images}, {title} (%)",
+            subject: Subject = subject,
+            measure: str = measure,
+        ) -> Row:
+            cells = {}
             for network in MODES:
-                run = quantization(subject, network, label)
-                found[network] = quantized(run, form, name)
-                found[f"{network} (dB)"] = quantized(run, form, "signal_to_noise")._replace(decimals=1)
-            return found
+                run = quantization(subject, network, name)
+                cells[network] = quantized(run, form, measure)
+                cells[f"{network} (dB)"] = quantized(run, form, "signal_to_noise")._replace(decimals=1)
+            return Row((images, label), cells)
 
-        rows.append(Row((f"{images}, {title} (%)", "fp32"), cells(FIRST, "fp32")))
-        rows += [Row((f"{images}, {title} (%)", label), cells(label, "INT8")) for label in METHODS]
+        rows += [row(form, "compare", form) for form in ("fp32", *WAYS)]
+        rows += [row("QAT", "qat", "INT8"), row("QAT, distilled", "qat-distilled", "INT8")]
     notes = (
         "What torch computes. Multi-branch networks are folded before; dB: of the outputs above the noise of "
         "quantization, on the calibration images (of a detector's outputs the one with the most noise).",
-        "QARepVGG is trained at half the learning rate of the others, at which it learns digits.",
+        "QARepVGG is trained at half the learning rate of the others, at which it learns digits."
+        + ("" if full else " Glyphs: half the epochs of the recipe, and one seed."),
     )
     return Experiment("What INT8 costs", notes, rows=rows, label_names=("images", "INT8 by"))

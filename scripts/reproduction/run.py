@@ -57,6 +57,7 @@ TRAIN = Kind("main_repopt.py")
 SEGMENT = Kind("scripts/downstream/segment.py", program=segment.PROGRAM, flags=("--backbone",))
 DETECT = Kind("scripts/downstream/detect.py", program=detect.PROGRAM, flags=("--backbone",))
 PTQ = Kind("scripts/quantize.py", QUANTIZED, quantize.PROGRAM, ("--method", "ptq", "--resume"))
+COMPARE = Kind("scripts/quantize.py", QUANTIZED, quantize.PROGRAM, ("--method", "compare", "--resume"))
 QAT = Kind("scripts/quantize.py", QUANTIZED, quantize.PROGRAM, ("--method", "qat", "--resume"))
 THROUGHPUT = Kind("main_repopt.py", file_names.THROUGHPUT, alone=True)  # of the deployed network
 SPEED = Kind("scripts/benchmark.py", "speed.json", alone=True)  # of training
