@@ -1,6 +1,6 @@
 """Images per second of what is deployed: the trained target network, its batch norms folded, compiled, and the baseline
 before and after its branches are folded; on CPUs also the folded target network in onnxruntime and in OpenVINO, in fp32
-and in INT8.
+and in INT8. The same of a detector, FCOS.
 """
 
 from __future__ import annotations
@@ -8,22 +8,27 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import repopt
 from benchmarks.arguments import add_rounds, positive, rounds_of
 from benchmarks.report import Row, Table
-from benchmarks.timing import interleave, peak_extra
+from benchmarks.timing import Rounds, interleave, peak_extra
 from benchmarks.training_step import memory_format_on, precision_on, to_device
+from repopt import detection
 from repopt.errors import UserError, one_line, unknown
 from repopt.layers import MODES
 from repopt.models import list_archs
 
+Outputs = Tensor | Mapping[str, Tensor]
+
+DETECTOR = "RepOpt-VGG-B1"
 ARCHS = ("RepOpt-VGG-B1", "RepOpt-VGG-B2", "RepOpt-VGG-L1", "RepOpt-VGG-L2", "RepOpt-GhostNet-0.5x")
 TRAINED = "target, trained"
 TORCH, ONNXRUNTIME, OPENVINO = "torch", "onnxruntime", "OpenVINO"
@@ -35,7 +40,7 @@ class Contender(NamedTuple):
     Of INT8 also how many of its convolutions are computed with integers, in words.
     """
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Outputs]
     source: str | None
     runtime: str = TORCH
     integers: str | None = None
@@ -49,43 +54,86 @@ class InRuntime(NamedTuple):
     integers: int
 
 
+class Subject(NamedTuple):
+    """A network: its name, what makes it in a mode, its baseline's mode, and its images."""
+
+    name: str
+    create: Callable[[str], nn.Module]
+    baseline: str
+    images: Tensor
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this subject's arguments."""
-    parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="models (default: %(default)s)")
+    parser.add_argument("--arch", nargs="+", help=f"models (default: {' '.join(ARCHS)}, unless --detector is given)")
     parser.add_argument("--batch-size", type=positive, help="default: 128 on GPUs, 8 on CPUs")
     parser.add_argument("--image-size", type=positive, default=224, help="default: %(default)s")
+    parser.add_argument(
+        "--detector",
+        nargs="+",
+        help=f"backbones of FCOS, up to its raw predictions (default: {DETECTOR}, unless --arch is given)",
+    )
+    parser.add_argument("--detector-batch-size", type=positive, default=1, help="default: %(default)s")
+    parser.add_argument("--detector-image-size", type=positive, default=640, help="default: %(default)s")
     add_rounds(parser, 10)
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
-    """Yield the table after each architecture; the forms of each take turns on the same random images."""
-    baselines = {arch: baseline_mode(arch) for arch in arguments.arch}
-    batch_size = arguments.batch_size or (128 if device.type == "cuda" else 8)
-    size = arguments.image_size
-    rows: list[Row] = []
-    for arch, baseline in baselines.items():
-        images = torch.randn(batch_size, 3, size, size, device=device)
-        images = images.contiguous(memory_format=memory_format_on(device))
-        contenders = dict(_contenders(arch, baseline, images))
-        outputs = {form: contender.forward().float() for form, contender in contenders.items()}
-        forwards = {form: contender.forward for form, contender in contenders.items()}
-        seconds = interleave(forwards, device, rounds=rounds_of(arguments))
-        for form, (forward, source, runtime, integers) in contenders.items():
-            in_torch = runtime == TORCH  # which does not see the memory of others
-            row = {
-                "arch": arch,
-                "form": form,
-                "images/s": batch_size / seconds[form],
-                "ms per image": 1e3 * seconds[form] / batch_size,
-                "speed / trained target": seconds[TRAINED] / seconds[form],
-                "speed / onnxruntime fp32": None if in_torch else seconds[fp32_in(ONNXRUNTIME)] / seconds[form],
-                "INT8 / fp32": integers and seconds[fp32_in(runtime)] / seconds[form],
-                "peak extra MB per image": peak_extra(forward, device) / batch_size / 1e6 if in_torch else None,
-                "difference of outputs": source and difference(outputs[form], outputs[source]),
-                "integer convolutions": integers,
-            }
-            rows.append(row)
-        yield f"Inference, batches of {batch_size} images of {size} x {size}", rows
+    """Yield a table after each of its networks; the forms of each take turns on the same random images."""
+    everything = arguments.arch is None and arguments.detector is None
+    archs, detectors = arguments.arch or (), arguments.detector or ()
+    if everything:
+        archs, detectors = ARCHS, (DETECTOR,)
+    baselines = {name: baseline_mode(name) for name in (*archs, *detectors)}
+
+    def random_images(count: int, size: int) -> Tensor:
+        images = torch.randn(count, 3, size, size, device=device)
+        return images.contiguous(memory_format=memory_format_on(device))
+
+    def classifier(name: str) -> Subject:
+        images = random_images(arguments.batch_size or (128 if device.type == "cuda" else 8), arguments.image_size)
+        return Subject(name, lambda mode: repopt.create_model(name, mode=mode), baselines[name], images)
+
+    def detector(name: str) -> Subject:
+        images = random_images(arguments.detector_batch_size, arguments.detector_image_size)
+        return Subject(f"FCOS, {name}", lambda mode: fcos_predictor(name, mode), baselines[name], images)
+
+    for make, names in ((classifier, archs), (detector, detectors)):
+        rows: list[Row] = []
+        for subject in map(make, names):
+            rows += measure(subject, rounds_of(arguments))
+            count, _, height, width = subject.images.shape
+            kind = "Inference" if make is classifier else "Inference of a detector, up to its raw predictions"
+            yield f"{kind}, batches of {count} images of {height} x {width}", rows
+
+
+def measure(subject: Subject, rounds: Rounds) -> Iterator[Row]:
+    """Yield the rows of a network's forms."""
+    images = subject.images
+    contenders = dict(_contenders(subject))
+    outputs = {form: contender.forward() for form, contender in contenders.items()}
+    forwards = {form: contender.forward for form, contender in contenders.items()}
+    seconds = interleave(forwards, images.device, rounds=rounds)
+    for form, (forward, source, runtime, integers) in contenders.items():
+        in_torch = runtime == TORCH  # which does not see the memory of others
+        yield {
+            "arch": subject.name,
+            "form": form,
+            "images/s": len(images) / seconds[form],
+            "ms per image": 1e3 * seconds[form] / len(images),
+            "speed / trained target": seconds[TRAINED] / seconds[form],
+            "speed / onnxruntime fp32": None if in_torch else seconds[fp32_in(ONNXRUNTIME)] / seconds[form],
+            "INT8 / fp32": integers and seconds[fp32_in(runtime)] / seconds[form],
+            "peak extra MB per image": peak_extra(forward, images.device) / len(images) / 1e6 if in_torch else None,
+            "difference of outputs": source and difference(outputs[form], outputs[source]),
+            "integer convolutions": integers,
+        }
+
+
+def fcos_predictor(backbone: str, mode: str) -> nn.Module:
+    """Return FCOS for the classes of COCO up to its raw predictions."""
+    images: dict[str, Any] = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return detection.create_detector(backbone, mode=mode, num_classes=80, head=detection.FCOS, **images).predictor
 
 
 def fp32_in(runtime: str) -> str:
@@ -100,20 +148,21 @@ def baseline_mode(model: str) -> str:
     return next(a.mode for name, a in list_archs().items() if name == f"{model}-{a.mode}" and a.mode not in MODES)
 
 
-def _contenders(arch: str, baseline: str, images: Tensor) -> Iterator[tuple[str, Contender]]:
+def _contenders(subject: Subject) -> Iterator[tuple[str, Contender]]:
     """Yield the forms of a network with their names, in the order of the table."""
+    name, create, baseline, images = subject
     precision = precision_on(images.device)
     converted = images.to(precision.dtype or images.dtype)  # autocast would convert the weights in every pass
 
-    def forward_of(model: Callable[[Tensor], Tensor], inputs: Tensor = converted) -> Callable[[], Tensor]:
-        def forward() -> Tensor:
+    def forward_of(model: Callable[[Tensor], Outputs], inputs: Tensor = converted) -> Callable[[], Outputs]:
+        def forward() -> Outputs:
             with torch.inference_mode(), precision.autocast():
                 return model(inputs)
 
         return forward
 
     for mode in ("target", baseline):
-        model = as_if_trained(repopt.create_model(arch, mode=mode), images)
+        model = as_if_trained(create(mode), images)
         deployed = repopt.deploy(model).to(converted.dtype)
         yield f"{mode}, trained", Contender(forward_of(model, images), None)
         yield f"{mode}, deployed", Contender(forward_of(deployed), f"{mode}, trained")
@@ -124,32 +173,31 @@ def _contenders(arch: str, baseline: str, images: Tensor) -> Iterator[tuple[str,
         try:
             compiled()
         except RuntimeError as error:  # all of torch.compile's are
-            warnings.warn(f"{arch}: not compiled, so that row is left out: {one_line(error)}", stacklevel=1)
+            warnings.warn(f"{name}: not compiled, so that row is left out: {one_line(error)}", stacklevel=1)
         else:
             yield "target, deployed, compiled", Contender(compiled, TRAINED)
         if images.device.type == "cpu":
             convolutions = sum(isinstance(module, nn.Conv2d) for module in deployed.modules())
-            for runtime, (fp32, int8, integers) in in_runtimes(arch, model, images):
+            for runtime, (fp32, int8, integers) in in_runtimes(model, images):
                 yield fp32_in(runtime), Contender(forward_of(fp32), TRAINED, runtime)
                 words = f"{integers} of {convolutions}"
                 yield f"{fp32_in(runtime)} INT8", Contender(forward_of(int8), TRAINED, runtime, words)
 
 
-def in_runtimes(arch: str, model: nn.Module, images: Tensor) -> Iterator[tuple[str, InRuntime]]:
+def in_runtimes(model: nn.Module, images: Tensor) -> Iterator[tuple[str, InRuntime]]:
     """Yield by name what runs ONNX files, with the network in it.
 
     What is not installed, or cannot run the network, is left out with a warning.
 
     Args:
-        arch: its name, for messages.
         model: the network, trained; it stays as it is.
         images: (N, C, H, W), on which INT8 is calibrated and the files are checked.
     """
     with tempfile.TemporaryDirectory() as folder:
-        fp32, int8 = Path(folder, f"{arch}-fp32.onnx"), Path(folder, f"{arch}-int8.onnx")
+        fp32, int8 = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
         try:
             write_files(model, images, fp32, int8)
-        except UserError as error:  # without the arch: that an extra is missing is then said once
+        except UserError as error:  # that an extra is missing is said once
             warnings.warn(f"rows of onnxruntime and OpenVINO are left out: {one_line(error)}", stacklevel=1)
             return
         for runtime, load in ((ONNXRUNTIME, in_onnxruntime), (OPENVINO, in_openvino)):
@@ -209,6 +257,9 @@ def as_if_trained(model: nn.Module, images: Tensor) -> nn.Module:
     return model.eval()
 
 
-def difference(outputs: Tensor, reference: Tensor) -> float:
-    """Return the largest difference, relative to the largest number of the reference."""
-    return ((outputs - reference).abs().max() / reference.abs().max()).item()
+def difference(outputs: Outputs, reference: Outputs) -> float:
+    """Return the largest difference, relative to the largest number of the reference; of several outputs their largest."""
+    if isinstance(outputs, Mapping) and isinstance(reference, Mapping):
+        return max(difference(outputs[name], reference[name]) for name in reference)
+    assert isinstance(outputs, Tensor) and isinstance(reference, Tensor)
+    return ((outputs.float() - reference.float()).abs().max() / reference.float().abs().max()).item()
