@@ -156,21 +156,22 @@ def prepare(
         if fake:
             raise UserError("training for INT8 averages the ranges of its batches, and takes no calibrator")
         numbers = dataclasses.replace(numbers, calibrator=calibrator)
+    keeps_norms = fake and {block.mode for _, block in declared_blocks(model)} == {"target"}
+    network = copy.deepcopy(model) if keeps_norms else deploy(model)
+    if fake:
+        network.requires_grad_().train()
+    graph = export_program(network, images).module()
+    float_layers = {*float_layers, *graphs.small_layers(graph, numbers.smallest)}
     quantizer = graphs.ConvBnReluQuantizer(numbers, float_layers, fake=fake)
     if not fake:
-        deployed = deploy(model)
-        graph = prepare_pt2e(export_program(deployed, images).module(), quantizer)
-        return PreparedModel(graph, deployed, images[:1], fake=False)
-    keeps_norms = {block.mode for _, block in declared_blocks(model)} == {"target"}
-    trained = (copy.deepcopy(model) if keeps_norms else deploy(model).requires_grad_()).train()
-    graph = export_program(trained, images).module()
-    graphs.drop_batch_counts(graph, trained)
+        return PreparedModel(prepare_pt2e(graph, quantizer), network, images[:1], fake=False)
+    graphs.drop_batch_counts(graph, network)
     settings = graphs.norm_settings(graph)
     graphs.part_norms(graph, float_layers)
     graph = prepare_qat_pt2e(graph, quantizer)
     graphs.join_norms(graph, float_layers)
     graphs.restore_norm_settings(graph, settings)
-    return PreparedModel(graph, trained, images[:1], fake=True)
+    return PreparedModel(graph, network, images[:1], fake=True)
 
 
 @torch.no_grad()
