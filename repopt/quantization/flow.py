@@ -143,7 +143,7 @@ def prepare(
         method: "ptq" (after training) or "qat" (by training on).
         preset: one of `PRESETS`.
         calibrator: how "ptq" chooses the ranges of activations, one of `CALIBRATORS`; None = as the preset says.
-        float_layers: paths of modules that stay in float, as `signal_to_noise` has them.
+        float_layers: paths of modules that stay in float, as `signal_to_noise` has them; so do the preset's small layers.
 
     Raises:
         UserError: the method, the preset, the calibrator or a layer is unknown, or the model cannot be exported.
@@ -156,10 +156,12 @@ def prepare(
         if fake:
             raise UserError("training for INT8 averages the ranges of its batches, and takes no calibrator")
         numbers = dataclasses.replace(numbers, calibrator=calibrator)
-    keeps_norms = fake and {block.mode for _, block in declared_blocks(model)} == {"target"}
-    network = copy.deepcopy(model) if keeps_norms else deploy(model)
-    if fake:
-        network.requires_grad_().train()
+    if not fake:
+        network = deploy(model)
+    elif {block.mode for _, block in declared_blocks(model)} == {"target"}:
+        network = copy.deepcopy(model).train()  # it keeps its batch norms
+    else:
+        network = deploy(model).requires_grad_().train()
     graph = export_program(network, images).module()
     float_layers = {*float_layers, *graphs.small_layers(graph, numbers.smallest)}
     quantizer = graphs.ConvBnReluQuantizer(numbers, float_layers, fake=fake)
