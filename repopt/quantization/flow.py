@@ -143,7 +143,7 @@ def prepare(
         method: "ptq" (after training) or "qat" (by training on).
         preset: one of `PRESETS`.
         calibrator: how "ptq" chooses the ranges of activations, one of `CALIBRATORS`; None = as the preset says.
-        float_layers: paths of modules that stay in float, as `signal_to_noise` has them; so do the preset's small layers.
+        float_layers: paths of modules that stay in float, beside the small ones, as `signal_to_noise` has them.
 
     Raises:
         UserError: the method, the preset, the calibrator or a layer is unknown, or the model cannot be exported.
