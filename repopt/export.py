@@ -27,9 +27,10 @@ from repopt.quantization import Int8, export_program
 try:
     import onnx
     import onnxruntime
-    from onnxscript import ir
     from onnxscript import opset20 as op
     from safetensors.torch import save as as_safetensors
+
+    from repopt import onnx_graph
 except ImportError as error:
     raise UserError(f"exporting needs more (pip install 'repopt[deploy]'): {one_line(error)}") from None
 
@@ -38,7 +39,7 @@ Outputs = Tensor | list[Tensor] | Mapping[str, Tensor]
 
 OPSET = 20
 MAX_OBJECTS = 1000  # of a class in an image, where a file ends with non-maximum suppression
-INPUT, OUTPUT, BATCH = "images", "logits", "batch"  # of several outputs, those of a dict have its keys as names
+INPUT, OUTPUT = "images", "logits"  # of several outputs, those of a dict have its keys as names
 # Between torch's and onnxruntime's outputs. Where a number is about halfway between two integers, float and integer
 # arithmetic round it to different ones.
 MAX_DIFFERENCE, MAX_DIFFERENCE_INT8 = 1e-3, 0.1
@@ -91,9 +92,12 @@ def write_onnx(
         program.model.graph.metadata_props.clear()
         for node in program.model.graph:
             node.metadata_props.clear()  # where in our code it was traced
-        _separate_zero_points(program.model.graph)
-        _keep_float(program.model.graph)
-        _name_batches(program.model.graph)
+        onnx_graph.name_batches(program.model.graph)
+        if any(isinstance(module, Int8) for module in model.modules()):
+            onnx_graph.separate_zero_points(program.model.graph)
+            onnx_graph.pad_channels(program.model.graph)
+            onnx_graph.round_biases(program.model.graph)
+            onnx_graph.keep_float(program.model.graph)
         program.model.metadata_props.update(metadata)
         program.save(temporary)
         found = (difference or relative_difference)(OnnxNetwork(temporary)(images), (reference or model)(images))
@@ -129,60 +133,6 @@ def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
         return list(outputs.context)
     count = len(exported.graph_signature.user_outputs)
     return [OUTPUT] if count == 1 else [f"features_{number}" for number in range(count)]
-
-
-def _name_batches(graph: ir.Graph) -> None:
-    """Call the axis of the images of a batch what it is; torch has a number for it."""
-    (images,) = graph.inputs
-    assert images.shape is not None
-    axis = images.shape[0]
-    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        if value.shape is not None:
-            value.shape = ir.Shape([BATCH if size == axis else size for size in value.shape])
-
-
-def _separate_zero_points(graph: ir.Graph) -> None:
-    """Give every kernel's DequantizeLinear zero points of its own.
-
-    On CPUs without VNNI onnxruntime makes other integers of kernels and of their zero points, each once.
-    """
-    for node in graph:
-        if node.op_type == "DequantizeLinear" and node.inputs[0] and node.inputs[0].is_initializer():
-            kernel: Any = node.inputs[0]
-            zero_points: Any = node.inputs[2]
-            own = ir.Value(name=f"{kernel.name}_zero_point", const_value=zero_points.const_value)
-            own.shape, own.type = zero_points.shape, zero_points.type
-            graph.register_initializer(own)
-            node.replace_input_with(2, own)
-
-
-def _keep_float(graph: ir.Graph) -> None:
-    """Give layers with float kernels inputs of one scale per channel, all equal.
-
-    Of layers between integers onnxruntime would make integers of the kernels, too, where the input has a single scale.
-    """
-    for node in [*graph]:
-        if node.op_type not in ("Conv", "Gemm"):
-            continue
-        image, kernel = node.inputs[:2]
-        source = image.producer() if image is not None else None
-        if source is None or source.op_type != "DequantizeLinear" or kernel is None or not kernel.is_initializer():
-            continue
-        assert image is not None and image.shape is not None
-        channels, own = image.shape[1], [source.inputs[0]]
-        for value in source.inputs[1:]:
-            assert value is not None and value.const_value is not None
-            numbers = value.const_value.numpy().reshape(-1).repeat(channels)
-            same = ir.Value(name=f"{node.name}_{value.name}", const_value=ir.tensor(numbers))
-            same.shape, same.dtype = ir.Shape([channels]), value.dtype
-            graph.register_initializer(same)
-            own.append(same)
-        by_channel = ir.node("DequantizeLinear", own, {"axis": 1})
-        by_channel.outputs[0].shape, by_channel.outputs[0].type = image.shape, image.type
-        graph.insert_before(node, by_channel)
-        node.replace_input_with(0, by_channel.outputs[0])
-        if not image.uses():
-            graph.remove(source, safe=True)
 
 
 class OnnxNetwork(nn.Module):

@@ -143,7 +143,7 @@ def prepare(
         method: "ptq" (after training) or "qat" (by training on).
         preset: one of `PRESETS`.
         calibrator: how "ptq" chooses the ranges of activations, one of `CALIBRATORS`; None = as the preset says.
-        float_layers: paths of modules that stay in float, as `signal_to_noise` has them.
+        float_layers: paths of modules that stay in float, beside the small ones, as `signal_to_noise` has them.
 
     Raises:
         UserError: the method, the preset, the calibrator or a layer is unknown, or the model cannot be exported.
@@ -156,23 +156,25 @@ def prepare(
         if fake:
             raise UserError("training for INT8 averages the ranges of its batches, and takes no calibrator")
         numbers = dataclasses.replace(numbers, calibrator=calibrator)
+    if not fake:
+        network = deploy(model)
+    elif {block.mode for _, block in declared_blocks(model)} == {"target"}:
+        network = copy.deepcopy(model).train()  # it keeps its batch norms
+    else:
+        network = deploy(model).requires_grad_().train()
+    graph = export_program(network, images).module()
+    float_layers = {*float_layers, *graphs.small_layers(graph, numbers.smallest)}
     quantizer = graphs.ConvBnReluQuantizer(numbers, float_layers, fake=fake)
     if not fake:
-        deployed = deploy(model)
-        graph = export_program(deployed, images).module()
         graphs.part_biases(graph)
-        graph = prepare_pt2e(graph, quantizer)
-        return PreparedModel(graph, deployed, images[:1], fake=False)
-    keeps_norms = {block.mode for _, block in declared_blocks(model)} == {"target"}
-    trained = (copy.deepcopy(model) if keeps_norms else deploy(model).requires_grad_()).train()
-    graph = export_program(trained, images).module()
-    graphs.drop_batch_counts(graph, trained)
+        return PreparedModel(prepare_pt2e(graph, quantizer), network, images[:1], fake=False)
+    graphs.drop_batch_counts(graph, network)
     settings = graphs.norm_settings(graph)
     graphs.part_norms(graph, float_layers)
     graph = prepare_qat_pt2e(graph, quantizer)
     graphs.join_norms(graph, float_layers)
     graphs.restore_norm_settings(graph, settings)
-    return PreparedModel(graph, trained, images[:1], fake=True)
+    return PreparedModel(graph, network, images[:1], fake=True)
 
 
 @torch.no_grad()

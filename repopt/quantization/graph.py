@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -104,6 +105,23 @@ def _is_rounded(node: fx.Node) -> bool:
 def layers(graph: fx.GraphModule) -> Iterator[fx.Node]:
     """Yield the nodes of convolutions and linear layers."""
     yield from (node for node in graph.graph.nodes if node.target in LAYERS)
+
+
+def small_layers(graph: fx.GraphModule, size: int) -> Iterator[str]:
+    """Yield the paths of small layers, and of layers that nothing but small ones read.
+
+    Small ones have fewer output channels than `size`, and fewer products per output: depthwise convolutions, whatever
+    their channels, and others with few input channels.
+    """
+
+    def small(layer: fx.Node) -> bool:
+        outputs, *products = argument(layer, "weight").meta["val"].shape
+        return max(outputs, math.prod(products)) < size
+
+    for node in layers(graph):
+        readers = [user for user in pattern_end(node).users if user.target in LAYERS]
+        if small(node) or (readers and all(map(small, readers))):
+            yield path_of(node)
 
 
 def path_of(node: fx.Node) -> str:

@@ -26,6 +26,7 @@ class Preset:
         activations, weights: ranges of the integers; a range around 0 is symmetric, one from 0 on is affine.
         per_channel: whether every output channel's weights have a scale of their own.
         calibrator: how PTQ chooses the activations' ranges, a key of `CALIBRATORS`.
+        smallest: layers below this size stay in float, see `graph.small_layers`; 0 = none do.
     """
 
     meaning: str
@@ -33,11 +34,20 @@ class Preset:
     weights: tuple[int, int] = (-127, 127)
     per_channel: bool = True
     calibrator: str = "histogram"
+    smallest: int = 0
 
 
+# A 3x3 convolution of a colour image has so many products per output. With fewer, and fewer channels, onnxruntime's
+# integer kernels take longer than its float ones (docs/performance.md).
+_SMALLEST_THAT_PAYS = 27
 PRESETS = {
-    "default": Preset("8-bit weights per channel, 8-bit activations by histogram"),
-    "fbgemm": Preset("8-bit weights per channel, 7-bit activations by histogram", (0, 127), (-128, 127)),
+    "default": Preset("8-bit weights per channel, 8-bit activations by histogram", smallest=_SMALLEST_THAT_PAYS),
+    "fbgemm": Preset(
+        "8-bit weights per channel, 7-bit activations by histogram",
+        (0, 127),
+        (-128, 127),
+        smallest=_SMALLEST_THAT_PAYS,
+    ),
     "per_tensor": Preset(
         "8-bit weights per tensor, 8-bit activations from smallest to largest", per_channel=False, calibrator="minmax"
     ),

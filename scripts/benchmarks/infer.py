@@ -258,7 +258,7 @@ def as_if_trained(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def difference(outputs: Outputs, reference: Outputs) -> float:
-    """Return the largest difference, relative to the largest number of the reference; of several outputs their largest."""
+    """Return the largest difference, relative to the reference's largest number; of several outputs the largest one."""
     if isinstance(outputs, Mapping) and isinstance(reference, Mapping):
         return max(difference(outputs[name], reference[name]) for name in reference)
     assert isinstance(outputs, Tensor) and isinstance(reference, Tensor)

@@ -153,7 +153,7 @@ class TestNetworks:
     @pytest.fixture(scope="class")
     def network(self):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
         return model.eval().requires_grad_(requires_grad=False)
 
     @pytest.mark.parametrize("preset", ["default", "tensorrt"])

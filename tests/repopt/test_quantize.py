@@ -300,7 +300,7 @@ class TestTraining:
 
     def test_calibration_averages_ranges_over_batches(self):
         x = images()
-        observed = quantization.prepare(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval(), x, "qat", "default")
+        observed = quantization.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), x, "qat", "default")
         quantization.calibrate(observed, [x, 3 * x, 5 * x])
         of_image = observed.network.activation_post_process_0.activation_post_process
         torch.testing.assert_close(of_image.max_val, 3 * x.max())
@@ -434,12 +434,12 @@ class TestOnnx:
         assert export.relative_difference(found, outputs(deployed, x)) < 1e-5
 
     @pytest.mark.parametrize(
-        ("name", "mode", "convolutions"),
-        [("RepOpt-VGG-nano", "target", 6), ("ghost", "rep", 95)],
+        ("name", "mode", "preset", "convolutions"),
+        [("RepOpt-VGG-nano", "target", "default", 6), ("ghost", "rep", "per_tensor", 95)],
     )
-    def test_every_convolution_runs_on_integers(self, tmp_path, name, mode, convolutions):
+    def test_every_convolution_runs_on_integers(self, tmp_path, name, mode, preset, convolutions):
         model, x = network(mode, name), images()
-        _, int8 = quantized(model, x=x)
+        _, int8 = quantized(model, preset=preset, x=x)
         found = self.written(int8, x, tmp_path / "int8.onnx")
         runs = export.operations(tmp_path / "int8.onnx")
         assert runs["QLinearConv"] == convolutions
@@ -455,7 +455,8 @@ class TestOnnx:
         export.write_onnx(int8, images(), tmp_path / "int8.onnx")
         graph = onnx.load(tmp_path / "int8.onnx").graph
         kept = {tensor.name for tensor in graph.initializer}
-        kernels = [node.input for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in kept]
+        constants = [node.input for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in kept]
+        kernels = [inputs for inputs in constants if inputs[0].endswith(".weight")]
         assert len(kernels) == 7
         assert len({zero_points for _, _, zero_points in kernels}) == 7
 
@@ -480,7 +481,7 @@ class TestOnnx:
         with torch.no_grad():
             conv.weight[1] *= 1e-12
             conv.bias[1] = 20.0
-        model, x = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(4, 2, 1)).eval(), images()
+        model, x = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), images()
         _, int8 = quantized(model, x=x)
         assert export.relative_difference(outputs(int8, x), outputs(model, x)) < 0.05
         assert export.relative_difference(self.written(int8, x, tmp_path / "q.onnx")(x), outputs(int8, x)) < 0.01
@@ -497,7 +498,7 @@ class TestOnnx:
 
     def test_squeeze_and_excitation(self, tmp_path):
         x = images()
-        _, int8 = quantized(network(se=True), x=x)
+        _, int8 = quantized(network(se=True), preset="per_tensor", x=x)
         assert export.relative_difference(self.written(int8, x, tmp_path / "q.onnx")(x), outputs(int8, x)) < 0.05
 
     def test_other_outputs_are_found_out(self, tmp_path, monkeypatch):
