@@ -88,13 +88,16 @@ def choose_float_layers(
         batches: images, which are iterated over repeatedly.
         decibels: of the output, over these images; of several that of the one with the most noise.
     """
-    layers = most_sensitive(calibrated([]), batches)
 
-    def of_outputs(count: int) -> float:
-        prepared = calibrated(layers[:count])
+    def of_outputs(prepared: PreparedModel) -> float:
         return outputs_signal_to_noise(prepared, convert(prepared), batches)
 
-    return layers[: bisect.bisect_left(range(len(layers)), decibels, key=of_outputs)]
+    without = calibrated([])
+    if of_outputs(without) >= decibels:
+        return []
+    layers = most_sensitive(without, batches)
+    counts = range(1, len(layers))
+    return layers[: 1 + bisect.bisect_left(counts, decibels, key=lambda count: of_outputs(calibrated(layers[:count])))]
 
 
 def most_sensitive(prepared: PreparedModel, batches: Iterable[Tensor]) -> list[str]:

@@ -114,7 +114,9 @@ def quantization(subject: Subject, network: str, name: str) -> Training:
     """Return the quantizations of a network of `MODES`: after training ("compare"), or by one of `QATS`."""
     base, cfg = training(subject, network), f"configs/{subject.recipes[2]}.yaml"
     found = Training(f"{name}-{base.name}", "", cfg, COMPARE, base=base, once=subject.once)
-    return replace(found, kind=QAT, settings=QATS[name], gpus=subject.gpus) if name in QATS else found
+    if name not in QATS:
+        return found
+    return replace(found, kind=QAT, settings=QATS[name], gpus=subject.gpus, once=True)
 
 
 def table(full: bool) -> Experiment:
@@ -143,7 +145,7 @@ def table(full: bool) -> Experiment:
     notes = (
         "What torch computes. Multi-branch networks are folded before; dB: of the outputs above the noise of "
         "quantization, on the calibration images (of a detector's outputs the one with the most noise).",
-        "QARepVGG is trained at half the learning rate of the others, at which it learns digits."
+        "QARepVGG is trained at half the learning rate of the others, at which it learns digits. QAT is of one seed."
         + ("" if full else " Glyphs: half the epochs of the recipe, and one seed."),
     )
     return Experiment("What INT8 costs", notes, rows=rows, label_names=("images", "INT8 by"))

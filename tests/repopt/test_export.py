@@ -38,6 +38,6 @@ def test_features(tmp_path):
         "features_1": ["batch", 64, 4, 4],
     }
     images = torch.randn(2, 3, 64, 64)  # another number of them
-    for found, expected in zip(export.OnnxNetwork(tmp_path / "a.onnx")(images), model(images), strict=True):
+    for found, expected in zip(export.OnnxNetwork(tmp_path / "a.onnx")(images).values(), model(images), strict=True):
         assert expected.std() > 0.01
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -50,9 +50,9 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3)
-        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.gate, self.head = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 10, 3)
+        self.stem = nn.Conv2d(3, 32, 3)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.gate, self.head = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 10, 3)
 
     def forward(self, x):
         x = self.stem(x).relu()
@@ -122,7 +122,7 @@ def test_no_network(tmp_path, capfd):
 
 
 def test_integers_that_would_overflow_are_refused(tmp_path, monkeypatch):
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval(), images(2)
+    model, x = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1)).eval(), images(2)
     _, int8 = quantized(model, x=x)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert written(model, x, tmp_path / "fp32.onnx")(x).shape == (2, 4, 30, 30)
