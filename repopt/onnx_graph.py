@@ -77,7 +77,7 @@ def keep_float(graph: ir.Graph) -> None:
         by_channel.outputs[0].shape, by_channel.outputs[0].type = image.shape, image.type
         graph.insert_before(node, by_channel)
         node.replace_input_with(0, by_channel.outputs[0])
-        if not image.uses():
+        if not image.uses() and not image.is_graph_output():
             graph.remove(source, safe=True)
 
 
