@@ -39,7 +39,8 @@ def as_trained(settings: config.Settings) -> config.Settings:
         own, is_used = content.get("config"), cfg.EVAL_MODE or bool(cfg.QUANT.METHOD)
         keys = (*OF_NETWORK, "DATA.VAL_FRACTION", *OF_IMAGES) if is_used else ()
         if is_used:
-            _check_task(cfg, own)
+            settings = _of_task(settings, own)
+            cfg = settings.cfg
         if isinstance(classes := content.get("classes"), list) and classes and (is_used or goes_on(content)):
             settings = settings.with_defaults({"DATA.CLASSES": classes})
     else:
@@ -56,13 +57,24 @@ def as_trained(settings: config.Settings) -> config.Settings:
     )
 
 
-def _check_task(cfg: CfgNode, own: object) -> None:
-    """Raise a UserError where a checkpoint with this configuration is of another task."""
-    was = config.lookup(own, "TASK")
+def _of_task(settings: config.Settings, own: object) -> config.Settings:
+    """Return the settings of a checkpoint's task, where nobody says which one is quantized.
+
+    Args:
+        settings: of the run.
+        own: the checkpoint's configuration.
+
+    Raises:
+        UserError: the checkpoint is of another task.
+    """
+    cfg, was = settings.cfg, config.lookup(own, "TASK")
     if was is None:  # quantized as a classifier, and evaluated as what its weights fit
         was = CLASSIFY if cfg.QUANT.METHOD else cfg.TASK
-    if was != cfg.TASK:
-        raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and TASK is {cfg.TASK} here")
+    if was == cfg.TASK:
+        return settings
+    if cfg.QUANT.METHOD and "TASK" not in settings.given:
+        return settings.with_values({"TASK": was})
+    raise UserError(f"{cfg.MODEL.RESUME!r} is a checkpoint of TASK {shown(was)}, and TASK is {cfg.TASK} here")
 
 
 def _config_of_pretrained(cfg: CfgNode) -> object:

@@ -22,7 +22,7 @@ from train.keys import AUTO, FLOAT_LAYERS_DB
 from train.logging import as_json, logger
 from train.placement import to_device
 from train.precision import Precision
-from train.resume import match_images
+from train.resume import check_network, match_images
 from train.tasks.base import Task
 from train.trained import LoadedCheckpoint, float_layers_of
 
@@ -86,6 +86,7 @@ class Trained:
 
     def __init__(self, task: Task, source: LoadedCheckpoint) -> None:
         logger.info(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
+        check_network(task.cfg, source.content, source.path)
         match_images(task, source.content, source.path)
         self._task = task
         self.model = to_device(source.network(task.cfg.MODEL.NUM_CLASSES), task.world)

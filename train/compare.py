@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from repopt import export, quantization
 from train import pretrained, run_record
 from train.calibration import Trained, new_folder, publish, with_settings
 from train.checkpoint import RunFolder
 from train.distributed import run_on_main
 from train.file_names import ARTIFACTS, COLUMNS
-from train.keys import AUTO
 from train.tasks.base import Task
-
-WAYS: Mapping[str, Mapping[str, Any]] = {
-    "per tensor, minmax": {"QUANT.PRESET": "per_tensor", "QUANT.CALIBRATOR": "minmax"},
-    **{name: {"QUANT.CALIBRATOR": name} for name in quantization.CALIBRATORS},
-    "equalized, biases corrected": {"QUANT.EQUALIZE": True, "QUANT.BIAS_CORRECTION": True},
-    "float layers auto": {"QUANT.FLOAT_LAYERS": AUTO},
-}
-"""What each has that the configuration, by default, has not."""
+from train.ways import WAYS
 
 
 def compare(task: Task, folder: RunFolder) -> bool:

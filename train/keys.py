@@ -419,6 +419,12 @@ def flags_of(task: str) -> dict[str, str]:
 # Of what a network is made but for its classes, and for what.
 OF_NETWORK = tuple(name for name, key in KEYS.items() if key.of_model and name not in ("TASK", "MODEL.NUM_CLASSES"))
 
+# Of these what makes another network of the same architecture, or another function of the same weights.
+ARGUMENTS = (
+    *("MODEL.STRIDES", "MODEL.IN_CHANS", "MODEL.CHANNELS"),
+    *("DETECT.HEAD", "DETECT.NECK", "DETECT.HIDDEN", "DETECT.ANCHOR_SCALE"),
+)
+
 # How a picture becomes an image in evaluation, which a checkpoint says for whoever evaluates it or begins with it.
 OF_IMAGES = (
     *("DATA.IMG_SIZE", "DATA.TEST_SIZE", "DATA.INTERPOLATION", "TEST.CROP", "DATA.MEAN", "DATA.STD"),

@@ -19,7 +19,7 @@ from repopt.scales import kept_scales, scales_of
 from train import config
 from train.checkpoint import RunFolder
 from train.distributed import run_on_main
-from train.keys import CLASSIFY, KEYS, OF_IMAGES
+from train.keys import ARGUMENTS, CLASSIFY, KEYS, OF_IMAGES
 from train.logging import logger
 from train.pretrained import add_prefix
 from train.tasks.base import Task
@@ -113,6 +113,14 @@ def check_classes(task: Task, content: Mapping[str, Any], path: str) -> None:
                 f"{path!r} was trained on other classes: its class {number} is {shown(one)}, that of DATA.DATA_PATH is "
                 f"{shown(other)}"
             )
+
+
+def check_network(cfg: CfgNode, content: Mapping[str, Any], path: str) -> None:
+    """Raise a UserError where a checkpoint is of a network that is made of other arguments than the configuration's."""
+    for key in ARGUMENTS:
+        then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
+        if then not in (None, now):
+            raise UserError(f"{path!r} was trained with {key} {shown(then)}, and it is {now} now")
 
 
 def match_images(task: Task, content: Mapping[str, Any], path: str) -> None:

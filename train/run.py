@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 import repopt
 from repopt import checkpoint
-from repopt.errors import UserError, shown
+from repopt.errors import UserError
 from repopt.models import parse_arch
 from train import config, pretrained, run_record, tasks
 from train.as_trained import as_trained
@@ -30,13 +30,10 @@ from train.keys import CLASSIFY, DETECT
 from train.logging import listed, logger, start_log
 from train.placement import memory_format_of, precision_of, to_device
 from train.resolve import resolve
-from train.resume import check_same_run, find_scales, goes_on, log_images, match_images, read_checkpoint
+from train.resume import check_network, check_same_run, find_scales, goes_on, log_images, match_images, read_checkpoint
 from train.state import TrainingState
 from train.throughput import measure_throughput
 from train.trainer import Trainer
-
-# Keys that make another function of the same weights.
-NOT_IN_WEIGHTS = ("MODEL.STRIDES", "DETECT.ANCHOR_SCALE")
 
 
 def start(settings: config.Settings, argv: Sequence[str], program: Program = MAIN) -> CfgNode | None:
@@ -125,10 +122,7 @@ def report_evaluation(task: tasks.Task, folder: RunFolder) -> bool:
     """Print what an evaluation of a checkpoint finds, and of its moving average where it keeps one."""
     cfg, world, model = task.cfg, task.world, task.checked_network()
     content = checkpoint.read(cfg.MODEL.RESUME)
-    for key in NOT_IN_WEIGHTS:
-        then, now = (config.lookup(source, key) for source in (content.get("config"), cfg))
-        if then not in (None, now):
-            raise UserError(f"{cfg.MODEL.RESUME!r} was trained with {key} {shown(then)}, and it is {now} now")
+    check_network(cfg, content, cfg.MODEL.RESUME)
     match_images(task, content, cfg.MODEL.RESUME)
     loader, precision = task.eval_loader(), precision_of(cfg, world)
     model = to_device(model, world)

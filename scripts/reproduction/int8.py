@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from reproduction.experiment import Experiment, Row, quantized
 from reproduction.run import COMPARE, DETECT, QAT, SEGMENT, TRAIN, Kind, Training
 from train import config
-from train.compare import WAYS
 from train.keys import AUTO
+from train.ways import WAYS
 
 QATS: Mapping[str, Mapping[str, Any]] = {"qat": {}, "qat-distilled": {"QUANT.DISTILL": 1.0}}
 MODES = {
@@ -70,7 +70,7 @@ def subjects(full: bool) -> Mapping[str, Subject]:
     segment = ("scenes/segment", "", "scenes/quantize")
     return {
         "digits": digits,
-        "glyphs": Subject(model, glyphs, top1, 1, suffix="-glyphs", settings=shorter, once=True),
+        "glyphs": Subject(model, glyphs, top1, 1, suffix="-short-glyphs", settings=shorter, once=True),
         "scenes (FCOS)": Subject(model, fcos, box_map, 4, DETECT, suffix="-fcos"),
         "scenes (UPerNet)": Subject(model, segment, miou, 4, SEGMENT, digits, suffix="-segment"),
     }

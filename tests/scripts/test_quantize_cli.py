@@ -17,8 +17,9 @@ import main_repopt
 from repopt import checkpoint, export, quantization
 from repopt.errors import UserError
 from repopt.openvino import OpenVinoNetwork
-from train import quantize, trained
+from train import config, quantize, tasks, trained
 from train.command import EXIT_INTERRUPTED
+from train.distributed import World
 from train.evaluation.classification import evaluate
 from train.precision import Precision
 
@@ -67,6 +68,13 @@ def ptq(target, tmp_path_factory):
     return output / TARGET / "ptq-default" / "artifacts"
 
 
+def int8_of(path):
+    """The quantized network in a checkpoint."""
+    network, _, _ = trained.read(path).exported((32, 32))
+    assert isinstance(network, quantization.Int8)
+    return network
+
+
 def accuracy(network):
     """Top-1 in percent on the digits' test images."""
     images = data.Classification(data.Source("digits"), image_size=32, num_classes=10)
@@ -83,7 +91,7 @@ def test_after_training(target, ptq):
     fp32, int8, in_onnxruntime, *in_openvino = results(ptq)
     assert fp32 == pytest.approx(accuracy(trained.read(target).network()))
     assert fp32 > 30  # it has learnt something
-    assert int8 == pytest.approx(accuracy(trained.read(ptq / "quantized.pth").int8_network()))
+    assert int8 == pytest.approx(accuracy(int8_of(ptq / "quantized.pth")))
     assert abs(int8 - fp32) < 5
     assert abs(in_onnxruntime - int8) <= 0.2
     assert in_onnxruntime == pytest.approx(accuracy(export.OnnxNetwork(ptq / "int8.onnx")))
@@ -114,13 +122,13 @@ def test_where_openvino_is_not_installed_or_cannot_run_the_file_there_is_no_row(
     def fails(path, threads):
         raise UserError("an unknown operation")
 
-    assert names() == ["INT8, onnxruntime", "INT8, OpenVINO"]
+    assert names() == ["onnxruntime", "OpenVINO"]
     with monkeypatch.context() as patch:
         patch.setattr("repopt.openvino.OpenVinoNetwork", fails)
-        assert names() == ["INT8, onnxruntime"]
+        assert names() == ["onnxruntime"]
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.delitem(sys.modules, "repopt.openvino")
-    assert names() == ["INT8, onnxruntime"]
+    assert names() == ["onnxruntime"]
     assert said[0] == "not evaluated in OpenVINO: an unknown operation"
     assert "pip install 'repopt[openvino]'" in said[1]
 
@@ -162,7 +170,7 @@ def test_calibration_and_control(target, ptq, tmp_path):
     assert runs["QLinearConv"] == 26
     assert runs["Conv"] + runs["FusedConv"] == 2
     again = trained.read(artifacts / "quantized.pth")
-    assert int8 == pytest.approx(accuracy(again.int8_network()))
+    assert int8 == pytest.approx(accuracy(again.exported((32, 32))[0]))
     names = again.setting("QUANT.FLOAT_LAYERS")
     assert set(names.split(",")) < set(json.loads((artifacts / "signal_to_noise.json").read_text()))
     log = (artifacts.parent / "log_rank0.txt").read_text()
@@ -181,7 +189,7 @@ def test_training_on_in_two_processes(repvgg, tmp_path):
     folder = tmp_path / REPVGG / "qat-default"
     _, int8, *in_runtimes = results(folder / "artifacts")
     assert all(abs(found - int8) <= 0.2 for found in in_runtimes)
-    both = [trained.read(path).int8_network() for path in (folder / "latest.pth", folder / "artifacts/quantized.pth")]
+    both = [int8_of(path) for path in (folder / "latest.pth", folder / "artifacts/quantized.pth")]
     x = torch.randn(4, 3, 32, 32)
     assert torch.equal(both[0](x), both[1](x))
     assert int8 == pytest.approx(accuracy(both[0]))
@@ -200,14 +208,27 @@ def divergence(logits, of_teacher):
 
 
 def test_the_loss_of_a_distillation():
-    teacher, x = torch.nn.Linear(4, 3), torch.randn(5, 4)
-    logits = torch.randn(5, 3, requires_grad=True)
-    loss = quantize.distillation(teacher, 2.5)
-    torch.testing.assert_close(loss(x, logits).double(), 2.5 * divergence(logits, teacher(x)))
-    loss(x, logits).backward()
-    assert logits.grad.abs().max() > 0
-    assert teacher.weight.grad is None
-    assert loss(x, teacher(x)).item() == pytest.approx(0, abs=1e-6)
+    """Of what the student has last given in training."""
+    student, teacher, x = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), torch.randn(5, 4)
+    task = tasks.create(config.build({"QUANT.DISTILL": 2.5}).cfg, World(0, 1, torch.device("cpu")))
+    with quantize.distillation(task, student, teacher) as loss:
+        student.eval()(x)
+        logits = student.train()(x)
+        student.eval()(2 * x)
+        found = loss()
+        torch.testing.assert_close(found.double(), 2.5 * divergence(logits, teacher(x)))
+        found.backward()
+        assert student.weight.grad.abs().max() > 0
+        assert teacher.weight.grad is None
+        student.train().load_state_dict(teacher.state_dict())
+        student(x)
+        assert loss().item() == pytest.approx(0, abs=1e-6)
+    student(x)
+    with pytest.raises(IndexError):  # it is asked no more
+        loss()
+    plain = tasks.create(config.build({}).cfg, World(0, 1, torch.device("cpu")))
+    with quantize.distillation(plain, student, teacher) as loss:
+        assert loss is None
 
 
 def test_a_distilled_network_stays_near_its_float_network(repvgg, tmp_path, monkeypatch):
@@ -223,7 +244,7 @@ def test_a_distilled_network_stays_near_its_float_network(repvgg, tmp_path, monk
             assert main(tmp_path, REPVGG, *arguments, *options) == 2
         images = data.Classification(data.Source("digits"), image_size=32, num_classes=10)
         x, _ = next(iter(data.eval_loader(images, batch_size=128, device=torch.device("cpu"))))
-        int8 = trained.read(tmp_path / REPVGG / f"distilled{weight}" / "latest.pth").int8_network()
+        int8 = int8_of(tmp_path / REPVGG / f"distilled{weight}" / "latest.pth")
         with torch.no_grad():
             divergences.append(divergence(int8(x), trained.read(repvgg).network()(x)).item())
     assert divergences[1] < 0.5 * divergences[0]
@@ -276,7 +297,7 @@ QAT = ["--arch", TARGET, "--method", "qat", "--resume", "{target}"]
 PTQ = ["--arch", TARGET, "--method", "ptq", "--resume", "{target}"]
 FOLDER = ["--data-path", "{photographs}", "--opts", "DATA.DATASET", "folder", "DATA.IMG_SIZE", 32]
 MISTAKES = {
-    "no method": (["--arch", TARGET, "--resume", "{target}"], "--method ptq .* or --method qat"),
+    "no method": (["--arch", TARGET, "--resume", "{target}"], "--method ptq .*, qat .* or compare"),
     "method": (["--arch", TARGET, "--resume", "{target}", "--method", "pqt"], "unknown value of QUANT.METHOD 'pqt'"),
     "preset": ([*PTQ, "--preset", "fbgem"], "did you mean 'fbgemm'"),
     "calibrator": ([*PTQ, "--opts", "QUANT.CALIBRATOR", "entropie"], "did you mean 'entropy'"),

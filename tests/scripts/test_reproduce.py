@@ -15,7 +15,7 @@ import reproduce
 import torch
 from reproduction import execute, experiment, figures, paper, result, tables
 from reproduction.experiment import Experiment, Row, score
-from reproduction.run import FOLDERS, SPEED, ExperimentRun, Training, with_needs
+from reproduction.run import COMPARE, FOLDERS, QAT, SPEED, ExperimentRun, Training, with_needs
 from reproduction.studies import STUDIES
 from reproduction.tables import EXPERIMENTS
 from torch import nn
@@ -25,10 +25,12 @@ import repopt
 from repopt import checkpoint
 from repopt.layers import RepConv2d
 from repopt.models import list_archs, parse_arch
+from repopt.quantization import CALIBRATORS
 from train import config
+from train.ways import WAYS
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = [name for name in EXPERIMENTS if name.startswith("table")]
+TABLES = [name for name in EXPERIMENTS if name.startswith("table") and name != "table int8"]  # those of the paper
 
 
 def runs_of(name, scale, seeds=(0, 1, 2)):
@@ -42,7 +44,23 @@ def every_run(scale):
 
 
 def test_every_table_and_figure_is_declared():
-    assert list(EXPERIMENTS) == [*(f"table {n}" for n in range(1, 13)), *(f"figure {n}" for n in range(3, 8))]
+    of_paper = [*(f"table {n}" for n in range(1, 13)), *(f"figure {n}" for n in range(3, 8))]
+    assert {*EXPERIMENTS} == {*of_paper, "table int8"}
+
+
+@pytest.mark.parametrize("scale", ["full", "demo"])
+def test_the_table_of_int8_has_every_network_by_every_way(scale):
+    declared = tables.load("table int8", scale)
+    images = 2 if scale == "full" else 4
+    assert len(declared.rows) == images * (1 + len(WAYS) + 2)
+    assert {len(row.cells) for row in declared.rows} == {2 * 5}
+    bases = {training.base for training in declared.trainings}
+    assert len(bases) == 5 * images
+    assert {training.kind for training in declared.trainings} == {COMPARE, QAT}
+
+
+def test_every_calibrator_is_compared():
+    assert {way["QUANT.CALIBRATOR"] for way in WAYS.values() if "QUANT.CALIBRATOR" in way} == {*CALIBRATORS}
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -18,13 +18,15 @@ import report
 import timm
 import torch
 from downstream import detect, segment
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 import main_repopt
 import repopt
 from data import cityscapes, scenes
 from repopt import checkpoint, segmentation
 from repopt.export import OnnxNetwork
-from train import build, config, tasks, trained
+from train import build, compare, config, tasks, trained
 from train.command import EXIT_USAGE_ERROR as MISTAKE
 from train.distributed import World
 from train.evaluation.classification import Evaluation
@@ -257,20 +259,80 @@ def test_fcos_is_evaluated_loaded_and_exported(command, tmp_path, capsys, in_one
     with torch.no_grad():
         raw = detector.predictor(batch.tensors)
     for network in networks:
-        for found, expected in zip(network(batch.tensors), raw.values(), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network(batch.tensors), raw, rtol=1e-4, atol=1e-5)
     images = json.loads(networks[0].metadata["images"])
     assert images["mean"] == list(detector.transform.image_mean) == [0.1, 0.2, 0.3]
     assert images["std"] == list(detector.transform.image_std) != [1, 1, 1]
-    with pytest.raises(repopt.UserError, match=r"fp32.onnx': it gives the raw predictions of a detector"):
+    with pytest.raises(repopt.UserError, match=r"fp32.onnx': it gives the raw predictions of a detector: load its"):
         repopt.load(tmp_path / "one" / "fp32.onnx")
     capsys.readouterr()
     assert export.main(["--resume", str(latest), "--out", str(tmp_path / "no"), "--image-size", "100"]) == MISTAKE
     in_one_line("export.py", "--image-size 100: the network takes multiples of 32", {})
-    assert run("detect", command("detect", PLAIN, epochs=1)) == 0
+    options = ["--formats", "detections", "--dynamic-size"]
+    assert export.main(["--resume", str(latest), "--out", str(tmp_path / "no"), *options]) == MISTAKE
+    in_one_line("export.py", "--formats detections is of a detector of DETECT.HEAD fcos, for images of one size", {})
+
+
+def test_fcos_to_int8(command, few_scenes, tmp_path, capsys, in_one_line, monkeypatch):
+    """By training on, distilled, with the scales of the one training; the file finds objects in pictures."""
+    assert run("fcos", command("fcos", TARGET, options=["TRAIN.SEARCH_EPOCHS", "1"])) == 0
+    latest = tmp_path / TARGET / "detect" / "latest.pth"
+    argv = ["--cfg", str(ROOT / "configs" / "scenes" / "quantize_fcos.yaml"), "--arch", TARGET, "--resume", str(latest)]
+    argv += ["--data-path", str(few_scenes), "--output", str(tmp_path)]
+    assert quantize.main([*argv, "--method", "qat", "--opts", "TRAIN.EPOCHS", "1"]) == MISTAKE
+    in_one_line("quantize.py", "'{latest}' was trained with MODEL.CHANNELS 8, and it is 32 now", {"latest": latest})
+    options = ["--opts", *SMALL["fcos"]]
+    assert quantize.main([*argv, "--method", "qat", *options, "TRAIN.EPOCHS", "1", "QUANT.DISTILL", "1.0"]) == 0
+    artifacts = tmp_path / TARGET / "qat-default" / "artifacts"
+    results = json.loads((artifacts / "results.json").read_text())
+    assert [*results][:2] == ["fp32", "INT8"]
+    assert {"INT8, onnxruntime", "INT8, onnxruntime, end to end"} <= {*results}
+    assert results["fp32"]["box_map"] == pytest.approx(records(latest.parent)[-1]["val"]["box_map"])
+    assert all(result["images"] == 5 for result in results.values())
+    out = tmp_path / "out"
+    formats = ["--formats", "onnx", "detections", "--out", str(out)]
+    assert export.main(["--resume", str(artifacts / "quantized.pth"), *formats]) == 0
+    assert (out / "int8.onnx").read_bytes() == (artifacts / "int8.onnx").read_bytes()
+    written = [OnnxNetwork(folder / "int8_detections.onnx") for folder in (out, artifacts)]
+    x = torch.randn(2, 3, 128, 128)
+    torch.testing.assert_close(written[0](x), written[1](x), rtol=0, atol=0)
+    network, classes, transform, task = repopt.load(artifacts / "int8_detections.onnx")
+    assert (task, len(classes)) == ("detect", 10)
+    picture = next((few_scenes / "coco" / "val2017").iterdir())
+    pixels = Image.open(picture)
+    (found,) = network([transform(pixels)])
+    (other,) = written[1](repopt.load(latest).network.transform([to_tensor(pixels)])[0].tensors)["scores"]
+    torch.testing.assert_close(found["scores"], other[other > 0], rtol=1e-3, atol=1e-4)
+    assert found["boxes"].max() <= 96
+    monkeypatch.setattr(compare, "WAYS", {"minmax": {"QUANT.CALIBRATOR": "minmax"}, "default": {}})
+    assert quantize.main([*argv, "--method", "compare", *options]) == 0
+    results = tmp_path / TARGET / "compare-default" / "artifacts" / "results.json"
+    assert [*json.loads(results.read_text())] == ["fp32", "minmax", "default"]
+    assert not (results.parent / "int8.onnx").exists()
     capsys.readouterr()
-    assert export.main(["--resume", str(tmp_path / PLAIN / "detect" / "latest.pth")]) == MISTAKE
-    in_one_line("export.py", "of detectors, those of DETECT.HEAD fcos are exported", {})
+    assert quantize.main([*argv, "--method", "compare", *options, "QUANT.CALIBRATOR", "mse"]) == MISTAKE
+    in_one_line("quantize.py", "QUANT.CALIBRATOR mse is not of --method compare: leave it out", {})
+
+
+def test_a_detector_of_two_stages_to_int8(command, few_scenes, tmp_path, capsys, in_one_line):
+    """Its pyramid and region proposals; the rest is float, in the checkpoint too."""
+    assert run("detect", command("detect", PLAIN, epochs=1)) == 0
+    latest = tmp_path / PLAIN / "detect" / "latest.pth"
+    argv = ["--cfg", str(ROOT / "configs" / "scenes" / "detect.yaml"), "--arch", PLAIN, "--method", "ptq"]
+    argv += ["--resume", str(latest), "--data-path", str(few_scenes), "--output", str(tmp_path)]
+    assert quantize.main([*argv, "--opts", "TASK", "detect", *SMALL["detect"]]) == 0
+    artifacts = tmp_path / PLAIN / "ptq-default" / "artifacts"
+    results = json.loads((artifacts / "results.json").read_text())
+    assert results["INT8"].keys() == results["fp32"].keys() | {"signal_to_noise"}
+    assert not (artifacts / "int8_detections.onnx").exists()
+    weights = checkpoint.read(artifacts / "quantized.pth")["model"]
+    assert any(name.startswith("detector.roi_heads.") for name in weights)
+    assert OnnxNetwork(artifacts / "int8.onnx").output_names[:2] == ("0", "1")
+    assert export.main(["--resume", str(artifacts / "quantized.pth"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "int8.onnx").read_bytes() == (artifacts / "int8.onnx").read_bytes()
+    capsys.readouterr()
+    assert export.main(["--resume", str(latest), "--formats", "detections"]) == MISTAKE
+    in_one_line("export.py", "--formats detections is of a detector of DETECT.HEAD fcos", {})
 
 
 def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, in_one_line):
@@ -280,12 +342,22 @@ def test_a_segmentation_network_to_int8(command, few_scenes, tmp_path, capsys, i
     argv += ["--resume", str(latest), "--data-path", str(few_scenes), "--output", str(tmp_path)]
     argv += ["--opts", *SMALL["segment"]]
     assert quantize.main(argv) == 0
+    capsys.readouterr()
+    trains = [*argv, "TRAIN.EPOCHS", "1", "QUANT.METHOD", "qat"]
+    trains.remove("--method")
+    trains.remove("ptq")
+    assert quantize.main(trains) == MISTAKE
+    in_one_line("quantize.py", "the images are 64 x 64 in training, 96 x 96 in evaluation", {})
+    assert quantize.main([*trains, "SEGMENT.CROP", "(96, 96)"]) == 0
+    trained = json.loads((tmp_path / PLAIN / "qat-default" / "artifacts" / "results.json").read_text())
+    assert trained["INT8"]["images"] == 5
     artifacts = tmp_path / PLAIN / "ptq-default" / "artifacts"
     results = json.loads((artifacts / "results.json").read_text())
     assert results["fp32"]["miou"] == records(latest.parent)[-1]["val"]["miou"]
     # integers round a rounding's way in the two
     assert results["INT8"]["pixel_accuracy"] == pytest.approx(results["INT8, onnxruntime"]["pixel_accuracy"], abs=1)
-    assert "| network | mIoU (%) | pixel accuracy (%) | file (MB) |" in (artifacts / "results.md").read_text()
+    heads = "| network | mIoU (%) | pixel accuracy (%) | signal to noise (dB) | file (MB) |"
+    assert heads in (artifacts / "results.md").read_text()
     capsys.readouterr()
     for size in ("100", "64 100", "100 64"):
         argv = ["--resume", str(latest), "--image-size", *size.split(), "--out", str(tmp_path / "no")]
@@ -476,11 +548,11 @@ def test_what_is_not_for_a_program(command, classifiers, capsys, tmp_path, in_on
     in_one_line("detect.py", "is a checkpoint of TASK 'segment': this training begins with one of detect", {})
     digits = ["--opts", "DATA.DATASET", "digits", "OUTPUT", str(tmp_path)]
     assert quantize.main(["--arch", PLAIN, "--method", "ptq", "--resume", str(latest), *digits]) == MISTAKE
-    in_one_line("quantize.py", "is a checkpoint of TASK 'segment', and TASK is classify here", {})
+    in_one_line("quantize.py", "data set 'digits'", {})  # the task is that of the checkpoint
     assert main_repopt.main(["--arch", PLAIN, "--eval", "--resume", str(latest), *digits]) == MISTAKE
     in_one_line("main_repopt.py", "is a checkpoint of TASK 'segment', and TASK is classify here", {})
     assert quantize.main(["--cfg", str(recipe), "--arch", PLAIN, "--method", "qat", "--resume", str(latest)]) == MISTAKE
-    in_one_line("quantize.py", "--method qat takes TASK classify only, not segment", {})
+    in_one_line("quantize.py", "the images are 512 x 1024 in training, 96 x 96 in evaluation", {})
 
 
 def test_every_key_of_a_task_is_read_by_it():
@@ -535,10 +607,11 @@ def test_a_trained_detector_is_read_from_its_checkpoint(
     other = command("detect", PLAIN, "--eval", "--resume", latest, options=["DETECT.ANCHOR_SCALE", 8])
     assert run("detect", other) == MISTAKE  # the weights would not tell
     in_one_line("detect.py", "'{latest}' was trained with DETECT.ANCHOR_SCALE 4, and it is 8 now", {"latest": latest})
-    for recipe in ("detect.yaml", "quantize.yaml"):  # one without a TASK, one of another
-        argv = ["--cfg", str(ROOT / "configs" / "scenes" / recipe), "--arch", PLAIN, "--resume", str(latest)]
-        assert quantize.main([*argv, "--method", "ptq", "--output", str(tmp_path)]) == MISTAKE
-        in_one_line("quantize.py", r"a detector \(TASK detect\) cannot be quantized yet", {})
+    argv = ["--cfg", str(ROOT / "configs" / "scenes" / "quantize.yaml"), "--arch", PLAIN, "--resume", str(latest)]
+    assert quantize.main([*argv, "--method", "ptq", "--output", str(tmp_path)]) == MISTAKE  # a recipe of another task
+    in_one_line(
+        "quantize.py", "'{latest}' is a checkpoint of TASK 'detect', and TASK is segment here", {"latest": latest}
+    )
     monkeypatch.chdir(tmp_path)  # where no data set is
     network = trained.read(latest).network()
     assert same(network.state_dict(), weights(latest.parent))
