@@ -210,7 +210,7 @@ def divergence(logits, of_teacher):
 def test_the_loss_of_a_distillation():
     """Of what the student has last given in training."""
     student, teacher, x = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), torch.randn(5, 4)
-    task = tasks.create(config.build({"QUANT.DISTILL": 2.5}).cfg, World(0, 1, torch.device("cpu")))
+    task = tasks.create(config.build({"MODEL.ARCH": TARGET, "QUANT.DISTILL": 2.5}).cfg, World(0, 1, torch.device("cpu")))
     with quantize.distillation(task, student, teacher) as loss:
         student.eval()(x)
         logits = student.train()(x)
@@ -226,7 +226,7 @@ def test_the_loss_of_a_distillation():
     student(x)
     with pytest.raises(IndexError):  # it is asked no more
         loss()
-    plain = tasks.create(config.build({}).cfg, World(0, 1, torch.device("cpu")))
+    plain = tasks.create(config.build({"MODEL.ARCH": TARGET}).cfg, World(0, 1, torch.device("cpu")))
     with quantize.distillation(plain, student, teacher) as loss:
         assert loss is None
 
