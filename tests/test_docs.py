@@ -122,6 +122,11 @@ def test_reproduction_is_what_was_run(file):
     assert content["name"] in EXPERIMENTS
 
 
+def test_the_table_of_int8_is_what_was_run():
+    content = json.loads((DOCS.parent / "benchmarks" / "reproduction" / "int8.json").read_text())
+    assert table_of(content) in (DOCS / "quantization.md").read_text()
+
+
 @pytest.mark.parametrize(
     "file", sorted((DOCS.parent / "benchmarks" / "reproduction").glob("study*.json")), ids=lambda file: file.stem
 )
