@@ -106,9 +106,11 @@ class InOut(NamedTuple):
         """
         try:
             classes, images = json.loads(metadata["classes"]), json.loads(metadata["images"])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
             raise UserError("it does not say what its classes are called and how its images are made") from None
-        return cls(metadata.get("task", CLASSIFY), names(classes), Preprocessing.of(images))
+        if (task := metadata.get("task", CLASSIFY)) not in TASKS:
+            raise unknown("task", task, TASKS)
+        return cls(task, names(classes), Preprocessing.of(images))
 
 
 def names(content: object) -> tuple[str, ...]:

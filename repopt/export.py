@@ -6,6 +6,7 @@ Needs the extra deploy.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import warnings
@@ -33,6 +34,8 @@ try:
     from repopt import onnx_graph
 except ImportError as error:
     raise UserError(f"exporting needs more (pip install 'repopt[deploy]'): {one_line(error)}") from None
+
+logger = logging.getLogger("repopt")
 
 Metadata = Mapping[str, str]
 Outputs = Tensor | list[Tensor] | Mapping[str, Tensor]
@@ -100,7 +103,8 @@ def write_onnx(
             onnx_graph.keep_float(program.model.graph)
         program.model.metadata_props.update(metadata)
         program.save(temporary)
-        found = (difference or relative_difference)(OnnxNetwork(temporary)(images), (reference or model)(images))
+        expected = (model if reference is None else reference)(images)
+        found = (difference or relative_difference)(OnnxNetwork(temporary)(images), expected)
         if not found <= (MAX_DIFFERENCE_INT8 if isinstance(model, Int8) else MAX_DIFFERENCE):
             raise UserError(f"onnxruntime's outputs differ from torch's by {found:.2g}: {path.name} is not written")
     return found
@@ -124,6 +128,8 @@ def write_end_to_end(
             write_onnx(model.predictor, images, raw)
             return write_end_to_end(model, images, path, metadata, raw)
     reference = model.on(OnnxNetwork(raw))
+    if not (reference(images)["scores"] > 0).any():
+        logger.warning("%s is checked on images in which nothing is found", path.name)
     return write_onnx(model, images, path, metadata, reference=reference, difference=difference_of_objects)
 
 
@@ -157,8 +163,10 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self._session = _session(Path(path), threads=threads or torch.get_num_threads())
         self.training = False
-        inputs = self._session.get_inputs()[0]
-        self.input_shape = tuple(size if isinstance(size, int) else None for size in inputs.shape[1:])
+        shapes = [value.shape for value in self._session.get_inputs()]
+        if len(shapes) != 1 or len(shapes[0]) != 4:
+            raise UserError(f"{os.fspath(path)!r} takes something else than images (N, C, H, W)")
+        self.input_shape = tuple(size if isinstance(size, int) else None for size in shapes[0][1:])
         self.output_names = tuple(output.name for output in self._session.get_outputs())
         self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
 
@@ -235,7 +243,10 @@ def relative_difference(outputs: Outputs, reference: Outputs) -> float:
 
     Not a number where an output is not, or is not zero like the reference.
     """
-    outputs, reference = (list(x.values()) if isinstance(x, Mapping) else x for x in (outputs, reference))
+    if isinstance(outputs, Mapping) and isinstance(reference, Mapping):
+        outputs, reference = [outputs[name] for name in reference], [*reference.values()]
+    elif isinstance(outputs, Mapping):  # of a file, whose outputs have names, and of a network that gives a list
+        outputs = [*outputs.values()]
     if isinstance(outputs, Tensor) and isinstance(reference, Tensor):
         outputs, reference = [outputs], [reference]
     powers = [

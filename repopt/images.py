@@ -39,6 +39,7 @@ class Preprocessing:
         mean, std: of normalization, per channel (three, or one of grey), of values in 0..1.
         size: height and width of the centre that is cut out; None = pictures stay as large as they are.
         short_side: to which the shorter side is resized before, in pixels.
+        long_side: of a detector, which resizes by itself: what the longer side is at most; None = it does not say.
         interpolation: of resizing, one of `INTERPOLATIONS`.
 
     Raises:
@@ -50,17 +51,19 @@ class Preprocessing:
     size: tuple[int, int] | None = None
     short_side: int = 1
     interpolation: str = "bilinear"
+    long_side: int | None = None
 
     def __post_init__(self) -> None:
         numbers = [*self.mean, *self.std]
         sizes = [*(self.size or ()), self.short_side]
+        long_side = self.short_side if self.long_side is None else self.long_side
         if (
             len(self.mean) not in (1, 3)
             or len(self.mean) != len(self.std)
             or not all(type(number) in (int, float) for number in numbers)
             or not all(std > 0 for std in self.std)
             or len(sizes) not in (1, 3)
-            or not all(type(side) is int and 0 < side < 2**16 for side in sizes)
+            or not all(type(side) is int and 0 < side < 2**16 for side in (*sizes, long_side))
             or self.interpolation not in INTERPOLATIONS
         ):
             raise UserError(f"this is no way to make images: {shown(vars(self))}")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("repopt")
 
 # Of a file that does not say it: the evaluation of the published release.
+MAX_SIDE = 2**14  # pixels, of images that a file of a detector takes
 OF_IMAGENET = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, size=(224, 224), short_side=224)
 
 
@@ -107,11 +108,12 @@ def _as_detector(network: OnnxNetwork, images: Preprocessing) -> nn.Module:
             "it gives the raw predictions of a detector: load its checkpoint, or the file that ends with "
             "_detections.onnx, which gives objects"
         )
-    _, height, width = network.input_shape
-    if height is None or width is None:
-        raise UserError("it says nothing of the size of its images")
+    channels, height, width = network.input_shape
+    if channels != len(images.mean) or not height or not width or max(height, width) > MAX_SIDE:
+        raise UserError(f"it takes {network.input_shape}, which are no colours, height and width of images")
+    longest = min(height, width, images.long_side or MAX_SIDE)
     # Its images are normalized by then.
-    transform = Transform((images.short_side,), max(height, width), [0.0] * 3, [1.0] * 3, multiple=1)
+    transform = Transform((images.short_side,), longest, [0.0] * channels, [1.0] * channels, multiple=1)
     transform.size = height, width
     return EndToEndDetector(network, transform)
 

@@ -94,7 +94,8 @@ def pad_channels(graph: ir.Graph) -> None:
         read = [value for value in node.inputs if value in padded]
         if node.op_type == "Conv":
             outputs, groups = _shape(node.inputs[1])[0], node.attributes.get_int("group", 1)
-            if groups > 1 and not (groups == outputs and bool(read) == bool(outputs % LANES)):
+            depthwise = groups == outputs and _shape(node.inputs[1])[1] == 1
+            if groups > 1 and not (depthwise and bool(read) == bool(outputs % LANES)):
                 return
             if any(value.const_value is None for value in _kernel(node)):
                 return
@@ -104,7 +105,10 @@ def pad_channels(graph: ir.Graph) -> None:
         elif read:
             varying = [value for value in node.inputs if value is not None and value.const_value is None]
             sizes = {_shape(value)[:2] for value in (*varying, *node.outputs)}
+            constants: list[Any] = [value.const_value for value in node.inputs if value and value not in varying]
             if node.op_type not in _BY_CHANNEL or read != varying or len(sizes) > 1:
+                return
+            if node.op_type != "ReduceMean" and any(constant.size > 1 for constant in constants):
                 return
             padded.update(node.outputs)
     if padded.intersection(graph.outputs):

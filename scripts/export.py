@@ -93,7 +93,7 @@ def export_all(arguments: argparse.Namespace) -> None:
     if source.quantized and arguments.dynamic_size:
         raise UserError("--dynamic-size: a quantized network takes the size that it was quantized for")
     print(f"{checkpoint.WEIGHTS[source.weights]} of {source.path}")
-    network, end_to_end, trained_for = source.exported(size)
+    whole, predictor, end_to_end, trained_for = source.exported(size)
     if "detections" in arguments.formats and (end_to_end is None or arguments.dynamic_size):
         raise UserError("--formats detections is of a detector of DETECT.HEAD fcos, for images of one size")
     sides = [max(2, -(-side // MULTIPLE)) * MULTIPLE for side in size] if arguments.dynamic_size else size
@@ -106,11 +106,11 @@ def export_all(arguments: argparse.Namespace) -> None:
     metadata = trained_for._replace(images=trained_for.images.resized(size)).as_metadata()
     for name, path in paths.items():
         if name == "safetensors":
-            export.write_safetensors(network, path, metadata)
+            export.write_safetensors(whole, path, metadata)
         elif name == "detections" and end_to_end is not None:
             export.write_end_to_end(end_to_end, images, path, metadata)
         else:
-            writers[name](network, images, path, metadata, MULTIPLE if arguments.dynamic_size else None)
+            writers[name](predictor, images, path, metadata, MULTIPLE if arguments.dynamic_size else None)
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -178,7 +178,8 @@ def test_downstream_is_what_was_measured():
         assert as_table(rows) in text
 
 
-def test_downstream():
+def test_downstream(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     documented = run("downstream")
     names = documented["optimizer"].grad_mults.keys()
     assert {name.split(".")[1] for name in names} == {"body", "fpn"}

@@ -38,6 +38,8 @@ def as_trained(settings: config.Settings) -> config.Settings:
         content = checkpoint.read(cfg.MODEL.RESUME)
         own, is_used = content.get("config"), cfg.EVAL_MODE or bool(cfg.QUANT.METHOD)
         keys = (*OF_NETWORK, "DATA.VAL_FRACTION", *OF_IMAGES) if is_used else ()
+        if cfg.QUANT.METHOD:  # which trains all batch norms, or folds them
+            keys = tuple(key for key in keys if key != "MODEL.FREEZE_BN")
         if is_used:
             settings = _of_task(settings, own)
             cfg = settings.cfg

@@ -34,8 +34,6 @@ from train.tasks.base import Task
 QUANTIZED, FP32_SAFETENSORS, FP32_ONNX, INT8_ONNX = "quantized.pth", "fp32.safetensors", "fp32.onnx", "int8.onnx"
 INT8_END_TO_END = "int8_detections.onnx"
 
-MEASURED = 32  # images at a time where the outputs of all layers are held
-
 # What a method has no use for.
 UNUSED = {
     "ptq": ("QUANT.DISTILL",),

@@ -26,6 +26,22 @@ if TYPE_CHECKING:
     from repopt import quantization
 
 
+class Exported(NamedTuple):
+    """What is exported of a network.
+
+    Attributes:
+        whole: the network; of a quantized one what is quantized.
+        predictor: see `Task.predictor`.
+        end_to_end: see `Task.end_to_end`.
+        in_out: what they take and give.
+    """
+
+    whole: nn.Module
+    predictor: nn.Module
+    end_to_end: EndToEnd | None
+    in_out: InOut
+
+
 class LoadedCheckpoint(NamedTuple):
     """A checkpoint, and whose it is.
 
@@ -84,14 +100,11 @@ class LoadedCheckpoint(NamedTuple):
         quantization.load(observed, checkpoint.state_dict_of(self.content), task.with_predictor(model, observed))
         return quantization.convert(observed)
 
-    def exported(self, size: tuple[int, int]) -> tuple[nn.Module, EndToEnd | None, InOut]:
-        """Return what is exported of the trained network, deployed or quantized, and what that takes and gives.
+    def exported(self, size: tuple[int, int]) -> Exported:
+        """Return what is exported of the trained network, deployed or quantized.
 
         Args:
             size: height and width of the images.
-
-        Returns:
-            The predictor; the same end to end, where that is another network (`Task.end_to_end`); what they take.
 
         Raises:
             UserError: see `network`; or the content is not what scripts/quantize.py writes.
@@ -99,12 +112,13 @@ class LoadedCheckpoint(NamedTuple):
         task = self._task(self.settings("TASK", "DATA.DATASET", "MODEL.NUM_CLASSES", *OF_NETWORK, *OF_IMAGES))
         if self.quantized:
             model = self._build(task.cfg.MODEL.NUM_CLASSES)
-            predictor: nn.Module = self._int8(task, model)
+            whole: nn.Module = self._int8(task, model)
+            predictor = whole
         else:
-            model = repopt.deploy(self.network())
+            model = whole = repopt.deploy(self.network())
             predictor = task.predictor(model)
-        images = task.exported_images(self.in_out.images)
-        return predictor, task.end_to_end(model, predictor, size), self.in_out._replace(images=images)
+        in_out = self.in_out._replace(images=task.exported_images(self.in_out.images))
+        return Exported(whole, predictor, task.end_to_end(model, predictor, size), in_out)
 
     @property
     def in_out(self) -> InOut:

@@ -64,9 +64,11 @@ class Detector(nn.Module):
         """
 
     def without_predictor(self) -> Detector:
-        """Return a copy without what computes with kernels in `predictor`, on which `run` runs other forms of it."""
-        children = self.predictor.children()
-        return copy.deepcopy(self, {id(child): nn.Identity() for child in children})
+        """Return the detector without what its predictor is made of, to `run` other forms of that: a copy with the very
+        parameters of this one.
+        """
+        own = {id(child): nn.Identity() for child in self.predictor.children()}
+        return copy.deepcopy(self, own | {id(value): value for value in (*self.parameters(), *self.buffers())})
 
     @override
     def forward(self, images: list[Tensor], targets: Targets | None = None) -> Outputs | Targets:
@@ -87,7 +89,7 @@ class DetectorOn(ModuleWrapper):
     """A detector whose predictor is another form of its own, such as one for images of a single size.
 
     Args:
-        detector: of ours; it stays as it is, and what is not its predictor is copied.
+        detector: of ours, whose parameters these are where they are not the predictor's.
         predictor: its own one, or what was made of it: quantized, exported.
         transform: makes the batches that the predictor takes.
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from repopt.detection.base import Outputs, Targets
 from repopt.detection.fcos import Fcos
-from repopt.detection.parts import Transform
+from repopt.detection.parts import Transform, all_wide
 from repopt.nms import suppressed
 
 _ROUNDING = 1e-4  # of a score; of a box ten times that, relative to its side
@@ -49,7 +49,7 @@ class EndToEnd(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Outputs:
-        raw = self.predictor(x)
+        raw = all_wide(self.predictor(x))
         boxes = self._decode(raw["bbox_regression"], self.places)
         scores = (raw["cls_logits"].sigmoid() * raw["bbox_ctrness"].sigmoid()).sqrt().transpose(1, 2)
         kept = suppressed(boxes, scores, self._iou, self._threshold)

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from repopt.detection.backbone import PathAggregation, block
 from repopt.detection.base import Detector, Outputs, Targets
-from repopt.detection.parts import Anchors, Transform, wide
+from repopt.detection.parts import Anchors, Transform, all_wide
 from repopt.layers import InitialScales
 
 CONVS = 2  # 3x3 convolutions of a head before each of its two ends, as in YOLOX (arXiv 2107.08430)
@@ -125,7 +125,9 @@ class Fcos(Detector, fcos.FCOS):
     @property
     @override
     def predictor(self) -> nn.Sequential:
-        return nn.Sequential(OrderedDict(backbone=self.backbone, head=self.head))
+        found = nn.Sequential(OrderedDict(backbone=self.backbone, head=self.head))
+        found.training = self.training
+        return found
 
     @override
     def without_predictor(self) -> Fcos:
@@ -139,12 +141,12 @@ class Fcos(Detector, fcos.FCOS):
         places, anchors = self.places(batch), self.anchors(batch)
         # torchvision's FCOS has a logit for label 0, which is no object's; here the first one is of label 1.
         targets = [target | {"labels": target["labels"] - 1} for target in targets]
-        return self.compute_loss(targets, _wide(raw), anchors, places)
+        return self.compute_loss(targets, all_wide(raw), anchors, places)
 
     @override
     def detections(self, raw: Outputs, batch: ImageList, sizes: list[tuple[int, int]]) -> Targets:
         places, anchors = self.places(batch), self.anchors(batch)
-        levels = {name: list(values.split(places, 1)) for name, values in _wide(raw).items()}
+        levels = {name: list(values.split(places, 1)) for name, values in all_wide(raw).items()}
         found = self.postprocess_detections(levels, [list(a.split(places)) for a in anchors], batch.image_sizes)
         found = [detections | {"labels": detections["labels"] + 1} for detections in found]
         return self.transform.postprocess(found, batch.image_sizes, sizes)
@@ -159,7 +161,3 @@ class Fcos(Detector, fcos.FCOS):
         return self.anchor_generator(
             batch, [batch.tensors.new_empty(0, height // r, width // r) for r in self.reductions]
         )
-
-
-def _wide(raw: Outputs) -> Outputs:
-    return {name: wide(values) for name, values in raw.items()}

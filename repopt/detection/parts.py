@@ -6,7 +6,7 @@ bfloat16, whose numbers around 1000 are 4 to 8 apart: pixels, there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,17 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from typing_extensions import override
 
+from repopt.errors import UserError
+
 
 def wide(x: Tensor) -> Tensor:
     """Return the values in float32, or in their own type where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def all_wide(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all of them as `wide` does."""
+    return {name: wide(x) for name, x in values.items()}
 
 
 class Transform(GeneralizedRCNNTransform):
@@ -36,6 +43,9 @@ class Transform(GeneralizedRCNNTransform):
 
     Attributes:
         size: height and width to which all batches are padded; None = what the largest image of a batch takes.
+
+    Raises:
+        UserError: (where it is called) an image that is larger than `size`.
     """
 
     def __init__(
@@ -48,7 +58,10 @@ class Transform(GeneralizedRCNNTransform):
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         batch = super().batch_images(images, size_divisible)
         height, width = self.size or batch.shape[-2:]
-        return F.pad(batch, (0, width - batch.shape[-1], 0, height - batch.shape[-2]))
+        missing = height - batch.shape[-2], width - batch.shape[-1]
+        if min(missing) < 0:
+            raise UserError(f"images of {batch.shape[-2]} x {batch.shape[-1]} are larger than {height} x {width}")
+        return F.pad(batch, (0, missing[1], 0, missing[0]))
 
 
 class Anchors(AnchorGenerator):

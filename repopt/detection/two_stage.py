@@ -60,7 +60,9 @@ class TwoStage(Detector):
     @property
     @override
     def predictor(self) -> nn.Module:
-        return RegionPredictor(self.backbone, self.rpn)
+        found = RegionPredictor(self.backbone, self.rpn)
+        found.training = self.training
+        return found
 
     @override
     def losses(self, raw: Outputs, batch: ImageList, targets: Targets) -> Outputs:

@@ -108,7 +108,7 @@ def layers(graph: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def small_layers(graph: fx.GraphModule, size: int) -> Iterator[str]:
-    """Yield the paths of small layers, and of layers that nothing but small ones read.
+    """Yield the paths of small layers, and of layers that are read by layers, all of them small.
 
     Small ones have fewer output channels than `size`, and fewer products per output: depthwise convolutions, whatever
     their channels, and others with few input channels.

@@ -104,6 +104,7 @@ def training(subject: Subject, network: str) -> Training:
         f"configs/{search_recipe}.yaml",
         subject.kind,
         dict(subject.settings),
+        gpus=subject.gpus if search_recipe == recipe else 1,
         once=True,
     )
     return found.but(found.name, scales=search)

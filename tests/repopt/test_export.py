@@ -3,8 +3,10 @@
 import pytest
 import torch
 from test_convert import trained_norms
+from torch import nn
 
 import repopt
+from repopt import UserError
 
 onnx = pytest.importorskip("onnx")
 export = pytest.importorskip("repopt.export", exc_type=repopt.UserError)
@@ -41,3 +43,23 @@ def test_features(tmp_path):
     for found, expected in zip(export.OnnxNetwork(tmp_path / "a.onnx")(images).values(), model(images), strict=True):
         assert expected.std() > 0.01
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_difference_of_outputs():
+    own = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)}
+    assert export.relative_difference(dict(reversed(own.items())), own) == 0
+    assert export.relative_difference(own | {"a": torch.tensor([3.0, 4.5])}, own) == pytest.approx(0.1)
+    for wrong in (torch.ones(2), torch.full((2,), torch.nan)):
+        assert not export.relative_difference(own | {"b": wrong}, own) <= 1
+    assert not export.relative_difference(torch.tensor([torch.nan, 4.0]), own["a"]) <= 1
+
+
+def test_no_network_of_images_is_one_line(tmp_path):
+    class Vectors(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    program = torch.onnx.export(Vectors(), (torch.zeros(2, 3),), dynamo=True, verbose=False)
+    program.save(tmp_path / "a.onnx")
+    with pytest.raises(UserError, match="takes something else than images"):
+        export.OnnxNetwork(tmp_path / "a.onnx")

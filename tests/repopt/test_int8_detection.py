@@ -13,6 +13,7 @@ import repopt
 from repopt import export, quantization
 from repopt.detection import FCOS, HEADS, DetectorOn, EndToEnd, EndToEndDetector
 from repopt.detection.end_to_end import difference_of_objects
+from repopt.errors import UserError
 from repopt.nms import suppressed
 from repopt.quantization import flow
 
@@ -63,6 +64,22 @@ def test_on_its_own_predictor_it_is_the_detector(head):
     assert losses[0] == losses[1]
     assert dict(on.wrapped_module.named_parameters()).keys() == dict(model.named_parameters()).keys()
     assert sum(p.numel() for p in on.parameters()) == sum(p.numel() for p in model.parameters())
+    own = {id(p) for p in model.parameters()} - {id(p) for p in model.predictor.parameters()}
+    assert own == {id(p) for p in on.detector.parameters()}  # what trains in one is trained in the other
+
+
+def test_making_one_leaves_a_detector_in_eval_mode():
+    model = trained()
+    DetectorOn(model, model.predictor, model.transform)
+    assert not any(module.training for module in model.modules())
+    assert model.train().predictor.training
+
+
+def test_images_that_do_not_fit_are_one_line():
+    model = trained(head=FCOS)
+    model.transform.size = (64, 96)
+    with pytest.raises(UserError, match="images of 96 x 96 are larger than 64 x 96"):
+        model(batch()[0])
 
 
 @pytest.mark.parametrize("head", ["mask", FCOS])
@@ -73,7 +90,7 @@ def test_without_rounding_training_for_int8_is_the_float_training(head):
     model.transform.size = SIZE
     prepared = quantization.prepare(model.predictor, predictor_input(model), "qat", "default")
     prepared.network.apply(flow.pt2e.disable_fake_quant)
-    on = DetectorOn(model, prepared, model.transform)
+    on = DetectorOn(copy.deepcopy(model), prepared, model.transform)
     before = {name: value.clone() for name, value in model.named_parameters()}
     images, targets = batch(dtype=torch.float32)
     for form in (model.train(), on.train()):
@@ -131,7 +148,7 @@ def test_end_to_end_is_what_the_detector_finds():
     for head in model.head.values():  # half a box's sides are 0.3 of a place's, more or less
         nn.init.normal_(head.regression_head.bbox_reg.weight, std=1e-3)
         nn.init.constant_(head.regression_head.bbox_reg.bias, 0.3)
-    model.nms_thresh = 0.01
+    model.nms_thresh, model.transform.max_size = 0.01, 96
     network = EndToEnd(model, model.predictor, SIZE).double()
     images = [image[:, :64] for image in batch()[0]]  # which are padded
     with torch.no_grad():
@@ -173,6 +190,8 @@ def test_suppression_is_torchvisions():
         expected[labels[best], places[best]] = scores[number, labels[best], places[best]]
         assert torch.equal(kept[number], expected)
     assert 0 < (kept > 0).sum() < (scores > 0.4).sum()
+    shifted = suppressed(boxes - 40, scores, 0.5, 0.4)  # beyond the image
+    assert torch.equal(shifted, kept)
     torch.library.opcheck(suppressed, (boxes, scores, 0.5, 0.4))
 
 

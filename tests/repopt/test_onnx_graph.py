@@ -80,6 +80,27 @@ def test_channels_that_others_see_are_not_padded(tmp_path):
         assert sorted(kernels(tmp_path / f"{number}.onnx")) == sorted(shapes)
 
 
+class Scaled(nn.Module):
+    """Convolutions whose channels are scaled between, by constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 48, 1)
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 24).view(24, 1, 1))
+
+    def forward(self, x):
+        return self.last(self.first(x) * self.scale)
+
+
+@pytest.mark.parametrize(
+    "model", [Scaled(), nn.Sequential(nn.Conv2d(3, 24, 3), nn.Conv2d(24, 8, 3, groups=8), nn.Conv2d(8, 48, 1))]
+)
+def test_constants_by_channel_and_groups_of_channels_are_not_padded(tmp_path, model):
+    int8, images = int8_of(model)
+    assert export.write_onnx(int8, images, tmp_path / "int8.onnx") < 0.05
+    assert {shape[0] for shape in kernels(tmp_path / "int8.onnx")} <= {8, 24, 48}
+
+
 def test_the_linear_layer_runs_on_integers(tmp_path):
     int8, images = int8_of(Gated(20))
     export.write_onnx(int8, images, tmp_path / "int8.onnx")

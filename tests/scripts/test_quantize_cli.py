@@ -70,7 +70,7 @@ def ptq(target, tmp_path_factory):
 
 def int8_of(path):
     """The quantized network in a checkpoint."""
-    network, _, _ = trained.read(path).exported((32, 32))
+    network = trained.read(path).exported((32, 32)).predictor
     assert isinstance(network, quantization.Int8)
     return network
 
@@ -170,7 +170,7 @@ def test_calibration_and_control(target, ptq, tmp_path):
     assert runs["QLinearConv"] == 26
     assert runs["Conv"] + runs["FusedConv"] == 2
     again = trained.read(artifacts / "quantized.pth")
-    assert int8 == pytest.approx(accuracy(again.exported((32, 32))[0]))
+    assert int8 == pytest.approx(accuracy(again.exported((32, 32)).predictor))
     names = again.setting("QUANT.FLOAT_LAYERS")
     assert set(names.split(",")) < set(json.loads((artifacts / "signal_to_noise.json").read_text()))
     log = (artifacts.parent / "log_rank0.txt").read_text()
@@ -209,8 +209,9 @@ def divergence(logits, of_teacher):
 
 def test_the_loss_of_a_distillation():
     """Of what the student has last given in training."""
+    world = World(0, 1, torch.device("cpu"))
     student, teacher, x = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), torch.randn(5, 4)
-    task = tasks.create(config.build({"MODEL.ARCH": TARGET, "QUANT.DISTILL": 2.5}).cfg, World(0, 1, torch.device("cpu")))
+    task = tasks.create(config.build({"MODEL.ARCH": TARGET, "QUANT.DISTILL": 2.5}).cfg, world)
     with quantize.distillation(task, student, teacher) as loss:
         student.eval()(x)
         logits = student.train()(x)
@@ -226,7 +227,7 @@ def test_the_loss_of_a_distillation():
     student(x)
     with pytest.raises(IndexError):  # it is asked no more
         loss()
-    plain = tasks.create(config.build({"MODEL.ARCH": TARGET}).cfg, World(0, 1, torch.device("cpu")))
+    plain = tasks.create(config.build({"MODEL.ARCH": TARGET}).cfg, world)
     with quantize.distillation(plain, student, teacher) as loss:
         assert loss is None
 

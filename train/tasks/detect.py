@@ -122,7 +122,8 @@ class Detect(Task):
     @override
     def exported_images(self, images: Preprocessing) -> Preprocessing:
         spec = _images(self.cfg).spec
-        return replace(images, mean=spec.mean, std=spec.std, short_side=self.cfg.DETECT.SIZES[-1])
+        sizes = {"short_side": self.cfg.DETECT.SIZES[-1], "long_side": self.cfg.DETECT.MAX_SIZE}
+        return replace(images, mean=spec.mean, std=spec.std, **sizes)
 
     @override
     def divergence(self, outputs: Any, expected: Any) -> Tensor:
