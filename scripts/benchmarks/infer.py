@@ -98,13 +98,13 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
         images = random_images(arguments.detector_batch_size, arguments.detector_image_size)
         return Subject(f"FCOS, {name}", lambda mode: fcos_predictor(name, mode), baselines[name], images)
 
-    for make, names in ((classifier, archs), (detector, detectors)):
+    detected = "Inference of a detector, up to its raw predictions"
+    for title, make, names in (("Inference", classifier, archs), (detected, detector, detectors)):
         rows: list[Row] = []
         for subject in map(make, names):
             rows += measure(subject, rounds_of(arguments))
             count, _, height, width = subject.images.shape
-            kind = "Inference" if make is classifier else "Inference of a detector, up to its raw predictions"
-            yield f"{kind}, batches of {count} images of {height} x {width}", rows
+            yield f"{title}, batches of {count} images of {height} x {width}", rows
 
 
 def measure(subject: Subject, rounds: Rounds) -> Iterator[Row]:
