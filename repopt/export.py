@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +24,7 @@ from repopt.detection import EndToEnd
 from repopt.detection.end_to_end import difference_of_objects
 from repopt.errors import UserError, one_line
 from repopt.quantization import Int8, export_program
+from repopt.runtime import FileNetwork
 
 try:
     import onnx
@@ -141,41 +142,32 @@ def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
     return [OUTPUT] if count == 1 else [f"features_{number}" for number in range(count)]
 
 
-class OnnxNetwork(nn.Module):
-    """An ONNX file that onnxruntime runs on the CPU, (N, C, H, W) -> (N, num_classes), always in eval mode.
-
-    Of a network with several outputs it gives a dict of them by name.
+class OnnxNetwork(FileNetwork):
+    """A `FileNetwork` of an ONNX file, which onnxruntime runs.
 
     Args:
         path: path of the file.
         threads: threads of onnxruntime; None = as many as torch uses.
-
-    Attributes:
-        input_shape: channels, height and width of an image; None where any will do.
-        output_names: names of what it gives.
-        metadata: what the file says of itself.
 
     Raises:
         UserError: no such file, or no network that onnxruntime can run.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
-        super().__init__()
-        self._session = _session(Path(path), threads=threads or torch.get_num_threads())
-        self.training = False
-        shapes = [value.shape for value in self._session.get_inputs()]
+        session = _session(Path(path), threads=threads or torch.get_num_threads())
+        shapes = [value.shape for value in session.get_inputs()]
         if len(shapes) != 1 or len(shapes[0]) != 4:
             raise UserError(f"{os.fspath(path)!r} takes something else than images (N, C, H, W)")
-        self.input_shape = tuple(size if isinstance(size, int) else None for size in shapes[0][1:])
-        self.output_names = tuple(output.name for output in self._session.get_outputs())
-        self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        super().__init__(
+            (size if isinstance(size, int) else None for size in shapes[0][1:]),
+            (output.name for output in session.get_outputs()),
+            session.get_modelmeta().custom_metadata_map,
+        )
+        self._session = session
 
-    @torch.no_grad()
     @override
-    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
-        found = self._session.run(None, {self._session.get_inputs()[0].name: x.cpu().numpy()})
-        outputs = [torch.from_numpy(output).to(x.device) for output in found]
-        return outputs[0] if len(outputs) == 1 else dict(zip(self.output_names, outputs, strict=True))
+    def compute(self, images: Any) -> Iterable[Any]:
+        return self._session.run(None, {self._session.get_inputs()[0].name: images})
 
 
 def operations(path: str | os.PathLike[str]) -> Counter[str]:

@@ -6,14 +6,15 @@ Needs the extra openvino.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from typing_extensions import override
 
 from repopt.errors import UserError, one_line
+from repopt.runtime import FileNetwork
 
 try:
     import openvino
@@ -22,20 +23,14 @@ except ImportError as error:
     raise UserError(f"OpenVINO is not installed (pip install 'repopt[openvino]'): {one_line(error)}") from None
 
 
-class OpenVinoNetwork(nn.Module):
-    """An ONNX file that OpenVINO runs on the CPU, (N, C, H, W) -> (N, num_classes), always in eval mode.
+class OpenVinoNetwork(FileNetwork):
+    """A `FileNetwork` of an ONNX file, which OpenVINO runs.
 
-    Of a network with several outputs it gives a dict of them by name. What is not integers is float32; by itself
-    OpenVINO would take bfloat16 on CPUs that have it.
+    What is not integers is float32; by itself OpenVINO would take bfloat16 on CPUs that have it.
 
     Args:
         path: path of the file.
         threads: threads of OpenVINO; None = as many as torch uses.
-
-    Attributes:
-        input_shape: channels, height and width of an image; None where any will do.
-        output_names: names of what it gives.
-        metadata: what the file says of itself.
 
     Raises:
         UserError: no such file, or no network of images that OpenVINO can run; one of integers, where the CPU has no
@@ -43,7 +38,6 @@ class OpenVinoNetwork(nn.Module):
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
-        super().__init__()
         model = _read(Path(path))
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
@@ -51,22 +45,20 @@ class OpenVinoNetwork(nn.Module):
             "ENABLE_CPU_PINNING": False,  # processes would pin their threads to the same cores
         }
         try:
-            self._compiled = openvino.Core().compile_model(model, "CPU", settings)
+            compiled = openvino.Core().compile_model(model, "CPU", settings)
         except Exception as error:  # of many kinds, as an unknown operation
             raise _cannot_run(path, error) from None
-        self.training = False
-        sizes = [*model.input().partial_shape][1:]
-        self.input_shape = tuple(size.get_length() if size.is_static else None for size in sizes)
-        self.output_names = tuple(output.any_name for output in model.outputs)
         metadata = dict(model.get_rt_info()).get("framework", {})
-        self.metadata: Mapping[str, str] = {name: value.astype(str) for name, value in metadata.items()}
+        super().__init__(
+            (size.get_length() if size.is_static else None for size in [*model.input().partial_shape][1:]),
+            (output.any_name for output in model.outputs),
+            {name: value.astype(str) for name, value in metadata.items()},
+        )
+        self._compiled = compiled
 
-    @torch.no_grad()
     @override
-    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
-        found = self._compiled(x.cpu().numpy()).to_tuple()
-        outputs = [torch.from_numpy(output).to(x.device) for output in found]
-        return outputs[0] if len(outputs) == 1 else dict(zip(self.output_names, outputs, strict=True))
+    def compute(self, images: Any) -> Iterable[Any]:
+        return self._compiled(images).to_tuple()
 
     def count_integer_convolutions(self) -> int:
         """Count the convolutions that OpenVINO really computes with integers on this CPU."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"repopt.errors", "repopt.archive"},
     {"repopt.images"},
-    {"repopt.csla", "repopt.drawn", "repopt.torchfile", "repopt.onnx_graph", "repopt.nms"},
+    {"repopt.csla", "repopt.drawn", "repopt.torchfile", "repopt.onnx_graph", "repopt.nms", "repopt.runtime"},
     {"repopt.optim", "repopt.checkpoint"},
     {"repopt.layers"},
     {"repopt.blocks"},

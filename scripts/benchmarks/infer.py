@@ -178,26 +178,27 @@ def _contenders(subject: Subject) -> Iterator[tuple[str, Contender]]:
             yield "target, deployed, compiled", Contender(compiled, TRAINED)
         if images.device.type == "cpu":
             convolutions = sum(isinstance(module, nn.Conv2d) for module in deployed.modules())
-            for runtime, (fp32, int8, integers) in in_runtimes(model, images):
+            for runtime, (fp32, int8, integers) in in_runtimes(name, model, images):
                 yield fp32_in(runtime), Contender(forward_of(fp32), TRAINED, runtime)
                 words = f"{integers} of {convolutions}"
                 yield f"{fp32_in(runtime)} INT8", Contender(forward_of(int8), TRAINED, runtime, words)
 
 
-def in_runtimes(model: nn.Module, images: Tensor) -> Iterator[tuple[str, InRuntime]]:
+def in_runtimes(name: str, model: nn.Module, images: Tensor) -> Iterator[tuple[str, InRuntime]]:
     """Yield by name what runs ONNX files, with the network in it.
 
     What is not installed, or cannot run the network, is left out with a warning.
 
     Args:
+        name: of the network, for messages.
         model: the network, trained; it stays as it is.
         images: (N, C, H, W), on which INT8 is calibrated and the files are checked.
     """
     with tempfile.TemporaryDirectory() as folder:
-        fp32, int8 = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
+        fp32, int8 = Path(folder, f"{name}-fp32.onnx"), Path(folder, f"{name}-int8.onnx")
         try:
             write_files(model, images, fp32, int8)
-        except UserError as error:  # that an extra is missing is said once
+        except UserError as error:  # without the name: that an extra is missing is then said once
             warnings.warn(f"rows of onnxruntime and OpenVINO are left out: {one_line(error)}", stacklevel=1)
             return
         for runtime, load in ((ONNXRUNTIME, in_onnxruntime), (OPENVINO, in_openvino)):

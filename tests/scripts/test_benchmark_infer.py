@@ -105,7 +105,7 @@ def test_where_nothing_compiles_the_row_is_left_out(monkeypatch):
         return lambda images: torch._check(False, lambda: "no compiler")
 
     monkeypatch.setattr(torch, "compile", fails)
-    monkeypatch.setattr(infer, "in_runtimes", lambda model, images: [])
+    monkeypatch.setattr(infer, "in_runtimes", lambda name, model, images: [])
     with pytest.warns(UserWarning, match="RepOpt-VGG-nano: not compiled.*no compiler"):
         rows = measured("--arch", "RepOpt-VGG-nano")
     assert len(rows) == 4 and not any("compiled" in row["form"] for row in rows)
@@ -133,7 +133,7 @@ def test_without_openvino_its_rows_are_left_out_and_it_is_said_once(compiled, mo
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
         for _ in range(2):
-            found = [name for name, _ in infer.in_runtimes(nn.Flatten(), torch.zeros(1, 3, 8, 8))]
+            found = [name for name, _ in infer.in_runtimes("RepOpt-VGG-nano", nn.Flatten(), torch.zeros(1, 3, 8, 8))]
             assert found == ["onnxruntime"]
     (message,) = [str(warning.message) for warning in seen]
     assert message.startswith("rows of OpenVINO are left out: OpenVINO is not installed (pip install")
@@ -143,7 +143,9 @@ def test_a_network_that_onnxruntime_computes_otherwise_is_named(compiled, monkey
     from repopt import export
 
     monkeypatch.setattr(export, "MAX_DIFFERENCE_INT8", -1.0)
-    with pytest.warns(UserWarning, match="rows of onnxruntime and OpenVINO .* differ .*int8.onnx is not written"):
+    with pytest.warns(
+        UserWarning, match="rows of onnxruntime and OpenVINO .* differ .*RepOpt-VGG-nano-int8.onnx is not written"
+    ):
         rows = measured("--arch", "RepOpt-VGG-nano")
     assert len(rows) == 5 and not any(row["form"] in ONNXRUNTIME + OPENVINO for row in rows)
 

@@ -107,7 +107,7 @@ def test_every_part_of_a_tiny_run_finds_what_it_is_for(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     monkeypatch.setattr(optimizer, "IMPLEMENTATIONS", ("eager",))
     # On a GPU there are no such rows, and test_benchmark_infer has them.
-    monkeypatch.setattr(infer, "in_runtimes", lambda model, images: [])
+    monkeypatch.setattr(infer, "in_runtimes", lambda name, model, images: [])
     for module in (device, training):
         monkeypatch.setattr(module, "matrix_rate", lambda device: 1e12)
     for module in (device, hyper_search):
