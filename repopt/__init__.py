@@ -10,11 +10,24 @@ from repopt.blocks import declared_blocks
 from repopt.branches import hold_branches, share_branches
 from repopt.checkpoint import load_weights
 from repopt.convert import Declaration, convert_model, register_block
-from repopt.csla import Block, Branch, ConvBranch, GradMult, IdentityBranch, Target
+from repopt.csla import (
+    Block,
+    Branch,
+    ConvBranch,
+    FilterBranch,
+    FrozenConvBranch,
+    FunctionBlock,
+    GradMap,
+    GradMult,
+    IdentityBranch,
+    PlacedBranch,
+    PriorBranch,
+    Target,
+)
 from repopt.declare import declare
 from repopt.deploy import deploy
 from repopt.errors import EquivalenceWarning, UserError
-from repopt.layers import RepConv2d
+from repopt.layers import RepConv1d, RepConv2d, RepConv3d, RepLayer, RepLinear
 from repopt.load import load
 from repopt.merge import PlainNetwork, merge_branches
 from repopt.models import create_model, list_models
@@ -40,6 +53,7 @@ from repopt.scales import (
     load_scales,
     save_scales,
 )
+from repopt.transposed import RepConvTranspose
 
 __version__ = "0.2.0"
 
@@ -51,14 +65,25 @@ __all__ = [
     "ConvBranch",
     "Declaration",
     "EquivalenceWarning",
+    "FilterBranch",
+    "FrozenConvBranch",
+    "FunctionBlock",
+    "GradMap",
     "GradMult",
     "HeldBranches",
     "IdentityBranch",
     "JointOptimizer",
+    "PlacedBranch",
     "PlainNetwork",
+    "PriorBranch",
     "RepAdam",
     "RepAdamW",
+    "RepConv1d",
     "RepConv2d",
+    "RepConv3d",
+    "RepConvTranspose",
+    "RepLayer",
+    "RepLinear",
     "RepLion",
     "RepOptimizer",
     "RepRMSprop",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -12,20 +12,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from repopt.csla import Block
 from repopt.errors import UserError
-from repopt.layers import Mode, ModuleWrapper, RepConv2d
+from repopt.layers import Mode, ModuleWrapper, RepLayer
+
+Plain = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+PLAIN = get_args(Plain)  # of which kernels may be declared
 
 
 @dataclass(frozen=True, eq=False)
 class DeclaredConv:
-    """A convolution of any network, declared to have branches that an optimizer holds (`repopt.declare`).
+    """A convolution or linear layer of any network, declared to have branches (`repopt.declare`).
 
     Attributes:
         block: the declaration.
-        conv: the convolution.
+        conv: the layer.
     """
 
     block: Block
-    conv: nn.Conv2d
+    conv: Plain
     mode: ClassVar[Mode] = "target"
 
     _KEY: ClassVar[str] = "repopt_block"  # of the declaration in the convolution's attributes
@@ -34,10 +37,10 @@ class DeclaredConv:
     def of(cls, module: nn.Module) -> DeclaredConv | None:
         """Return what a module is declared to be, if it is."""
         block = vars(module).get(cls._KEY)
-        return None if block is None or not isinstance(module, nn.Conv2d) else cls(block, module)
+        return None if block is None or not isinstance(module, PLAIN) else cls(block, module)
 
     @classmethod
-    def mark(cls, conv: nn.Conv2d, block: Block) -> None:
+    def mark(cls, conv: Plain, block: Block) -> None:
         """Declare a convolution."""
         setattr(conv, cls._KEY, block)
 
@@ -47,7 +50,7 @@ class DeclaredConv:
         vars(module).pop(cls._KEY, None)
 
     def kernel(self) -> Tensor:
-        """Return the kernel, (O, I, kh, kw)."""
+        """Return the kernel, (O, I, *k)."""
         return self.conv.weight
 
     def values(self, name: str) -> Tensor:
@@ -56,7 +59,7 @@ class DeclaredConv:
         return self.conv.weight
 
 
-DeclaredBlock = RepConv2d | DeclaredConv
+DeclaredBlock = RepLayer | DeclaredConv
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -77,7 +80,7 @@ def declared_blocks(model: nn.Module, *modes: Mode) -> list[tuple[str, DeclaredB
     """
     found: list[tuple[str, DeclaredBlock]] = []
     for path, module in unwrapped(model).named_modules():
-        block = module if isinstance(module, RepConv2d) else DeclaredConv.of(module)
+        block = module if isinstance(module, RepLayer) else DeclaredConv.of(module)
         if block is not None:
             found.append((path, block))
     if modes and not found:

@@ -80,11 +80,11 @@ def share_branches(branched: nn.Module, plain: nn.Module) -> dict[str, HeldBranc
     blocks = dict(declared_blocks(branched, "hs", "csla"))
     held = {}
     for name, path, module in trained_kernels(plain):
-        other, branches = blocks[path], module.block.branches
+        other, names = blocks[path], module.block.names()
         held[name] = HeldBranches(
             module.block,
-            {branch.kernel: other.values(branch.kernel) for branch in branches},
-            {branch.scale: other.values(branch.scale) for branch in branches if branch.scale is not None},
+            {kernel: other.values(kernel) for kernel, _ in names},
+            {scale: other.values(scale) for _, scale in names if scale is not None},
             searched=other.mode == "hs",
         )
         module.kernel().copy_(held[name].merged())
@@ -118,14 +118,14 @@ def held_state(optimizer: BranchOptimizer, branched: nn.Module, state_dict: Mapp
 
 def _split(block: Block, path: str, kernel: Tensor, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return kernels that add up to one: the first of its shape takes all of it."""
-    for first in block.branches:
-        if first.scale is not None and first.kernel_shape(block.target) == tuple(kernel.shape):
-            scale = scales[first.scale]
-            if not scale.all():
-                raise UserError(f"block {path!r} has a scale of 0, so its weights cannot be kept")
-            zeros = {b.kernel: kernel.new_zeros(b.kernel_shape(block.target)) for b in block.branches}
-            return zeros | {first.kernel: kernel / scale.view(-1, *[1] * (kernel.dim() - 1))}
-    raise UserError(f"block {path!r} has no branch of the whole size, so its weights cannot be kept")
+    first = block.whole_branch()
+    if first is None or first.scale is None:
+        raise UserError(f"block {path!r} has no branch of the whole size, so its weights cannot be kept")
+    scale = scales[first.scale]
+    if not scale.all():
+        raise UserError(f"block {path!r} has a scale of 0, so its weights cannot be kept")
+    zeros = {b.kernel: kernel.new_zeros(b.kernel_shape(block.target)) for b in block.branches}
+    return zeros | {first.kernel: kernel / scale.view(-1, *[1] * (kernel.dim() - 1))}
 
 
 def _parameter(value: Tensor, kernel: Tensor) -> nn.Parameter:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -48,58 +48,62 @@ class ParamHolder(nn.Module):
             self.register_buffer("weight", values)
 
 
-class RepConv2d(nn.Module):
-    """The linear part of a declared block, (N, C, H, W) -> (N, O, H', W'), in one of three modes.
+class RepLayer(nn.Module, ABC):
+    """The linear part of a declared block in one of three modes; a subclass says which linear operation it is.
 
     - ``hs``: every branch has its kernel, and the scales are trained (Hyper-Search).
     - ``csla``: the same with constant scales: the equivalent multi-branch network whose path a RepOptimizer follows.
-    - ``target``: one plain `nn.Conv2d`.
+    - ``target``: one plain module with the kernel that the branches add up to.
 
-    It stands alone, or a block of a model derives from it, adds what follows the convolution (batch norm,
-    non-linearity), and calls `conv2d` in its forward. A block is linear up to its batch norm, so hs and csla run one
-    convolution with the merged kernel, not one per branch.
+    A block is linear up to its batch norm, so hs and csla run one operation with the merged kernel, not one per branch.
 
     Args:
         block: the declaration. Its names become names of submodules; they may be dotted.
         mode: one of the three.
-        stride, dilation: of the convolution, as `nn.Conv2d` takes them; every branch is dilated alike. The padding is
-            the one that keeps the size at stride 1.
     """
 
-    def __init__(self, block: Block, mode: Mode, stride: int = 1, dilation: int = 1) -> None:
+    def __init__(self, block: Block, mode: Mode) -> None:
         super().__init__()
-        self.block, self.mode, self.stride, self.dilation = block, mode, stride, dilation
-        out_channels, _, height, width = block.target.shape
-        self.padding = dilation * (height // 2), dilation * (width // 2)
-        if mode == "target":
-            conv = _same_conv2d(block.target.shape, stride, block.target.groups, dilation, bias=False)
-            add_submodule_by_path(self, block.target.name, conv)
-            mark_drawn(conv.weight)
-            return
-        kernels = block.init_kernels({})
-        for branch in block.branches:
-            add_submodule_by_path(self, branch.kernel, ParamHolder(kernels[branch.kernel]))
-            if branch.scale is not None:
-                scale = kernels[branch.kernel].new_full((out_channels,), branch.initial)
-                add_submodule_by_path(self, branch.scale, ParamHolder(scale, trainable=mode == "hs"))
+        self.block, self.mode = block, mode
 
-    def conv2d(self, x: Tensor) -> Tensor:
-        """Return the sum of the branches' outputs, (N, C, H, W) -> (N, O, H', W')."""
+    def _add_kernels(self) -> None:
+        """Add what the mode has of kernels and scales, once all else is known that `plain_module` reads."""
         if self.mode == "target":
-            return self.get_submodule(self.block.target.name)(x)
-        return F.conv2d(x, self.kernel(), None, self.stride, self.padding, self.dilation, self.block.target.groups)
+            plain = self.plain_module()
+            add_submodule_by_path(self, self.block.target.name, plain)
+            mark_drawn(self.values(self.block.target.name))
+            return
+        kernels = self.block.init_kernels({})
+        for kernel, _ in self.block.names():
+            add_submodule_by_path(self, kernel, ParamHolder(kernels[kernel]))
+            for branch in self.block.branches:
+                if branch.kernel == kernel and branch.scale is not None:
+                    scale = kernels[kernel].new_full(self.block.target.shape[:1], branch.initial)
+                    add_submodule_by_path(self, branch.scale, ParamHolder(scale, trainable=self.mode == "hs"))
+
+    @abstractmethod
+    def plain_module(self) -> nn.Module:
+        """Return a new plain module, whose ``weight`` is the target kernel."""
+
+    @abstractmethod
+    def with_kernel(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """Return what the plain module of a given kernel makes of x."""
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2d(x)
+        """Return the sum of the branches' outputs."""
+        if self.mode == "target":
+            return self.get_submodule(self.block.target.name)(x)
+        return self.with_kernel(x, self.kernel())
 
     def kernel(self) -> Tensor:
-        """Return the kernel that the block amounts to, (O, I, kh, kw), differentiable."""
+        """Return the kernel that the block amounts to, (O, I, *k), differentiable."""
         if self.mode == "target":
             return self.values(self.block.target.name)
+        names = self.block.names()
         return self.block.merge(
-            {b.kernel: self.values(b.kernel) for b in self.block.branches},
-            {b.scale: self.values(b.scale) for b in self.block.branches if b.scale is not None},
+            {kernel: self.values(kernel) for kernel, _ in names},
+            {scale: self.values(scale) for _, scale in names if scale is not None},
         )
 
     def values(self, name: str) -> Tensor:
@@ -112,11 +116,94 @@ class RepConv2d(nn.Module):
         """Refuse `torch.jit.script`, which would put what it compiles into the network in this one's place."""
         raise UserError("torch.jit.script takes another network with declared blocks after repopt.deploy")
 
+
+class RepLinear(RepLayer):
+    """A declared linear layer without a bias, (..., I) -> (..., O); see `RepLayer`."""
+
+    def __init__(self, block: Block, mode: Mode) -> None:
+        super().__init__(block, mode)
+        _check_dims(self, 0)
+        self._add_kernels()
+
+    @override
+    def plain_module(self) -> nn.Linear:
+        out_features, in_features = self.block.target.shape
+        return nn.Linear(in_features, out_features, bias=False)
+
+    @override
+    def with_kernel(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return F.linear(x, kernel)
+
+
+class RepConv(RepLayer):
+    """A declared convolution without a bias, of as many dimensions as its kernel has; see `RepLayer`.
+
+    Args:
+        block, mode: see `RepLayer`.
+        stride, dilation: of the convolution, as torch's take them; every branch is dilated alike. The padding is the
+            one that keeps the size at stride 1.
+    """
+
+    dims: ClassVar[int]
+
+    def __init__(self, block: Block, mode: Mode, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__(block, mode)
+        _check_dims(self, self.dims)
+        self.stride, self.dilation = stride, dilation
+        self.padding = same_padding(block.target.shape, dilation)
+        self._add_kernels()
+
+    @override
+    def plain_module(self) -> nn.Module:
+        return _same_conv(self.block.target.shape, self.stride, self.block.target.groups, self.dilation, bias=False)
+
+    @override
+    def with_kernel(self, x: Tensor, kernel: Tensor) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+        return convolve(x, kernel, None, self.stride, self.padding, self.dilation, self.block.target.groups)
+
+
+class RepConv1d(RepConv):
+    """A declared convolution, (N, C, L) -> (N, O, L'); see `RepConv`."""
+
+    dims = 1
+
+
+class RepConv3d(RepConv):
+    """A declared convolution, (N, C, D, H, W) -> (N, O, D', H', W'); see `RepConv`."""
+
+    dims = 3
+
+
+class RepConv2d(RepConv):
+    """A declared convolution, (N, C, H, W) -> (N, O, H', W'); see `RepConv`.
+
+    It stands alone, or a block of a model derives from it, adds what follows the convolution (batch norm,
+    non-linearity), and calls `conv2d` in its forward.
+    """
+
+    dims = 2
+
+    def conv2d(self, x: Tensor) -> Tensor:
+        """Return the sum of the branches' outputs, (N, C, H, W) -> (N, O, H', W')."""
+        return RepLayer.forward(self, x)
+
     def folded(self, bn: nn.BatchNorm2d) -> nn.Conv2d:
         """Return the convolution with a bias that this one and a batch norm after it are in eval mode."""
         scale, shift = batch_norm_as_affine(bn)
         kernel = self.kernel() * scale.view(-1, 1, 1, 1)
         return conv2d_of(kernel, shift, self.stride, self.block.target.groups, self.dilation)
+
+
+def _check_dims(layer: RepLayer, dims: int) -> None:
+    shape = layer.block.target.shape
+    if len(shape) != 2 + dims:
+        raise UserError(f"{type(layer).__name__} takes a kernel of {2 + dims} dimensions, not {shape}")
+
+
+def same_padding(shape: Shape, dilation: int) -> Shape:
+    """Return the padding by which a convolution of a kernel (O, I, *k), k odd, keeps the size at stride 1."""
+    return tuple(dilation * (k // 2) for k in shape[2:])
 
 
 class Deployable(nn.Module, ABC):
@@ -232,16 +319,18 @@ def fold_batch_norm(module: nn.Module, conv: str, bn: str) -> None:
 
 def conv2d_of(kernel: Tensor, bias: Tensor, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """Return a convolution with a given kernel (O, I, kh, kw) and bias (O,), padded to keep the size at stride 1."""
-    conv = _same_conv2d(kernel.shape, stride, groups, dilation, device="meta")
+    conv = _same_conv(kernel.shape, stride, groups, dilation, device="meta")
+    assert isinstance(conv, nn.Conv2d)
     conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
     return conv
 
 
-def _same_conv2d(shape: Shape, stride: int, groups: int, dilation: int, **settings: Any) -> nn.Conv2d:
-    """Return a convolution whose kernel is (O, I, kh, kw), padded to keep the size at stride 1."""
-    out_channels, per_group, height, width = shape
-    padding = dilation * (height // 2), dilation * (width // 2)
-    return nn.Conv2d(per_group * groups, out_channels, (height, width), stride, padding, dilation, groups, **settings)
+def _same_conv(shape: Shape, stride: int, groups: int, dilation: int, **settings: Any) -> nn.Module:
+    """Return a convolution whose kernel is (O, I, *k), padded to keep the size at stride 1."""
+    out_channels, per_group, *size = shape
+    conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(size) - 1]
+    padding = same_padding(shape, dilation)
+    return conv(per_group * groups, out_channels, tuple(size), stride, padding, dilation, groups, **settings)
 
 
 def checkpoint_forward(module: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:

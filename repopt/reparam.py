@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repopt.blocks import declared_blocks, key_of, unwrapped
-from repopt.csla import GradMult
+from repopt.csla import Multiplier
 from repopt.errors import UserError, unknown
 from repopt.optim import (
     PLAIN_ONLY,
@@ -40,7 +40,7 @@ def initialize(model: nn.Module, scales: Scales, *, identity: IdentityInit = "se
     bind(model, scales).initialize(identity=identity)
 
 
-def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, GradMult]:
+def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Multiplier]:
     """Return the multiplier of every declared block's gradient, by parameter name (Rule of Iteration).
 
     Args:
@@ -54,7 +54,7 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Gr
 
     Raises:
         UserError: the scales are not those of this model, or those of two blocks with one kernel differ; the message
-            names the block.
+            names the block. Or no constants follow a block under such rules.
     """
     declared_blocks(model, "target")  # refuses another mode before it looks at the scales
     return bind(model, scales).grad_mults(degree)
@@ -67,10 +67,10 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     and always in csla mode, where the equivalence needs it.
     """
     kernels = {
-        key_of(path, branch.kernel)
+        key_of(path, kernel)
         for path, module in declared_blocks(model)
-        for branch in module.block.branches
-        if module.mode == "csla" or (module.mode == "hs" and branch.scale is None and branch.decay_in_search)
+        for kernel, _ in module.block.names()
+        if module.mode != "target" and kernel not in module.block.undecayed(searched=module.mode == "hs")
     }
     decayed: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []

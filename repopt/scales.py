@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from repopt import checkpoint
 from repopt.blocks import DeclaredBlock, declared_blocks, key_of, trained_kernels, unwrapped
-from repopt.csla import GradMult
+from repopt.csla import Multiplier
 from repopt.errors import UserError, shown, unknown
 from repopt.optim import HeldBranches, clip_grad_norm_
 
@@ -50,9 +50,9 @@ class BoundScales:
                 for name, tensor in (values | kernels).items():
                     module.values(name).copy_(tensor)
 
-    def grad_mults(self, degree: int) -> dict[str, GradMult]:
+    def grad_mults(self, degree: int) -> dict[str, Multiplier]:
         """Return the multipliers of the Rule of Iteration by parameter name; see `repopt.grad_mults`."""
-        mults: dict[str, GradMult] = {}
+        mults: dict[str, Multiplier] = {}
         for name, path, module in trained_kernels(self.model):
             scales = {own: scale.double() for own, scale in self.block_scales(path, module).items()}
             mult = module.block.grad_mult(scales, degree).to_like(module.kernel())  # rounded once, here
@@ -76,7 +76,7 @@ class BoundScales:
         return clip_grad_norm_(self.model.named_parameters(), max_norm, self._squares)
 
     @functools.cached_property
-    def _squares(self) -> dict[str, GradMult]:
+    def _squares(self) -> dict[str, Multiplier]:
         return self.grad_mults(degree=1)
 
     def block_scales(self, path: str, module: DeclaredBlock) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from typing_extensions import override
 
 from repopt.errors import UserError, shown
-from repopt.layers import RepConv2d, checkpoint_forward
+from repopt.layers import RepLayer, checkpoint_forward
 
 POOLS = ("", "avg", "max", "avgmax")
 
@@ -219,7 +219,7 @@ class Network(nn.Module):
         Raises:
             UserError: the branches of hs and csla modes are added up by operations that it does not know.
         """
-        if any(isinstance(module, RepConv2d) and module.mode != "target" for module in self.modules()):
+        if any(isinstance(module, RepLayer) and module.mode != "target" for module in self.modules()):
             raise UserError("torch.jit.script takes a network in target mode, or one after repopt.deploy")
         traced = fx.symbolic_trace(self)
         for node in traced.graph.nodes:

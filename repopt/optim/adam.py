@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from repopt.csla import GradMult
+from repopt.csla import Multiplier
 from repopt.errors import UserError
 from repopt.optim.base import Implementation, NamedParams, RepOptimizer
 from repopt.optim.update import Hyper, State
@@ -41,7 +41,7 @@ class RepAdam(RepOptimizer):
         *,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
-        grad_mults: Mapping[str, GradMult],
+        grad_mults: Mapping[str, Multiplier],
         implementation: Implementation = "auto",
     ) -> None:
         check_betas(betas)
@@ -101,7 +101,7 @@ class RepAdamW(RepAdam):
         amsgrad: bool = False,
         *,
         capturable: bool = False,
-        grad_mults: Mapping[str, GradMult],
+        grad_mults: Mapping[str, Multiplier],
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__(

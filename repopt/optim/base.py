@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from repopt.csla import GradMult
+from repopt.csla import GradMap, Multiplier
 from repopt.errors import UserError, unknown
 from repopt.optim.compiled import CompiledUpdate, CompileError, in_layout_of
 from repopt.optim.flat import FlatParams
@@ -71,7 +71,7 @@ class RepOptimizer(torch.optim.Optimizer):
         self,
         params: NamedParams,
         defaults: dict[str, Any],
-        grad_mults: Mapping[str, GradMult],
+        grad_mults: Mapping[str, Multiplier],
         implementation: Implementation,
     ) -> None:
         for name, value in defaults.items():
@@ -81,12 +81,12 @@ class RepOptimizer(torch.optim.Optimizer):
         self.implementation = check_implementation(implementation)
         self._rule = Rule(self.compute_update, self.degree)
         self._constants = tuple(name for name in defaults if name != "lr")
-        self._mults: dict[Tensor, tuple[str, GradMult]] = {}
+        self._mults: dict[Tensor, tuple[str, Multiplier]] = {}
         self._reset_caches()
-        self._unmatched_mults: dict[str, GradMult] | None = dict(grad_mults)
+        self._unmatched_mults: dict[str, Multiplier] | None = dict(grad_mults)
         self.max_norm: float | None = None
         self.norm: Tensor | None = None
-        self._norm_mults: Mapping[str, GradMult] | None = None  # of degree 1; None = the optimizer's own
+        self._norm_mults: Mapping[str, Multiplier] | None = None  # of degree 1; None = the optimizer's own
         super().__init__(params, defaults)
         check_all_matched(self._unmatched_mults, named_in(self.param_groups))
         self._unmatched_mults = None
@@ -107,11 +107,11 @@ class RepOptimizer(torch.optim.Optimizer):
         return {}
 
     @property
-    def grad_mults(self) -> dict[str, GradMult]:
+    def grad_mults(self) -> dict[str, Multiplier]:
         """Return the multipliers by parameter name."""
         return dict(self._mults.values())
 
-    def clip_to(self, max_norm: float | None, grad_mults: Mapping[str, GradMult] | None = None) -> Self:
+    def clip_to(self, max_norm: float | None, grad_mults: Mapping[str, Multiplier] | None = None) -> Self:
         """Clip in every step, after a closure and any unscaling, as `repopt.clip_grad_norm_` would before it.
 
         The gradients themselves stay as they are.
@@ -141,7 +141,7 @@ class RepOptimizer(torch.optim.Optimizer):
         """
         return multi_branch_norm(params_in(self.param_groups), self._mults_of_norm())
 
-    def _mults_of_norm(self) -> Mapping[str, GradMult]:
+    def _mults_of_norm(self) -> Mapping[str, Multiplier]:
         own = self.grad_mults
         mults = own if self._norm_mults is None else self._norm_mults
         check_norm_mults(mults, mults)
@@ -151,10 +151,12 @@ class RepOptimizer(torch.optim.Optimizer):
 
     def multiplier_bytes(self) -> int:
         """Return the memory that the multipliers take, with the copies and layouts made of them, in bytes."""
-        mults = [mult for _, mult in self._mults.values()] + [slot.mult for _, slot in self._slots.values()]
-        mults += (self._norm_mults or {}).values()
-        tensors = [tensor for mult in mults if mult is not None for tensor in mult.tensors()]
-        tensors += self._compiled_update.tensors()
+        slots = [slot for _, slot in self._slots.values()]
+        maps = [slot.grad_map for slot in slots if slot.grad_map is not None]
+        mults = [*(mult for _, mult in self._mults.values()), *maps, *(self._norm_mults or {}).values()]
+        mults += [slot.mult for slot in slots if slot.mult is not None]
+        tensors = [tensor for mult in mults for tensor in mult.tensors()] + self._compiled_update.tensors()
+        tensors += [grad_map.matrices for grad_map in maps if grad_map.matrices is not None]
         return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
     @override
@@ -196,7 +198,7 @@ class RepOptimizer(torch.optim.Optimizer):
         if group.get("maximize"):
             raise UserError("a RepOptimizer minimizes: maximize=True is not followed")
 
-    def _check_mult(self, name: str, param: Tensor, mult: GradMult) -> None:
+    def _check_mult(self, name: str, param: Tensor, mult: Multiplier) -> None:
         if param.shape != mult.shape:
             raise UserError(f"the Grad Mult of {name!r} is for {tuple(mult.shape)}, not {tuple(param.shape)}")
         if mult.degree != self.degree:
@@ -214,7 +216,7 @@ class RepOptimizer(torch.optim.Optimizer):
                 saved[FINGERPRINT] = sum(map(fingerprint, mults))
         return content
 
-    def _mults_of(self, group: dict[str, Any]) -> list[GradMult]:
+    def _mults_of(self, group: dict[str, Any]) -> list[Multiplier]:
         return [self._mults[param][1] for param in group["params"] if param in self._mults]
 
     @override
@@ -270,7 +272,10 @@ class RepOptimizer(torch.optim.Optimizer):
             for param, (is_first, slot), scalars in zip(params, slots, scalars_of, strict=True):
                 if slot.param.numel():  # a process may have nothing of a small parameter
                     own = {**constants, **self.first_step_overrides} if is_first else constants
-                    (first if is_first else updates).append(ParamUpdate(slot, local_gradient(param), own, scalars))
+                    gradient = local_gradient(param)
+                    if slot.grad_map is not None:
+                        gradient = slot.grad_map(gradient)
+                    (first if is_first else updates).append(ParamUpdate(slot, gradient, own, scalars))
         eager_update(self._rule, first)
         updates = self._flat_params.flatten(updates)
         if updates and self._compiles():
@@ -316,7 +321,8 @@ class RepOptimizer(torch.optim.Optimizer):
         if param in self._mults:
             name, mult = self._mults[param]
             mult = local_mult(name, param, mult).to_like(here)
-        slot = ParamSlot(here, mult, {name: local(state[name]) for name in names})
+        of_state = {name: local(state[name]) for name in names}
+        slot = ParamSlot(here, None, of_state, mult) if isinstance(mult, GradMap) else ParamSlot(here, mult, of_state)
         self._slots[param] = _memory(here, names, state), slot
         return bool(missing), slot
 
@@ -410,7 +416,7 @@ class RepOptimizer(torch.optim.Optimizer):
         self._reset_caches()
 
 
-def fingerprint(mult: GradMult) -> float:
+def fingerprint(mult: Multiplier) -> float:
     """Return a number that tells multipliers apart, whatever device and precision they are on: a weighted sum."""
     flat = torch.cat([tensor.detach().double().cpu().flatten() for tensor in mult.tensors()])
     return float(flat @ (2 + torch.arange(1, len(flat) + 1, dtype=torch.float64).cos()))
@@ -475,7 +481,7 @@ def _on_host(answer: Tensor) -> bool:
     return answer.device.type == "cpu"
 
 
-def check_norm_mults(mults: Mapping[str, GradMult], names: Iterable[str]) -> None:
+def check_norm_mults(mults: Mapping[str, Multiplier], names: Iterable[str]) -> None:
     """Raise UserError where multipliers are not those of the norm (degree 1), or not of these parameters."""
     if any(mult.degree != 1 for mult in mults.values()):
         raise UserError(
@@ -486,7 +492,7 @@ def check_norm_mults(mults: Mapping[str, GradMult], names: Iterable[str]) -> Non
     check_all_matched({name: mult for name, mult in mults.items() if name not in known}, known)
 
 
-def check_all_matched(mults: Mapping[str, GradMult], names: Iterable[str]) -> None:
+def check_all_matched(mults: Mapping[str, Multiplier], names: Iterable[str]) -> None:
     """Raise UserError where multipliers are left over that none of the named parameters has taken."""
     for name in mults:
         wrapped = next((other for other in names if other.endswith(f".{name}")), None)

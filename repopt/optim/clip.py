@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from repopt.csla import GradMult
+from repopt.csla import Multiplier
 from repopt.optim.base import check_norm_mults
 from repopt.optim.norm import clip_factor, multi_branch_norm
 from repopt.optim.shards import local
@@ -16,7 +16,7 @@ from repopt.optim.watch import follow_clip, warn
 
 @torch.no_grad()
 def clip_grad_norm_(
-    named_parameters: Iterable[tuple[str, Tensor]], max_norm: float, grad_mults: Mapping[str, GradMult]
+    named_parameters: Iterable[tuple[str, Tensor]], max_norm: float, grad_mults: Mapping[str, Multiplier]
 ) -> Tensor:
     """Scale the gradients in place so that the norm which the CSLA network's gradients would have is at most max_norm.
 

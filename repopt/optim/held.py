@@ -58,16 +58,15 @@ class HeldBranches:
     def trained(self) -> dict[str, Tensor]:
         """Return what the rule updates, by name: of one branch after the other the kernel, then the scale."""
         found: dict[str, Tensor] = {}
-        for branch in self.block.branches:
-            found[branch.kernel] = self.kernels[branch.kernel]
-            if self.searched and branch.scale is not None:
-                found[branch.scale] = self.scales[branch.scale]
+        for kernel, scale in self.block.names():
+            found[kernel] = self.kernels[kernel]
+            if self.searched and scale is not None:
+                found[scale] = self.scales[scale]
         return found
 
     def undecayed(self) -> set[str]:
         """Return the names of what is not decayed: scales, and in a search the kernels whose declaration says so."""
-        kept = {b.kernel for b in self.block.branches if b.scale is None and not b.decay_in_search}
-        return {*self.scales, *(kept if self.searched else ())}
+        return {*self.scales, *self.block.undecayed(searched=self.searched)}
 
     def find(self, entry: str) -> tuple[Tensor | None, str]:
         """Return the kernel or scale that an entry of the plain kernel's state belongs to, and the rule's name for it.

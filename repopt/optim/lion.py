@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from repopt.csla import GradMult
+from repopt.csla import Multiplier
 from repopt.optim.adam import check_betas
 from repopt.optim.base import Implementation, NamedParams, RepOptimizer
 from repopt.optim.update import Hyper, State
@@ -26,7 +26,7 @@ class RepLion(RepOptimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
-        grad_mults: Mapping[str, GradMult],
+        grad_mults: Mapping[str, Multiplier],
         implementation: Implementation = "auto",
     ) -> None:
         check_betas(betas)

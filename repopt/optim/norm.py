@@ -9,21 +9,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from repopt.csla import GradMult
+from repopt.csla import Multiplier
 from repopt.optim.shards import local_gradient, local_mult, shard_groups
 
 
-def multi_branch_norm(named_parameters: Iterable[tuple[str, Tensor]], grad_mults: Mapping[str, GradMult]) -> Tensor:
+def multi_branch_norm(named_parameters: Iterable[tuple[str, Tensor]], grad_mults: Mapping[str, Multiplier]) -> Tensor:
     """Return the 2-norm over all gradients of the multi-branch network, a scalar; nothing waits for the device.
 
-    A branch's gradient is ``s_k`` times the merged kernel's, taken where the branch is embedded, so the squared norm
-    over all branches is ``sum(M * g^2)`` with the multiplier M of SGD.
+    A branch's gradient is ``A_k^T(s_k G)``, so the squared norm over all branches is ``<G, P G>`` with the multiplier P
+    of SGD: ``sum(M * G^2)`` where it is one number per entry.
 
     Args:
         named_parameters: those of the plain model; parameters without a gradient are passed over.
         grad_mults: of degree 1, by parameter name.
     """
-    alike: dict[Any, list[tuple[Tensor, GradMult | None]]] = {}
+    alike: dict[Any, list[tuple[Tensor, Multiplier | None]]] = {}
     for name, param in named_parameters:
         if param.grad is None:
             continue
@@ -52,19 +52,11 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _squared_norm(members: Sequence[tuple[Tensor, GradMult | None]]) -> Tensor:
-    """Return ``sum(M * g^2)`` over gradients of one device and dtype, in little more than one kernel per gradient.
-
-    M is the same for all input channels of a filter, but for the diagonal: so their squares are added up first.
-    """
+def _squared_norm(members: Sequence[tuple[Tensor, Multiplier | None]]) -> Tensor:
+    """Return ``<G, P G>`` over gradients of one device and dtype, in little more than one kernel per gradient."""
     dtype = torch.promote_types(members[0][0].dtype, torch.float32)  # squares of halves overflow
     plain = [gradient for gradient, mult in members if mult is None]
-    pairs: list[tuple[Tensor, ...]] = [
-        (mult.filter, torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=dtype))
-        for gradient, mult in members
-        if mult is not None
-    ]
-    pairs += [pair for gradient, mult in members if mult is not None for pair in mult.on_diagonal(gradient)]
+    pairs = [pair for gradient, mult in members if mult is not None for pair in mult.squares(gradient, dtype)]
     if plain:
         norms = torch.stack(torch._foreach_norm(plain, 2, dtype))
         pairs.append((torch.ones_like(norms), norms))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from repopt.csla import GradMult
+from repopt.csla import Multiplier
 from repopt.errors import UserError
 from repopt.optim.base import Implementation, NamedParams, RepOptimizer
 from repopt.optim.update import Hyper, State
@@ -35,7 +35,7 @@ class RepRMSprop(RepOptimizer):
         centered: bool = False,
         *,
         capturable: bool = False,
-        grad_mults: Mapping[str, GradMult],
+        grad_mults: Mapping[str, Multiplier],
         implementation: Implementation = "auto",
     ) -> None:
         if not alpha < 1:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import TypeIs
 
-from repopt.csla import GradMult
+from repopt.csla import Multiplier
 from repopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ def local_gradient(param: Tensor) -> Tensor:
     return local(gradient)
 
 
-def local_mult(name: str, param: Tensor, mult: GradMult) -> GradMult:
+def local_mult(name: str, param: Tensor, mult: Multiplier) -> Multiplier:
     """Return the multiplier for what of a parameter lies in this process.
 
     Raises:
-        UserError: the parameter is not split into whole filters.
+        UserError: the parameter is not split into whole filters, or the multiplier mixes filters.
     """
     split = _split_dims(param)
     if not is_sharded(param) or not split:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repopt.csla import GradMult
+from repopt.csla import GradMap, GradMult
 from repopt.errors import UserError
 
 State = dict[str, Tensor]
@@ -64,11 +64,13 @@ class ParamSlot:
         param: what is updated.
         mult: its multiplier; None means the plain rule.
         state: tensors of the same shape that the rule keeps, by name.
+        grad_map: what the gradient goes through before all else, where its entries are mixed; then there is no `mult`.
     """
 
     param: Tensor
     mult: GradMult | None
     state: State
+    grad_map: GradMap | None = None
 
 
 class ParamUpdate(NamedTuple):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from check_equivalency import BLOCKS
 
-from repopt.csla import Block, Branch, ConvBranch, GradMult, IdentityBranch, Target
+from repopt.csla import Block, ConvBranch, GradMult, IdentityBranch, Target
 from repopt.errors import UserError
 
 torch.manual_seed(0)
@@ -81,9 +81,9 @@ class PerChannel(ConvBranch):
     def scatter_view(self, whole, target):
         return whole[:, 0, 1, 1]
 
-    def grad_mult(self, constant, target):
-        kernel = constant.new_zeros(target.shape[0], 1, 3, 3)
-        kernel[:, :, 1, 1] = constant[:, None]
+    def grad_mult(self, scale, target, degree):
+        kernel = scale.new_zeros(target.shape[0], 1, 3, 3)
+        kernel[:, :, 1, 1] = scale[:, None].abs() ** (1 + degree)
         return GradMult(kernel, None, target.shape)
 
 
@@ -182,20 +182,19 @@ def test_identity_kernels_start_searched_or_at_one():
 
 
 @dataclass(frozen=True)
-class Pooling(Branch):
-    """A 3x3 average: one number per channel, spread over nine places."""
+class Squared(ConvBranch):
+    """No linear map."""
 
-    def kernel_shape(self, target):
-        return (target.shape[0],)
+    def embed(self, kernel, target):
+        return super().embed(kernel**2, target)
 
-    def init_kernel(self, target, searched):
-        return torch.ones(target.shape[0])
 
-    def scatter_view(self, whole, target):
-        return torch.diagonal(whole).mean((0, 1))
+@dataclass(frozen=True)
+class Forgetful(ConvBranch):
+    """The adjoint forgets what the map doubles."""
 
-    def grad_mult(self, constant, target):
-        return GradMult(constant.view(-1, 1, 1, 1), None, target.shape)
+    def embed(self, kernel, target):
+        return super().embed(2 * kernel, target)
 
 
 @dataclass(frozen=True)
@@ -214,9 +213,17 @@ class Partial(ConvBranch):
         return super().scatter_view(whole, target)[:, 1:]
 
 
-@pytest.mark.parametrize("branch", [Pooling("pool", None), Shared("w", "s"), Partial("w", "s")])
-def test_what_is_no_embedding_is_refused(branch):
-    with pytest.raises(UserError, match="one place of its own"):
+@pytest.mark.parametrize(
+    ("branch", "why"),
+    [
+        (Squared("w", "s"), "constant linear map"),
+        (Forgetful("w", "s"), "its adjoint"),
+        (Shared("w", "s"), "does not take a kernel"),
+        (Partial("w", "s"), "does not take a kernel"),
+    ],
+)
+def test_what_is_not_the_map_that_it_says_is_refused(branch, why):
+    with pytest.raises(UserError, match=why):
         Block(Target("w", (4, 4, 3, 3)), (branch,))
 
 
@@ -224,13 +231,16 @@ def test_what_is_no_embedding_is_refused(branch):
 class Miscounted(ConvBranch):
     """Its multiplier is not what its embedding says."""
 
-    def grad_mult(self, constant, target):
-        return super().grad_mult(2 * constant, target)
+    wrong: int = 1
+
+    def grad_mult(self, scale, target, degree):
+        return super().grad_mult(2 * scale if degree == self.wrong else scale, target, degree)
 
 
-def test_a_multiplier_that_is_not_the_embedding_of_ones_is_refused():
-    with pytest.raises(UserError, match="not its embedding of ones"):
-        Block(Target("w", (4, 4, 3, 3)), (Miscounted("a", "s", size=3),))
+@pytest.mark.parametrize("degree", [0, 1])
+def test_a_multiplier_that_is_not_that_of_the_map_is_refused(degree):
+    with pytest.raises(UserError, match=f"grad_mult of degree {degree} is not"):
+        Block(Target("w", (4, 4, 3, 3)), (Miscounted("a", "s", size=3, wrong=degree),))
 
 
 @pytest.mark.parametrize("branches", [(), (ConvBranch("a", "a"),), (ConvBranch("a", "s"), ConvBranch("a", "t"))])

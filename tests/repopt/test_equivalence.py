@@ -1,5 +1,7 @@
 """The equivalence: the plain network under the RepOptimizer is the CSLA network under the plain rule, to rounding."""
 
+from dataclasses import replace
+
 import check_equivalency
 import pytest
 import torch
@@ -46,16 +48,12 @@ def test_signed_scales_under_adamw_break_it(monkeypatch):
     absolute = Block.grad_mult
 
     def signed(block, scales, degree):
-        positive = absolute(block, scales, degree)
-        negative = sum(
-            (b.grad_mult(2 * scales[b.scale].clamp(max=0), block.target) for b in block.branches if b.scale),
-            start=b_zero(block, scales),
-        )
-        return positive + negative
-
-    def b_zero(block, scales):
-        first = block.branches[0]
-        return first.grad_mult(torch.zeros_like(scales[first.scale]), block.target)
+        found = absolute(block, scales, degree)
+        for branch in block.branches:
+            if branch.scale:
+                negative = branch.grad_mult(scales[branch.scale].clamp(max=0), block.target, degree)
+                found += replace(negative, filter=-2 * negative.filter)
+        return found
 
     monkeypatch.setattr(Block, "grad_mult", signed)
     assert _difference("adamw", signs=0.0) < BOUND
