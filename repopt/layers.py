@@ -186,7 +186,11 @@ class RepConv2d(RepConv):
 
     def conv2d(self, x: Tensor) -> Tensor:
         """Return the sum of the branches' outputs, (N, C, H, W) -> (N, O, H', W')."""
-        return RepLayer.forward(self, x)
+        return super().forward(x)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2d(x)
 
     def folded(self, bn: nn.BatchNorm2d) -> nn.Conv2d:
         """Return the convolution with a bias that this one and a batch norm after it are in eval mode."""

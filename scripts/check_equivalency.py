@@ -16,41 +16,72 @@ import copy
 import functools
 import itertools
 import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import _root  # noqa: F401
 import torch
 import torch.nn.functional as F
+from branch_by_branch import run_branch_by_branch
 from torch import Tensor, nn
 from typing_extensions import override
 
 import repopt
-from repopt.csla import Block, Branch, ConvBranch, IdentityBranch, Target
-from repopt.layers import Mode, RepConv2d
+from repopt.csla import (
+    LAPLACIAN,
+    SOBEL_X,
+    SOBEL_Y,
+    Block,
+    ConvBranch,
+    FilterBranch,
+    FrozenConvBranch,
+    IdentityBranch,
+    PriorBranch,
+    Target,
+    average_filter,
+    dbb_block,
+    dct_filters,
+    distance_prior,
+    orepa_block,
+    repmlp_block,
+)
+from repopt.layers import Mode, RepConv1d, RepConv2d, RepConv3d, RepLayer, RepLinear
+from repopt.transposed import RepConvTranspose
 
 BOUND = 1e-10
 
 
 class Setup(NamedTuple):
-    """A declared block, and the stride and dilation of its convolution."""
+    """A declared block, the layer that it is of, and that one's settings."""
 
     block: Block
-    stride: int = 1
-    dilation: int = 1
+    settings: Mapping[str, int] = {}
+    layer: Callable[..., RepLayer] = RepConv2d
+
+    def input_shape(self) -> tuple[int, ...]:
+        """Return the shape of a batch."""
+        _, per_group, *size = self.block.target.shape
+        return (8, per_group * self.block.target.groups, *[7 if len(size) < 3 else 5] * len(size))
 
 
-def _conv(size: int | tuple[int, int]) -> ConvBranch:
+def _conv(size: int | tuple[int, ...]) -> ConvBranch:
     return ConvBranch(f"kernel_{size}", f"scale_{size}", size=size)
+
+
+def _filter(name: str, numbers: tuple[Any, ...]) -> FilterBranch:
+    return FilterBranch(name, f"scale_{name}", filter=numbers)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 IDENTITY = IdentityBranch("identity")
 BLOCKS = {
-    "3x3 + 1x1, stride 2": Setup(Block(Target("conv", (6, 4, 3, 3)), (_conv(3), _conv(1))), 2),
+    "3x3 + 1x1, stride 2": Setup(Block(Target("conv", (6, 4, 3, 3)), (_conv(3), _conv(1))), {"stride": 2}),
     "3x3 + 1x1 + identity": Setup(Block(Target("conv", (6, 6, 3, 3)), (_conv(3), _conv(1), IDENTITY))),
     "3x3 + 1x1 + identity, dilation 2": Setup(
-        Block(Target("conv", (6, 6, 3, 3)), (_conv(3), _conv(1), IDENTITY)), 1, 2
+        Block(Target("conv", (6, 6, 3, 3)), (_conv(3), _conv(1), IDENTITY)), {"dilation": 2}
     ),
     "3x3 + 1x1 + identity, 2 groups": Setup(Block(Target("conv", (6, 3, 3, 3), 2), (_conv(3), _conv(1), IDENTITY))),
     "depthwise 3x3 + identity": Setup(Block(Target("conv", (6, 1, 3, 3), 6), (_conv(3), IDENTITY))),
@@ -58,8 +89,68 @@ BLOCKS = {
     "5x5 + 3x3 + 1x1": Setup(Block(Target("conv", (5, 3, 5, 5)), (_conv(5), _conv(3), _conv(1)))),
     "3x3 + 1x3 + 3x1": Setup(Block(Target("conv", (5, 3, 3, 3)), (_conv(3), _conv((1, 3)), _conv((3, 1))))),
     "1x1 + identity": Setup(Block(Target("conv", (5, 5, 1, 1)), (_conv(1), IDENTITY))),
+    "depthwise 5x5 + 3x3, dilation 2": Setup(
+        Block(Target("conv", (6, 1, 5, 5), 6), (_conv(5), ConvBranch("dilated", "scale_dilated", size=3, dilation=2)))
+    ),
+    "depthwise 31x31 + 5x5": Setup(Block(Target("conv", (4, 1, 31, 31), 4), (_conv(31), _conv(5)))),
     "two 3x3": Setup(Block(Target("conv", (4, 4, 3, 3)), (_conv(3), ConvBranch("other", "scale_other", size=3)))),
 }
+# Maps that mix entries, or number them: no constants follow rules of degree 0 where entries are mixed.
+FIXED = {
+    "3x3 + 1x1 + average pooling": Setup(
+        Block(Target("conv", (6, 4, 3, 3)), (_conv(3), _conv(1), _filter("pooled", average_filter((3, 3)))))
+    ),
+    "3x3 + Sobel x + Sobel y + Laplacian": Setup(
+        Block(
+            Target("conv", (6, 6, 3, 3)),
+            (_conv(3), _filter("x", SOBEL_X), _filter("y", SOBEL_Y), _filter("laplacian", LAPLACIAN), IDENTITY),
+        )
+    ),
+    "depthwise 3x3 + average, stride 2": Setup(
+        Block(Target("conv", (6, 1, 3, 3), 6), (_conv(3), _filter("pooled", average_filter((3, 3))))), {"stride": 2}
+    ),
+    "9 frequencies of a 3x3": Setup(
+        Block(
+            Target("conv", (5, 4, 3, 3)),
+            tuple(_filter(f"frequency_{i}", basis) for i, basis in enumerate(dct_filters((3, 3)))),
+        )
+    ),
+    "3x3 + 1x1 before a frozen 3x3": Setup(
+        Block(
+            Target("conv", (6, 4, 3, 3)),
+            (
+                _conv(3),
+                FrozenConvBranch("first", "scale_first", frozen=torch.randn(6, 5, 3, 3, generator=_generator(4))),
+            ),
+        )
+    ),
+    "depthwise 7x7 by distance + 3x3": Setup(
+        Block(
+            Target("conv", (6, 1, 7, 7), 6),
+            (PriorBranch("large", "scale_large", prior=distance_prior((7, 7))), _conv(3)),
+        )
+    ),
+}
+LAYERS = {
+    "1d: 5 + 3 + identity": Setup(Block(Target("conv", (6, 3, 5), 2), (_conv(5), _conv(3), IDENTITY)), {}, RepConv1d),
+    "1d: 3 + average, stride 2": Setup(
+        Block(Target("conv", (6, 4, 3)), (_conv(3), _filter("pooled", average_filter((3,))))), {"stride": 2}, RepConv1d
+    ),
+    "3d: 3x3x3 + 1x1x1 + identity": Setup(
+        Block(Target("conv", (5, 5, 3, 3, 3)), (_conv(3), _conv(1), IDENTITY)), {}, RepConv3d
+    ),
+    "linear + identity": Setup(Block(Target("fc", (6, 6)), (_conv(()), IDENTITY)), {}, RepLinear),
+    "transposed 3x3 + 1x1, stride 2": Setup(
+        Block(Target("conv", (6, 2, 3, 3), 2), (_conv(3), _conv(1))), {"stride": 2}, RepConvTranspose
+    ),
+}
+# No constants follow these: the branches are held.
+FUNCTIONS = {
+    "3x3 + 1x1 + 1x1 - 3x3 + average (DBB)": Setup(dbb_block(Target("conv", (6, 4, 3, 3)), 5)),
+    "OREPA": Setup(orepa_block(Target("conv", (6, 4, 3, 3)))),
+    "RepMLP: fully connected + 3x3 + 1x1": Setup(repmlp_block(2, 3, (4, 4), (3, 1)), {}, RepLinear),
+}
+ALL_BLOCKS = BLOCKS | FIXED | LAYERS | FUNCTIONS
 # Epsilon breaks the degree of homogeneity; where it is far below every gradient, the rules are exact to rounding.
 ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-30, "weight_decay": 0.01}
 RMSPROP = {"lr": 0.01, "alpha": 0.9, "eps": 1e-30, "weight_decay": 0.01}
@@ -84,34 +175,19 @@ HELD_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
 SIGNS = {"positive": 0.0, "mixed": 0.5}
 
 
-def branch_output(branch: Branch, kernel: Tensor, x: Tensor, module: RepConv2d) -> Tensor:
-    """Return a branch's output of x, (N, C, H, W) -> (N, O, H', W'), before its scale, by an operation of its own."""
-    if isinstance(branch, IdentityBranch):
-        return kernel.view(1, -1, 1, 1) * x
-    assert isinstance(branch, ConvBranch)
-    padding = [module.dilation * (size // 2) for size in kernel.shape[2:]]
-    return F.conv2d(x, kernel, None, module.stride, padding, module.dilation, module.block.target.groups)
-
-
-def branch_by_branch(module: RepConv2d, x: Tensor) -> Tensor:
-    """Return the block's output as the sum over separate branches."""
-    outputs = []
-    for branch in module.block.branches:
-        y = branch_output(branch, module.values(branch.kernel), x, module)
-        outputs.append(y if branch.scale is None else module.values(branch.scale).view(1, -1, 1, 1) * y)
-    return sum(outputs[1:], outputs[0])
-
-
-class OneBlock(RepConv2d):
-    """The smallest network around a declared block, (N, C, H, W) -> (N, O): batch norm, ReLU, pooling."""
+class OneBlock(nn.Module):
+    """The smallest network around a declared layer, (N, C, *size) -> (N, O): batch norm, ReLU, pooling."""
 
     def __init__(self, setup: Setup, mode: Mode) -> None:
-        super().__init__(setup.block, mode, setup.stride, setup.dilation)
-        self.bn = nn.BatchNorm2d(setup.block.target.shape[0])
+        super().__init__()
+        self.layer = setup.layer(setup.block, mode, **setup.settings)
+        channels, dims = setup.block.target.shape[0], len(setup.block.target.shape) - 2
+        self.bn = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims](channels)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn(self.conv2d(x))).mean((2, 3))
+        y = torch.relu(self.bn(self.layer(x)))
+        return y.flatten(2).mean(2) if y.dim() > 2 else y
 
 
 def largest_difference(
@@ -140,7 +216,7 @@ def largest_difference(
         repopt.initialize(model, scales)
     held = repopt.share_branches(copy.deepcopy(csla), target) if form == "held" else None
     for module in _blocks(csla):
-        module.conv2d = types.MethodType(branch_by_branch, module)  # type: ignore[method-assign]  # for this one alone
+        run_branch_by_branch(module)
     name, settings = (SETTINGS | HELD_ONLY)[rule]
     train(csla, repopt.build_optimizer(name, csla, **settings), images, steps)
     rep = repopt.build_optimizer(name, target, None if held else scales, branches=held, **settings)
@@ -175,23 +251,35 @@ def cases(
         model: the name of a network, as `create` takes it.
         steps, network_steps: of training a single block, and `model`.
     """
-    networks: list[tuple[str, Callable[[Mode], nn.Module], tuple[int, ...], int]] = []
-    for name, setup in BLOCKS.items():
-        channels = setup.block.target.shape[1] * setup.block.target.groups
-        networks.append((name, functools.partial(OneBlock, setup), (8, channels, 7, 7), steps))
-    networks.append((model, functools.partial(create, model), (4, 3, 64, 64), network_steps))
+    networks: list[tuple[str, Block | None, Callable[[Mode], nn.Module], tuple[int, ...], int]] = []
+    for name, setup in ALL_BLOCKS.items():
+        networks.append((name, setup.block, functools.partial(OneBlock, setup), setup.input_shape(), steps))
+    networks.append((model, None, functools.partial(create, model), (4, 3, 64, 64), network_steps))
     generator = torch.Generator().manual_seed(0)
     compact = itertools.product(["compact"], SETTINGS, SIGNS)
     for form, rule, signs in (*compact, *itertools.product(["held"], [*SETTINGS, *HELD_ONLY], ["mixed"])):
-        for name, build, shape, trained in networks:
+        for name, block, build, shape, trained in networks:
+            if form == "compact" and block is not None and not follows(block, rule):
+                continue
             images = torch.randn(shape, generator=generator, dtype=torch.float64)
             csla, target = build("csla").double(), build("target").double()
             arguments = csla, target, rule, SIGNS[signs], images, trained, form
             yield name, form, rule, signs, functools.partial(largest_difference, *arguments)
 
 
-def _blocks(model: nn.Module) -> list[RepConv2d]:
-    return [module for module in model.modules() if isinstance(module, RepConv2d)]
+def follows(block: Block, rule: str) -> bool:
+    """Return whether constants follow a block under a row of `SETTINGS`."""
+    degree = repopt.optim.RULES[SETTINGS[rule][0]].rep.degree
+    scales = {name: torch.ones(block.target.shape[0]) for branch in block.branches if (name := branch.scale)}
+    try:
+        block.grad_mult(scales, degree)
+    except repopt.UserError:
+        return False
+    return True
+
+
+def _blocks(model: nn.Module) -> list[RepLayer]:
+    return [module for module in model.modules() if isinstance(module, RepLayer)]
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ from repopt.csla.fixed import (
     dct_filters,
     distance_prior,
 )
+from repopt.csla.functions import dbb_block, orepa_block, repmlp_block
 from repopt.csla.mult import GradMap, GradMult, Multiplier, Shape
 
 __all__ = [
@@ -49,6 +50,9 @@ __all__ = [
     "Shape",
     "Target",
     "average_filter",
+    "dbb_block",
     "dct_filters",
     "distance_prior",
+    "orepa_block",
+    "repmlp_block",
 ]

@@ -153,8 +153,7 @@ class FunctionBlock(Block):
         for name in self.initial:
             if name not in self.shapes:
                 raise unknown("kernel of a function", name, self.shapes)
-        with torch.device("meta"):
-            merged = self.function({name: torch.empty(shape) for name, shape in self.shapes.items()})
+        merged = self.function({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()})
         if tuple(merged.shape) != self.target.shape:
             raise UserError(f"the function of a block returns {tuple(merged.shape)}, not {self.target.shape}")
 
