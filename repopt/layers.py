@@ -91,6 +91,9 @@ class RepLayer(nn.Module, ABC):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
+        return self.linear_part(x)
+
+    def linear_part(self, x: Tensor) -> Tensor:
         """Return the sum of the branches' outputs."""
         if self.mode == "target":
             return self.get_submodule(self.block.target.name)(x)
@@ -186,11 +189,7 @@ class RepConv2d(RepConv):
 
     def conv2d(self, x: Tensor) -> Tensor:
         """Return the sum of the branches' outputs, (N, C, H, W) -> (N, O, H', W')."""
-        return super().forward(x)
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2d(x)
+        return self.linear_part(x)
 
     def folded(self, bn: nn.BatchNorm2d) -> nn.Conv2d:
         """Return the convolution with a bias that this one and a batch norm after it are in eval mode."""

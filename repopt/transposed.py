@@ -38,7 +38,7 @@ class RepConvTranspose(RepLayer, Deployable):
         return ParamHolder(nn.init.kaiming_uniform_(torch.empty(self.block.target.shape), a=math.sqrt(5)))
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def linear_part(self, x: Tensor) -> Tensor:
         return self.with_kernel(x, self.kernel())
 
     @override

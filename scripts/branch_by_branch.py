@@ -21,14 +21,13 @@ from repopt.csla import (
     PriorBranch,
 )
 from repopt.csla.functions import dbb_kernel, orepa_kernel, repmlp_matrix
-from repopt.layers import RepConv, RepConv2d, RepLayer, RepLinear
+from repopt.layers import RepConv, RepLayer, RepLinear
 from repopt.transposed import RepConvTranspose
 
 
 def run_branch_by_branch(module: RepLayer) -> None:
     """Have a module compute its branches one by one from now on."""
-    name = "conv2d" if isinstance(module, RepConv2d) else "forward"  # models call conv2d in their own forward
-    setattr(module, name, functools.partial(branch_by_branch, module))
+    module.linear_part = functools.partial(branch_by_branch, module)  # type: ignore[method-assign]  # of this one alone
 
 
 def branch_by_branch(module: RepLayer, x: Tensor) -> Tensor:

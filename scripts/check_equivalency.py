@@ -56,7 +56,7 @@ class Setup(NamedTuple):
 
     block: Block
     settings: Mapping[str, int] = {}
-    layer: Callable[..., RepLayer] = RepConv2d
+    layer: type[RepLayer] = RepConv2d
 
     def input_shape(self) -> tuple[int, ...]:
         """Return the shape of a batch."""
@@ -175,19 +175,28 @@ HELD_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
 SIGNS = {"positive": 0.0, "mixed": 0.5}
 
 
-class OneBlock(nn.Module):
+class Pooled(RepLayer):
     """The smallest network around a declared layer, (N, C, *size) -> (N, O): batch norm, ReLU, pooling."""
 
-    def __init__(self, setup: Setup, mode: Mode) -> None:
-        super().__init__()
-        self.layer = setup.layer(setup.block, mode, **setup.settings)
-        channels, dims = setup.block.target.shape[0], len(setup.block.target.shape) - 2
-        self.bn = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims](channels)
+    bn: nn.Module
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn(self.layer(x)))
+        y = torch.relu(self.bn(self.linear_part(x)))
         return y.flatten(2).mean(2) if y.dim() > 2 else y
+
+
+@functools.cache
+def _pooled(layer: type[RepLayer]) -> type[Pooled]:
+    return type(f"Pooled{layer.__name__}", (Pooled, layer), {})
+
+
+def one_block(setup: Setup, mode: Mode) -> Pooled:
+    """Return the smallest network around a declared block."""
+    network: Pooled = _pooled(setup.layer)(setup.block, mode, **setup.settings)
+    channels, *size = setup.block.target.shape[0], *setup.block.target.shape[2:]
+    network.bn = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(size)](channels)
+    return network
 
 
 def largest_difference(
@@ -253,7 +262,7 @@ def cases(
     """
     networks: list[tuple[str, Block | None, Callable[[Mode], nn.Module], tuple[int, ...], int]] = []
     for name, setup in ALL_BLOCKS.items():
-        networks.append((name, setup.block, functools.partial(OneBlock, setup), setup.input_shape(), steps))
+        networks.append((name, setup.block, functools.partial(one_block, setup), setup.input_shape(), steps))
     networks.append((model, None, functools.partial(create, model), (4, 3, 64, 64), network_steps))
     generator = torch.Generator().manual_seed(0)
     compact = itertools.product(["compact"], SETTINGS, SIGNS)

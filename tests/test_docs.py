@@ -249,9 +249,8 @@ class TestAddingAnUpdateRule:
     @pytest.mark.parametrize("block", check_equivalency.BLOCKS)
     def test_the_rows_are_enough(self, block, signs):
         setup = check_equivalency.BLOCKS[block]
-        csla, target = (check_equivalency.OneBlock(setup, mode).double() for mode in ("csla", "target"))
-        channels = setup.block.target.shape[1] * setup.block.target.groups
-        images = torch.randn(8, channels, 7, 7, dtype=torch.float64)
+        csla, target = (check_equivalency.one_block(setup, mode).double() for mode in ("csla", "target"))
+        images = torch.randn(setup.input_shape(), dtype=torch.float64)
         assert largest_difference(csla, target, "adagrad", SIGNS[signs], images, steps=20) < BOUND
 
     @pytest.mark.parametrize("settings", [{"lr": 0.1}, {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-3}])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import types
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple

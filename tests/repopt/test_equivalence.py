@@ -5,7 +5,7 @@ from dataclasses import replace
 import check_equivalency
 import pytest
 import torch
-from check_equivalency import BLOCKS, BOUND, OneBlock, largest_difference
+from check_equivalency import BLOCKS, BOUND, largest_difference, one_block
 
 from repopt.csla import Block
 from repopt.optim import RepAdamW
@@ -26,7 +26,7 @@ def test_plain_network_follows_the_csla_network(measure):
 
 def _difference(rule, signs=0.5):
     setup = BLOCKS["3x3 + 1x1 + identity"]
-    csla, target = (OneBlock(setup, mode).double() for mode in ("csla", "target"))
+    csla, target = (one_block(setup, mode).double() for mode in ("csla", "target"))
     images = torch.randn(8, 6, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return largest_difference(csla, target, rule, signs, images, steps=20)
 

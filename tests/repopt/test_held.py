@@ -6,7 +6,7 @@ import pytest
 import timm.optim
 import torch
 import torch.nn.functional as F
-from check_equivalency import BLOCKS, OneBlock
+from check_equivalency import ALL_BLOCKS, BLOCKS, one_block
 
 import repopt
 from repopt.blocks import declared_blocks
@@ -31,17 +31,18 @@ DECAY = 0.05
 
 def images_of(model):
     block = model.block.target
-    return torch.randn(8, block.shape[1] * block.groups, 7, 7, dtype=torch.float64)
+    _, per_group, *size = block.shape
+    return torch.randn(8, per_group * block.groups, *[7 for _ in size], dtype=torch.float64)
 
 
 def pair(block="3x3 + 1x1 + identity", mode="hs"):
     torch.manual_seed(0)
-    branched = OneBlock(BLOCKS[block], mode).double()
+    branched = one_block(ALL_BLOCKS[block], mode).double()
     with torch.no_grad():
         for name, scale in branched.named_parameters():
             if name.startswith("scale"):
                 scale.uniform_(0.5, 1.5)
-    other, plain = copy.deepcopy(branched), OneBlock(BLOCKS[block], "target").double()
+    other, plain = copy.deepcopy(branched), one_block(ALL_BLOCKS[block], "target").double()
     branches = share_branches(other, plain)
     plain.branched = (other,)  # no submodule
     return branched, plain, branches
@@ -70,7 +71,7 @@ def difference(branched, plain):
 
 @pytest.mark.parametrize("mode", ["hs", "csla"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_any_rule_is_exact(block, rule, mode):
     branched, plain, branches = pair(block, mode)
     make, settings = RULES[rule]
@@ -183,7 +184,7 @@ def test_it_goes_on_from_the_state_of_the_multi_branch_network(rule):
     branched, _, _ = pair()
     reference = make(param_groups(branched, DECAY), **settings)
     train(branched, reference)
-    other, plain = copy.deepcopy(branched), OneBlock(BLOCKS["3x3 + 1x1 + identity"], "target").double()
+    other, plain = copy.deepcopy(branched), one_block(BLOCKS["3x3 + 1x1 + identity"], "target").double()
     branches = share_branches(other, plain)
     optimizer = BranchOptimizer(param_groups(plain, DECAY), make, branches, **settings)
     optimizer.load_state_dict(held_state(optimizer, other, copy.deepcopy(reference.state_dict())))

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from check_equivalency import BLOCKS, OneBlock
+from check_equivalency import BLOCKS, one_block
 from timm.optim import Lion
 
 import repopt
@@ -273,7 +273,7 @@ def test_what_epsilon_means(rule):
     epsilon = {"kernel_3": 0.5, "kernel_1": 3.0, "identity": 1.0}
     difference = {}
     for exact in (True, False):
-        csla, target = (OneBlock(setup, mode).double() for mode in ("csla", "target"))
+        csla, target = (one_block(setup, mode).double() for mode in ("csla", "target"))
         target.load_state_dict(csla.state_dict(), strict=False)
         scales = {
             name: torch.full_like(values, constants.get(name.split(".")[0], 1.0))
@@ -344,7 +344,7 @@ def test_clipping_knows_its_multipliers():
 def test_clipped_plain_network_is_the_clipped_csla_network(rule):
     setup = BLOCKS["3x3 + 1x1 + identity, 2 groups"]
     torch.manual_seed(0)
-    csla, target = (OneBlock(setup, mode).double() for mode in ("csla", "target"))
+    csla, target = (one_block(setup, mode).double() for mode in ("csla", "target"))
     scales = {name: torch.randn_like(v) for name, v in repopt.extract_scales(csla).items()}
     for model in (csla, target):
         torch.manual_seed(1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from check_equivalency import BLOCKS, OneBlock
+from check_equivalency import BLOCKS, one_block
 from timm.optim import Lookahead
 from timm.utils import adaptive_clip_grad
 from torch import nn
@@ -72,7 +72,7 @@ def sharpness_aware(model, optimizer, x):
 def distance(step, wrap=lambda optimizer: optimizer, kernel_of=lambda model, average: model.kernel()):
     """The relative difference of the plain kernel from the multi-branch network's after six steps."""
     torch.manual_seed(0)
-    csla, target = (OneBlock(BLOCKS["3x3 + 1x1 + identity"], mode).double() for mode in ("csla", "target"))
+    csla, target = (one_block(BLOCKS["3x3 + 1x1 + identity"], mode).double() for mode in ("csla", "target"))
     scales = {name: 0.5 + torch.rand_like(value) for name, value in repopt.extract_scales(csla).items()}
     found = []
     for model, own in ((csla, None), (target, scales)):
