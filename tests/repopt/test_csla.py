@@ -4,9 +4,21 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from check_equivalency import BLOCKS
+from check_equivalency import ALL_BLOCKS, BLOCKS, FIXED, FUNCTIONS
 
-from repopt.csla import Block, ConvBranch, GradMult, IdentityBranch, Target
+from repopt.csla import (
+    Block,
+    ConvBranch,
+    FilterBranch,
+    FrozenConvBranch,
+    FunctionBlock,
+    GradMult,
+    IdentityBranch,
+    PriorBranch,
+    Target,
+    average_filter,
+    dct_filters,
+)
 from repopt.errors import UserError
 
 torch.manual_seed(0)
@@ -38,9 +50,12 @@ def test_grad_mult_is_the_sum_over_branches(name, degree):
     assert torch.equal(gradient, before)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+LINEAR = sorted(ALL_BLOCKS.keys() - FUNCTIONS.keys())
+
+
+@pytest.mark.parametrize("name", LINEAR)
 def test_merge_is_the_sum_over_branches(name):
-    block = BLOCKS[name].block
+    block = ALL_BLOCKS[name].block
     scales = random_scales(block)
     kernels = {
         b.kernel: torch.randn(b.kernel_shape(block.target), dtype=torch.float64, requires_grad=True)
@@ -51,9 +66,8 @@ def test_merge_is_the_sum_over_branches(name):
     expected = 0
     for branch in block.branches:
         kernel = kernels[branch.kernel]
-        expected = expected + branch.embed(
-            column(scales[branch.scale], kernel) * kernel if branch.scale else kernel, block.target
-        )
+        whole = branch.embed(kernel, block.target)
+        expected = expected + (column(scales[branch.scale], whole) * whole if branch.scale else whole)
     merged = block.merge(kernels, scales)
     torch.testing.assert_close(merged, expected, rtol=1e-14, atol=1e-15)
     leaves = [*kernels.values(), *(scales[b.scale] for b in block.branches if b.scale)]
@@ -277,3 +291,96 @@ def test_a_part_of_a_multiplier_is_that_part_of_it(groups):
     for start in range(12):
         for stop in range(start + 1, 13):
             assert torch.equal(mult.rows(start, stop).dense(), whole[start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_of_degree_1_it_is_the_map_after_its_adjoint(name):
+    """P = sum_k s_k A_k A_k^T s_k, its quadratic form and its diagonal, against matrices written out."""
+    block = ALL_BLOCKS[name].block
+    scales, size = random_scales(block), torch.Size(block.target.shape).numel()
+    units = torch.eye(size, dtype=torch.float64).view(size, *block.target.shape)
+    if size > 700:  # 31 x 31: some of the columns
+        units = units[torch.randperm(size)[:50]]
+    mult, expected = block.grad_mult(scales, 1), torch.zeros_like(units)
+    for branch in block.branches:
+        scale = scales[branch.scale] if branch.scale else torch.ones(block.target.shape[0], dtype=torch.float64)
+        for unit, column_of_p in zip(units, expected, strict=True):
+            kernel = branch.adjoint(column(scale, unit) * unit, block.target).reshape(branch.kernel_shape(block.target))
+            column_of_p += column(scale, unit) * branch.embed(kernel, block.target)
+    found = torch.stack([mult(unit) for unit in units])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.stack([mult.dense()[unit.bool()].squeeze() for unit in units]),
+        (expected * units).flatten(1).sum(1),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    gradient = torch.randn(block.target.shape, dtype=torch.float64)
+    square = sum((c * v.square()).sum() for c, v in mult.squares(gradient, torch.float64))
+    torch.testing.assert_close(square, (gradient * mult(gradient)).sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("inputs", [2, 16])  # patterns one by one, and a matrix per filter
+def test_a_part_of_a_map_is_that_part_of_it(inputs):
+    average = FilterBranch("a", "s", filter=average_filter((3, 3)))
+    block = Block(Target("w", (inputs, inputs, 3, 3)), (average, ConvBranch("b", "t", size=3), IdentityBranch("i")))
+    mult = block.grad_mult(random_scales(block), 1)
+    assert (mult.matrices is None) == (inputs == 2)
+    gradient = torch.randn(block.target.shape, dtype=torch.float64)
+    whole = mult(gradient)
+    for start, stop in ((0, 1), (1, inputs), (0, inputs)):
+        torch.testing.assert_close(mult.rows(start, stop)(gradient[start:stop]), whole[start:stop], rtol=1e-13, atol=0)
+
+
+def test_a_map_that_mixes_filters_has_no_parts():
+    block = FIXED["3x3 + 1x1 before a frozen 3x3"].block
+    with pytest.raises(UserError, match="train with DDP"):
+        block.grad_mult(random_scales(block), 1).rows(0, 2)
+
+
+@pytest.mark.parametrize("name", ["3x3 + 1x1 + average pooling", "3x3 + 1x1 before a frozen 3x3"])
+def test_no_constants_of_degree_0_where_entries_are_mixed(name):
+    block = FIXED[name].block
+    with pytest.raises(UserError, match=r"constants follow SGD alone where branch .* \(repopt.hold_branches"):
+        block.grad_mult(random_scales(block), 0)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_of_kernels_has_the_gradients_of_autograd_and_no_constants(name):
+    block = FUNCTIONS[name].block
+    kernels = {own: kernel.double().requires_grad_() for own, kernel in block.init_kernels({}).items()}
+    gradient = torch.randn(block.target.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(block.merge(kernels, {}), [*kernels.values()], gradient)
+    found = block.branch_gradients(gradient, kernels, {})
+    for own, value in zip(kernels, expected, strict=True):
+        torch.testing.assert_close(found[own], value, rtol=1e-13, atol=1e-14)
+    with pytest.raises(UserError, match="no constants follow a block that is a function"):
+        block.grad_mult({}, 1)
+
+
+def test_a_frequency_basis_is_orthonormal():
+    for size in ((3,), (3, 3), (2, 3, 5)):
+        basis = torch.tensor(dct_filters(size), dtype=torch.float64).flatten(1)
+        assert basis.shape == (torch.Size(size).numel(),) * 2
+        torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("branch", "what"),
+    [
+        (ConvBranch("a", "s", size=3, dilation=2), r"size \(3, 3\) and dilation 2 .* has no place"),
+        (FilterBranch("a", "s", filter=average_filter((5, 5))), r"\(5, 5\), and the target kernel \(3, 3\)"),
+        (PriorBranch("a", "s", prior=(1.0, 2.0)), r"\(2,\), and the target kernel"),
+        (FrozenConvBranch("a", "s", frozen=torch.ones(3, 2, 3, 3)), r"is \(3, 2, 3, 3\)"),
+    ],
+)
+def test_fixed_numbers_of_another_size_are_refused(branch, what):
+    with pytest.raises(UserError, match=what):
+        Block(Target("w", (4, 4, 3, 3)), (branch,))
+
+
+def test_a_function_of_another_shape_is_refused():
+    with pytest.raises(UserError, match=r"returns \(4, 4\), not \(4, 3\)"):
+        FunctionBlock(Target("w", (4, 3)), function=lambda theta: theta["a"], shapes={"a": (4, 4)})
+    with pytest.raises(UserError, match="unknown kernel of a function"):
+        FunctionBlock(Target("w", (4, 4)), function=lambda theta: theta["a"], shapes={"a": (4, 4)}, initial={"b": 1.0})
