@@ -61,7 +61,7 @@ def grad_mults(model: nn.Module, scales: Scales, *, degree: int) -> dict[str, Mu
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups of named parameters: decayed, and not decayed (biases and all else of one dimension).
+    """Return groups of named parameters: decayed, and not decayed (biases and all else of one dimension), if any.
 
     One-dimensional kernels of identity branches stand for weights: they are decayed where their declaration says so,
     and always in csla mode, where the equivalence needs it.
@@ -77,7 +77,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     for name, param in unwrapped(model).named_parameters():
         if param.requires_grad:
             (decayed if param.dim() > 1 or name in kernels else rest).append((name, param))
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _by_learning_rate(group: dict[str, Any], lr: float | Tensor, factors: Mapping[str, float]) -> list[dict[str, Any]]:

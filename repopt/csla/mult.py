@@ -140,10 +140,12 @@ class GradMap:
         """Return the degree of the update rule that it is for."""
         return self.entries.degree
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Return ``P G`` as a new tensor of the gradient's shape (O, I, *k)."""
+    def __call__(self, gradient: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return ``P G``, of the gradient's shape (O, I, *k), as a new tensor, or in `out`, contiguous and of its type."""
+        gradient = gradient.to(self.coefficients.dtype)
         if self.matrices is not None:
-            product = torch.bmm(gradient.flatten(2), self.matrices).view(self.shape)
+            flat = None if out is None else out.flatten(2)
+            product = torch.bmm(gradient.flatten(2), self.matrices, out=flat).view(self.shape)
             for constants, products, entries in self.entries.on_diagonal(product, gradient):
                 products.addcmul_(constants, entries)
         else:

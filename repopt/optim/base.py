@@ -274,7 +274,7 @@ class RepOptimizer(torch.optim.Optimizer):
                     own = {**constants, **self.first_step_overrides} if is_first else constants
                     gradient = local_gradient(param)
                     if slot.grad_map is not None:
-                        gradient = slot.grad_map(gradient)
+                        gradient = slot.grad_map(gradient, slot.scratch)
                     (first if is_first else updates).append(ParamUpdate(slot, gradient, own, scalars))
         eager_update(self._rule, first)
         updates = self._flat_params.flatten(updates)
@@ -322,7 +322,11 @@ class RepOptimizer(torch.optim.Optimizer):
             name, mult = self._mults[param]
             mult = local_mult(name, param, mult).to_like(here)
         of_state = {name: local(state[name]) for name in names}
-        slot = ParamSlot(here, None, of_state, mult) if isinstance(mult, GradMap) else ParamSlot(here, mult, of_state)
+        if isinstance(mult, GradMap):
+            on_cpu = here.device.type == "cpu" and here.dtype == mult.coefficients.dtype
+            slot = ParamSlot(here, None, of_state, mult, torch.empty(here.shape, dtype=here.dtype) if on_cpu else None)
+        else:
+            slot = ParamSlot(here, mult, of_state)
         self._slots[param] = _memory(here, names, state), slot
         return bool(missing), slot
 

@@ -65,12 +65,15 @@ class ParamSlot:
         mult: its multiplier; None means the plain rule.
         state: tensors of the same shape that the rule keeps, by name.
         grad_map: what the gradient goes through before all else, where its entries are mixed; then there is no `mult`.
+        scratch: of the parameter's shape, where a CPU keeps what comes out of `grad_map`: new memory at every step
+            costs it more than the map.
     """
 
     param: Tensor
     mult: GradMult | None
     state: State
     grad_map: GradMap | None = None
+    scratch: Tensor | None = None
 
 
 class ParamUpdate(NamedTuple):

@@ -7,7 +7,7 @@ import weakref
 import check_equivalency
 import pytest
 import torch
-from check_equivalency import BLOCKS, SETTINGS
+from check_equivalency import BLOCKS, FIXED, SETTINGS
 
 import repopt
 from repopt.layers import RepConv2d
@@ -16,6 +16,9 @@ from repopt.optim.compiled import MAX_PROGRAMS, mult_layout
 
 WIDE = check_equivalency.Setup(  # 16 input channels: the tiled layout
     repopt.Block(repopt.Target("conv", (32, 32, 3, 3)), BLOCKS["3x3 + 1x1 + identity"].block.branches)
+)
+MIXED = WIDE._replace(  # a matrix per filter
+    block=repopt.Block(WIDE.block.target, FIXED["3x3 + Sobel x + Sobel y + Laplacian"].block.branches)
 )
 NETWORK = [*BLOCKS.values(), WIDE]
 FEW = [BLOCKS["3x3 + 1x1 + identity"], BLOCKS["5x5 + 3x3 + 1x1"], WIDE]
@@ -61,6 +64,14 @@ def test_compiled_is_eager(rule):
     setups = NETWORK if rule in ("sgd", "adamw") else FEW
     compiled, eager = (trained(rule, way, False, setups=setups) for way in ("compiled", "eager"))
     for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_compiled_is_eager_where_entries_are_mixed(channels_last):
+    setups = [*FIXED.values(), MIXED]
+    compiled = trained("sgd", "compiled", channels_last, setups=setups)
+    for a, b in zip(compiled, trained("sgd", "eager", False, setups=setups), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 

@@ -384,3 +384,11 @@ def test_a_function_of_another_shape_is_refused():
         FunctionBlock(Target("w", (4, 3)), function=lambda theta: theta["a"], shapes={"a": (4, 4)})
     with pytest.raises(UserError, match="unknown kernel of a function"):
         FunctionBlock(Target("w", (4, 4)), function=lambda theta: theta["a"], shapes={"a": (4, 4)}, initial={"b": 1.0})
+
+
+def test_a_map_takes_gradients_of_less_precision():
+    block = FIXED["3x3 + Sobel x + Sobel y + Laplacian"].block
+    mult = block.grad_mult(random_scales(block), 1).to_like(torch.ones((), dtype=torch.bfloat16))
+    gradient = torch.randn(block.target.shape).bfloat16()
+    assert mult(gradient).dtype == torch.float32
+    assert torch.equal(mult(gradient), mult(gradient.float()))

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from check_equivalency import BLOCKS, one_block
+from check_equivalency import ALL_BLOCKS, BLOCKS, FIXED, one_block
 from timm.optim import Lion
 
 import repopt
@@ -340,9 +340,12 @@ def test_clipping_knows_its_multipliers():
             call()
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
-def test_clipped_plain_network_is_the_clipped_csla_network(rule):
-    setup = BLOCKS["3x3 + 1x1 + identity, 2 groups"]
+@pytest.mark.parametrize(
+    ("rule", "block"),
+    [(rule, "3x3 + 1x1 + identity, 2 groups") for rule in ("sgd", "adamw")] + [("sgd", block) for block in FIXED],
+)
+def test_clipped_plain_network_is_the_clipped_csla_network(rule, block):
+    setup = ALL_BLOCKS[block]
     torch.manual_seed(0)
     csla, target = (one_block(setup, mode).double() for mode in ("csla", "target"))
     scales = {name: torch.randn_like(v) for name, v in repopt.extract_scales(csla).items()}
@@ -357,10 +360,10 @@ def test_clipped_plain_network_is_the_clipped_csla_network(rule):
     squares = repopt.grad_mults(target, scales, degree=1)
     clipped = 0
     for _ in range(10):
-        x = torch.randn(8, 6, 5, 5, dtype=torch.float64)
+        x = torch.randn(setup.input_shape(), dtype=torch.float64)
         for model, optimizer in zip((csla, target), optimizers, strict=True):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x), torch.arange(8) % 6).backward()
+            torch.nn.functional.cross_entropy(model(x), torch.arange(8) % setup.block.target.shape[0]).backward()
         expected = torch.nn.utils.clip_grad_norm_(csla.parameters(), 0.05)
         norm = repopt.clip_grad_norm_(target.named_parameters(), 0.05, squares)
         torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
