@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import get_args
 
 from torch import fx, nn
 
 from repopt.blocks import DeclaredConv, unwrapped
-from repopt.csla import Block, Branch, ConvBranch, IdentityBranch, Target
 from repopt.errors import UserError, one_line, unknown
+from repopt.priors import PRIORS, Conv, Prior
 
-Prior = Callable[[nn.Conv2d], Block | None]
-
-
-def repvgg_prior(conv: nn.Conv2d) -> Block | None:
-    """Return RepVGG's branches for a k x k convolution, k odd and above 1: its own, a 1x1, and an identity.
-
-    The identity is there where it has a place: as many input as output channels, and stride 1. None for others.
-    """
-    shape = tuple(conv.weight.shape)
-    if all(k == 1 for k in shape[2:]) or any(k % 2 == 0 for k in shape[2:]):
-        return None
-    branches: list[Branch] = [ConvBranch("conv", "scale_conv", size=shape[2:]), ConvBranch("conv_1x1", "scale_1x1")]
-    if conv.in_channels == conv.out_channels and all(step == 1 for step in conv.stride):
-        branches.append(IdentityBranch("scale_identity"))
-    return Block(Target("weight", shape, conv.groups), tuple(branches))
-
-
-def acnet_prior(conv: nn.Conv2d) -> Block | None:
-    """Return ACNet's branches (arXiv 1908.03930) for a k x k convolution, k odd and above 1: it, a 1 x k, a k x 1."""
-    shape = tuple(conv.weight.shape)
-    height, width = shape[2:]
-    if any(k == 1 or k % 2 == 0 for k in (height, width)):
-        return None
-    sizes = {"conv": (height, width), "conv_wide": (1, width), "conv_high": (height, 1)}
-    branches = tuple(ConvBranch(name, f"scale_{name.removeprefix('conv_')}", size=size) for name, size in sizes.items())
-    return Block(Target("weight", shape, conv.groups), branches)
-
-
-PRIORS: Mapping[str, Prior] = {"repvgg": repvgg_prior, "acnet": acnet_prior}
+CONVS = get_args(Conv)
 
 
 def declare(model: nn.Module, prior: str | Prior = "repvgg", *, names: str | Sequence[str] | None = None) -> list[str]:
@@ -66,7 +39,7 @@ def declare(model: nn.Module, prior: str | Prior = "repvgg", *, names: str | Seq
         if prior not in PRIORS:
             raise unknown("prior", prior, PRIORS)
         prior = PRIORS[prior]
-    convs = {path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convs = {path: module for path, module in model.named_modules() if isinstance(module, CONVS)}
     if names is None:
         convs = {path: convs[path] for path in _before_batch_norms(model)}
     else:
@@ -93,7 +66,7 @@ class _Tracer(fx.Tracer):
     """Looks into all modules but convolutions and batch norms, whoever made those."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
+        return isinstance(m, (*CONVS, nn.modules.batchnorm._BatchNorm)) or super().is_leaf_module(
             m, module_qualified_name
         )
 
@@ -115,7 +88,7 @@ def _before_batch_norms(model: nn.Module) -> list[str]:
     return [
         str(node.target)
         for node in graph.nodes
-        if isinstance(module_of(node), nn.Conv2d)
+        if isinstance(module_of(node), CONVS)
         and node.users
         and all(isinstance(module_of(user), nn.modules.batchnorm._BatchNorm) for user in node.users)
     ]

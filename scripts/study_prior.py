@@ -18,7 +18,7 @@ import multiprocessing
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from tqdm import tqdm
 import repopt
 from data import digits, glyphs, patches
 from repopt.csla import Block
-from repopt.declare import repvgg_prior
+from repopt.priors import repvgg_prior
 
 WIDTHS = (16, 32, 64)
 STEPS, WARM_UP, BATCH = 300, 20, 32
@@ -136,6 +136,12 @@ def train(run: Run) -> float:
         constants = None if searched else repopt.constant_scales(model, "initial")
         branches = repopt.hold_branches(model, constants)
     optimizer = repopt.build_optimizer(run.rule, model, branches=branches, **settings)
+    fit(model, optimizer, images, labels)
+    return evaluate(model.eval(), *images_of(run.images, "val"))
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    """Train for `STEPS` on images that are moved at random."""
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / STEPS)),
@@ -149,7 +155,6 @@ def train(run: Run) -> float:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return evaluate(model.eval(), *images_of(run.images, "val"))
 
 
 @torch.no_grad()
@@ -200,16 +205,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     ]
     todo = [run for run in asked if run not in found]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool() as pool:
         for run, top1 in tqdm(pool.imap_unordered(timed, todo), total=len(todo)):
             found[run] = top1
-            unfinished = arguments.output.with_suffix(".writing")  # a stop in between loses nothing
-            unfinished.write_text(json.dumps([{"run": [*run], "top1": value} for run, value in found.items()]))
-            unfinished.replace(arguments.output)
+            keep(found, arguments.output)
     print(as_markdown(found))
     draw(found, arguments.output.with_suffix(".png"))
     return 0
+
+
+def keep(found: Mapping[Any, float], path: Path) -> None:
+    """Write what was found; a stop in between loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".writing")
+    unfinished.write_text(json.dumps([{"run": [*run], "top1": value} for run, value in found.items()]))
+    unfinished.replace(path)
 
 
 def timed(run: Run) -> tuple[Run, float]:

@@ -16,7 +16,7 @@ LAYERS = [
     {"repopt.images"},
     {"repopt.csla", "repopt.drawn", "repopt.torchfile", "repopt.onnx_graph", "repopt.nms", "repopt.runtime"},
     {"repopt.optim", "repopt.checkpoint"},
-    {"repopt.layers", "repopt.transposed"},
+    {"repopt.layers", "repopt.transposed", "repopt.priors"},
     {"repopt.blocks"},
     {"repopt.scales"},
     {"repopt.reparam"},

@@ -139,7 +139,17 @@ KEYS: dict[str, Key] = {
         "repvgg",
         "Branches that the convolutions before batch norms of another library's network without branches of its own "
         "(timm/NAME-target) train with.",
-        choices=("repvgg", "acnet"),
+        choices=(
+            "repvgg",
+            "acnet",
+            "average",
+            "edge",
+            "frequency",
+            "distance",
+            "dilated",
+            "dbb",
+            "orepa",
+        ),
         immutable_on_resume=True,
     ),
     "MODEL.IN_CHANS": _model(

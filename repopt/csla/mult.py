@@ -141,7 +141,7 @@ class GradMap:
         return self.entries.degree
 
     def __call__(self, gradient: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return ``P G``, of the gradient's shape (O, I, *k), as a new tensor, or in `out`, contiguous and of its type."""
+        """Return ``P G``, (O, I, *k), as a new tensor, or in `out`, which is contiguous and of the map's type."""
         gradient = gradient.to(self.coefficients.dtype)
         if self.matrices is not None:
             flat = None if out is None else out.flatten(2)
