@@ -59,7 +59,9 @@ class Branched(Plain):
 
     def forward(self, x):
         def conv(path, x):
-            module, held, total = getattr(self, path), self.held[path], 0
+            module, held, total = getattr(self, path), self.held.get(path), 0
+            if held is None:
+                return module(x)
             if isinstance(held.block, FunctionBlock):
                 kernel = held.block.function(held.kernels)
                 return F.conv2d(x, kernel, module.bias, module.stride, module.padding, 1, module.groups)
