@@ -169,23 +169,18 @@ class RepOptLK(Network):
             ConvNorm(channels, channels, 3, groups=channels),
             ConvNorm(channels, channels),
         )
-        for name, depth, width, size, stride in zip(
-            self.stage_names[1:], layers, widths, sizes, strides[1:], strict=True
-        ):
+        stages = zip(self.stage_names[1:], layers, widths, sizes, strides[1:], strict=True)
+        for name, depth, width, size, stride in stages:
             stage = nn.Sequential()
             if width != channels:
                 stage.append(ConvNorm(channels, width))
             stage.append(ConvNorm(width, width, 3, stride, groups=width))
             for layer in range(1, depth + 1):
                 depthwise = large(width, size, initial_scale=initial_scale(layer, initial_scales))
-                stage.append(
-                    Residual(
-                        before=ConvNorm(width, width), depthwise=depthwise, after=ConvNorm(width, width, active=False)
-                    )
-                )
-                stage.append(
-                    Residual(expand=ConvNorm(width, 4 * width), reduce=ConvNorm(4 * width, width, active=False))
-                )
+                before, after = ConvNorm(width, width), ConvNorm(width, width, active=False)
+                expand, reduce = ConvNorm(width, 4 * width), ConvNorm(4 * width, width, active=False)
+                stage.append(Residual(before=before, depthwise=depthwise, after=after))
+                stage.append(Residual(expand=expand, reduce=reduce))
             self.add_module(name, stage)
             channels = width
         reductions = itertools.accumulate(strides, operator.mul)
@@ -197,6 +192,7 @@ class RepOptLK(Network):
         self._add_head(channels)
 
 
+# The layers, widths and kernels of B are RepLKNet-31B's.
 _CONFIGS: dict[str, dict[str, Any]] = {
     "RepOpt-LK-nano": {"layers": (1, 1, 2, 1), "widths": (16, 32, 64, 128), "sizes": (13, 11, 9, 7)},
     "RepOpt-LK-T": {"layers": (3, 3, 18, 3), "widths": (80, 160, 320, 640), "sizes": (13, 13, 13, 13)},
