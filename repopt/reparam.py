@@ -81,6 +81,14 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+def needs_branches(name: str, model: nn.Module) -> bool:
+    """Return whether an update rule follows the branches of a model only where it holds them (`hold_branches`)."""
+    if name in WITHOUT_MULTIPLIERS:
+        return True
+    blocks = {module.block for _, module in declared_blocks(model)}
+    return not all(block.follows_constants(RULES[name].rep.degree) for block in blocks)
+
+
 def _by_learning_rate(group: dict[str, Any], lr: float | Tensor, factors: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return groups of those parameters of a group that have the same factor of the learning rate."""
     parts: dict[float, list[tuple[str, nn.Parameter]]] = {}

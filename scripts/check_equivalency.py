@@ -279,12 +279,7 @@ def cases(
 def follows(block: Block, rule: str) -> bool:
     """Return whether constants follow a block under a row of `SETTINGS`."""
     degree = repopt.optim.RULES[SETTINGS[rule][0]].rep.degree
-    scales = {name: torch.ones(block.target.shape[0]) for branch in block.branches if (name := branch.scale)}
-    try:
-        block.grad_mult(scales, degree)
-    except repopt.UserError:
-        return False
-    return True
+    return block.follows_constants(degree)
 
 
 def _blocks(model: nn.Module) -> list[RepLayer]:

@@ -2,7 +2,7 @@
 
     python scripts/study_branches.py [--data digits patches glyphs] [--seeds 0 1 2 3 4] [--output output/branches.json]
 
-A VGG of 24 convolutions (`study_prior.py`, whose images and schedule these are) is trained
+A VGG of 12 convolutions (`study_prior.py`, whose images and schedule these are) is trained
 
     plain         as it is, by SGD
     multi-branch  with the branches built in, every one with a batch norm of its own, folded after training
@@ -84,7 +84,7 @@ def train(run: Run) -> float:
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     images, labels = study_prior.images_of(run.images, "train")
-    model = study_prior.plain(24, int(labels.max()) + 1)
+    model = study_prior.plain(12, int(labels.max()) + 1)
     settings: dict[str, Any] = {"lr": run.rate, "momentum": 0.9, "weight_decay": 4e-5}
     if run.way == "multi-branch":
         build_in(model, run.branches)

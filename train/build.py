@@ -17,7 +17,8 @@ from data import seeding
 from repopt import BoundScales
 from repopt.branches import hold_branches, share_branches
 from repopt.errors import UserError
-from repopt.optim import WITHOUT_MULTIPLIERS, HeldBranches
+from repopt.optim import HeldBranches
+from repopt.reparam import needs_branches
 from train import compilation
 from train.distributed import World
 from train.finetuning import learning_rate_factors
@@ -66,7 +67,8 @@ def plain_form(
 
     A hyper-search computes with the plain network, which shares everything else with `model`: what a checkpoint holds
     is the network with branches. A target holds branches while its scales are searched, and longer under rules whose
-    state does not merge with the kernels; they begin with new kernels, or with `keep_weights` so that the model's stay.
+    state does not merge with the kernels, or where no constants follow a block; they begin with new kernels, or
+    with `keep_weights` so that the model's stay.
     """
     cfg = task.cfg
     if cfg.QUANT.METHOD:
@@ -75,8 +77,11 @@ def plain_form(
         plain = to_device(task.network("target"), task.world)
         return plain, share_branches(model, plain)
     rule = cfg.TRAIN.OPTIMIZER.NAME
+    if not task.arch.repopt or not cfg.TRAIN.CHANGE_GRADIENTS:
+        return model, None
+    held = needs_branches(rule, model)
     searched = cfg.TRAIN.SEARCH_EPOCHS and (scales is None or rule != "sgd")
-    if task.arch.repopt and cfg.TRAIN.CHANGE_GRADIENTS and (searched or (scales and rule in WITHOUT_MULTIPLIERS)):
+    if searched or (scales and held):
         if not cfg.TRAIN.CHANGE_INITIALIZATION:
             raise UserError(f"optimizer {rule!r} holds branches, which make the initial kernels: leave that switch out")
         return model, hold_branches(model, scales, identity=cfg.TRAIN.IDENTITY_INIT, keep_weights=keep_weights)

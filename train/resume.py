@@ -163,7 +163,9 @@ def find_scales(
     if cfg.TRAIN.SEARCH_EPOCHS and not (content is not None and "scales" in content):
         return None  # they are searched still
     if content is not None and "scales" in content:
-        kept = repopt.bind(model, checkpoint.state_dict_of({"scales": content["scales"]}, "scales"))
+        # A network of functions of kernels has none.
+        found = checkpoint.state_dict_of({"scales": content["scales"]}, "scales") if content["scales"] else {}
+        kept = repopt.bind(model, found)
         if path and Path(path).is_file():
             given = constants(task, model, repopt.load_scales(path))
             if any(not torch.equal(values, given.scales[name]) for name, values in kept.scales.items()):

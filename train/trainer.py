@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data import Loader, seeding
 from repopt.errors import UserError
 from repopt.optim import BranchOptimizer
+from repopt.reparam import needs_branches
 from repopt.scales import extract_scales, save_scales
 from train import config
 from train.checkpoint import RunFolder
@@ -130,12 +131,12 @@ class Trainer:
         assert isinstance(state.optimizer, BranchOptimizer)
         state.optimizer.freeze_scales()
         state.scales, state.searched = scales, {}
-        if self.cfg.TRAIN.OPTIMIZER.NAME == "sgd":
+        if self.cfg.TRAIN.OPTIMIZER.NAME == "sgd" and not needs_branches("sgd", self.model):
             state.optimizer = state.optimizer.collapsed(implementation=self.cfg.TRAIN.OPTIMIZER.IMPLEMENTATION)
             state.schedule.optimizer = state.optimizer
         self._skipped_before = state.skipped
         self.guard = NonFiniteGuard(state.model, state.optimizer, state.precision.device)
-        if self.world.is_main:
+        if self.world.is_main and scales:
             save_scales(scales, self.folder.path / "scales.pth")
         logger.info(f"scales are constants from epoch {state.epoch + 1} on")
 
@@ -148,7 +149,7 @@ class Trainer:
         over = state.epoch == cfg.TRAIN.EPOCHS or search_is_over(cfg, state.epoch, settled=state.settled)
         for problem in problems(start, scales, fall=fall, over=moved if over else None):
             logger.warning(problem)
-        if self.world.is_main:
+        if self.world.is_main and scales:
             save_scales(scales, self.folder.path / "scales.pth")
         means = {name: values.mean().item() for name, values in scales.items()}
         return {"scales": means, "search": moved._asdict()}

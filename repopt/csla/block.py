@@ -103,6 +103,15 @@ class Block:
                 found[branch.scale] = of_scale
         return found
 
+    def follows_constants(self, degree: int) -> bool:
+        """Return whether the block has a multiplier under rules of a degree; else an optimizer has to hold it."""
+        ones = torch.ones(self.target.shape[0], device="cpu")
+        try:
+            self.grad_mult({branch.searched_name: ones for branch in self.branches}, degree)
+        except UserError:
+            return False
+        return True
+
     def grad_mult(self, scales: Mapping[str, Tensor], degree: int) -> Multiplier:
         """Return the gradient's multiplier (Rule of Iteration): ``sum_k |s_k|^(1+d) A_k(1)``, or P where entries mix.
 

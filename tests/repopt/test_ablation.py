@@ -10,7 +10,7 @@ from repopt.errors import UserError
 from repopt.models.network import Network
 from train.command import EXIT_INTERRUPTED
 
-NANO, GHOST = "RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x"
+NANO, GHOST, LK = "RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x", "RepOpt-LK-nano"
 STRIDES = (2, 1, 2, 1, 1)
 
 
@@ -25,7 +25,7 @@ def searched():
     return {name: 1 + torch.rand_like(values) for name, values in repopt.extract_scales(create(mode="hs")).items()}
 
 
-@pytest.mark.parametrize("name", [NANO, GHOST])
+@pytest.mark.parametrize("name", [NANO, GHOST, LK])
 def test_where_constants_come_from(name):
     search = create(name, "hs")
     fresh = repopt.extract_scales(search)
@@ -51,7 +51,7 @@ def test_constants_that_do_not_go_together(searched):
         repopt.constant_scales(create(), "initia")
 
 
-@pytest.mark.parametrize("name", [NANO, GHOST])
+@pytest.mark.parametrize("name", [NANO, GHOST, LK])
 @pytest.mark.parametrize("mode", ["hs", "csla", "target"])
 def test_a_search_at_other_strides_is_the_same_network_on_larger_maps(name, mode):
     model, other = create(name, mode), create(name, mode, strides=STRIDES)
@@ -73,7 +73,7 @@ def test_strides_that_there_are_not(strides):
         create(strides=strides)
 
 
-@pytest.mark.parametrize("name", [NANO, GHOST])
+@pytest.mark.parametrize("name", [NANO, GHOST, LK])
 def test_a_search_that_begins_with_ones(name):
     scales = repopt.extract_scales(create(name, "hs", initial_scales="one"))
     assert all(torch.equal(values, torch.ones_like(values)) for values in scales.values())

@@ -7,8 +7,8 @@ from model_helpers import with_statistics
 import repopt
 from repopt.layers import MODES, RepConv2d
 
-SIZES = {"RepOpt-VGG-nano": 32, "RepOpt-VGG-nano with se": 32, "RepOpt-GhostNet-0.5x": 64}
-BASELINES = {"RepOpt-VGG-nano": ("repvgg", "qarepvgg"), "RepOpt-GhostNet-0.5x": ("rep",)}
+SIZES = {"RepOpt-VGG-nano": 32, "RepOpt-VGG-nano with se": 32, "RepOpt-GhostNet-0.5x": 64, "RepOpt-LK-nano": 32}
+BASELINES = {"RepOpt-VGG-nano": ("repvgg", "qarepvgg"), "RepOpt-GhostNet-0.5x": ("rep",), "RepOpt-LK-nano": ("rep",)}
 EVERY = [(name, mode) for name in SIZES for mode in (*MODES, *BASELINES[name.removesuffix(" with se")])]
 
 

@@ -28,11 +28,13 @@ from repopt.segmentation import create_segmenter
 NANO = functools.partial(repopt.create_model, "RepOpt-VGG-nano", num_classes=10)
 SE = functools.partial(NANO, se=True)
 GHOST = functools.partial(repopt.create_model, "RepOpt-GhostNet-0.5x", num_classes=10)
+LK = functools.partial(repopt.create_model, "RepOpt-LK-nano", num_classes=10)
 OURS = {
     "vgg": (NANO, "repvgg"),
     "vgg, attention": (SE, "repvgg"),
     "qarepvgg": (NANO, "qarepvgg"),
     "ghost": (GHOST, "rep"),
+    "lk": (LK, "rep"),
 }
 TIMM = ("repvgg_a0", "mobileone_s0", "repghostnet_050")
 FAMILIES = (*OURS, *(name for name in NETWORKS if "features" not in name))
@@ -204,7 +206,7 @@ def test_a_channel_without_variance_works():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["vgg", "qarepvgg", "ghost", "repvgg"])
+@pytest.mark.parametrize("name", ["vgg", "qarepvgg", "ghost", "lk", "repvgg"])
 def test_settings_of_batch_norms_go_over(name):
     network = trained(name)
     for norm in network.modules():

@@ -101,7 +101,7 @@ def test_unknown_names_get_the_nearest():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("arch", ["RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x"])
+@pytest.mark.parametrize("arch", ["RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x", "RepOpt-LK-nano"])
 @pytest.mark.parametrize("form", ["target", "deployed", "features"])
 def test_torchscript(arch, form):
     model = repopt.create_model(arch, mode="target", num_classes=3).eval()

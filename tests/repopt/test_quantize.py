@@ -266,7 +266,8 @@ class TestTraining:
             assert changed is not bool(skipped)
 
     @pytest.mark.parametrize(
-        ("name", "with_scales"), [("RepOpt-VGG-nano", True), ("RepOpt-VGG-nano", False), ("ghost", True)]
+        ("name", "with_scales"),
+        [("RepOpt-VGG-nano", True), ("RepOpt-VGG-nano", False), ("ghost", True), ("RepOpt-LK-nano", True)],
     )
     def test_without_rounding_it_is_the_float_training(self, name, with_scales):
         model = network(name=name)

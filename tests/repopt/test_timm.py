@@ -17,8 +17,16 @@ from data.registry import IMAGENET_MEAN, IMAGENET_STD
 from repopt.errors import UserError
 
 NAMES = timm.list_models("repopt_*")
-SMALL = {"repopt_vgg_nano": "RepOpt-VGG-nano", "repopt_ghostnet_050": "RepOpt-GhostNet-0.5x"}
-HEADS = {"repopt_vgg_nano": {"linear"}, "repopt_ghostnet_050": {"blocks.9", "conv_head", "classifier"}}
+SMALL = {
+    "repopt_vgg_nano": "RepOpt-VGG-nano",
+    "repopt_ghostnet_050": "RepOpt-GhostNet-0.5x",
+    "repopt_lk_nano": "RepOpt-LK-nano",
+}
+HEADS = {
+    "repopt_vgg_nano": {"linear"},
+    "repopt_ghostnet_050": {"blocks.9", "conv_head", "classifier"},
+    "repopt_lk_nano": {"classifier"},
+}
 MODES = [
     ("repopt_vgg_nano", "target"),
     ("repopt_vgg_nano", "hs"),
@@ -26,6 +34,8 @@ MODES = [
     ("repopt_ghostnet_050", "target"),
     ("repopt_ghostnet_050", "csla"),
     ("repopt_ghostnet_050", "rep"),
+    ("repopt_lk_nano", "target"),
+    ("repopt_lk_nano", "rep"),
 ]
 
 

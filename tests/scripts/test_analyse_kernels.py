@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 import repopt
 from repopt import checkpoint
 
-NANO, GHOST = "RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x"
+NANO, GHOST, LK = "RepOpt-VGG-nano", "RepOpt-GhostNet-0.5x", "RepOpt-LK-nano"
 PLAIN = ["raw", "batch norm folded"]
 BASELINE = ["before BN fusion", "after BN fusion", "after branch addition"]
 NUMBERS = [
@@ -122,7 +122,7 @@ def centred(kernel):
     return nn.functional.pad(kernel, [1, 1, 1, 1])
 
 
-def expected_plain_vgg(block):
+def expected_plain(block):
     return block.conv.weight, fused(block.conv.weight, block.bn)
 
 
@@ -151,15 +151,24 @@ def expected_rep_ghost(block):
     return conv.weight, after, after + fused(identity(len(after), groups=len(after)), block.fusion_bn)
 
 
+def expected_rep_lk(block):
+    after = fused(block.conv_large.weight, block.bn_large)
+    margin = (after.shape[-1] - 5) // 2
+    small = nn.functional.pad(fused(block.conv_small.weight, block.bn_small), [margin] * 4)
+    return block.conv_large.weight, after, after + small
+
+
 @pytest.mark.parametrize(
     ("model", "mode", "names", "expected", "count", "deployed_conv"),
     [
-        (NANO, "target", PLAIN, expected_plain_vgg, 28, "conv"),
+        (NANO, "target", PLAIN, expected_plain, 28, "conv"),
         (NANO, "repvgg", BASELINE, expected_rep_vgg, 28, "conv"),
         (NANO, "qarepvgg", [*BASELINE, "batch norm of the sum folded"], expected_qarepvgg, 28, "conv"),
         ("RepOpt-VGG-L2-se", "target", PLAIN, None, 48, "conv"),
         (GHOST, "target", PLAIN, expected_plain_ghost, 32, "2"),
         (GHOST, "rep", BASELINE, expected_rep_ghost, 32, "2"),
+        (LK, "target", PLAIN, expected_plain, 5, "0"),
+        (LK, "rep", BASELINE, expected_rep_lk, 5, "0"),
     ],
 )
 def test_forms_on_the_way_to_inference(model, mode, names, expected, count, deployed_conv):
