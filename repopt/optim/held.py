@@ -315,13 +315,14 @@ class BranchOptimizer(torch.optim.Optimizer):
     def freeze_scales(self) -> None:
         """End the search: the scales are constants from now on, and all kernels go on with their state, decayed."""
         scales = {scale for held in self.branches.values() for scale in held.scales.values()}
-        for _, (decayed, rest) in self._grouped():
-            decayed["params"] += [param for param in rest["params"] if param not in scales]
-            rest["params"] = []
-        for scale in scales:
-            self._inner.state.pop(scale, None)
         for held in self.branches.values():
             held.searched = False
+        undecayed = {held.values(name) for held in self.branches.values() for name in held.undecayed()} - scales
+        for _, (decayed, rest) in self._grouped():
+            decayed["params"] += [param for param in rest["params"] if param not in scales | undecayed]
+            rest["params"] = [param for param in rest["params"] if param in undecayed]
+        for scale in scales:
+            self._inner.state.pop(scale, None)
 
     @property
     def searching(self) -> bool:

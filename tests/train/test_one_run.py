@@ -141,3 +141,27 @@ def test_a_network_of_another_library_is_trained_as_it_is(tmp_path):
     assert set(content["model"]) == set(timm.create_model("test_resnet", num_classes=10).state_dict())
     assert {name.split(".")[-2] for name in content["scales"]} == {"scale_conv", "scale_wide", "scale_high"}
     assert main(*command, "MODEL.PRIOR", "repvgg", "TRAIN.EPOCHS", 3) == 2  # the branches are others
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("MODEL.PRIOR", "orepa"),
+        ("MODEL.PRIOR", "average", "TRAIN.OPTIMIZER.NAME", "adamw", "TRAIN.BASE_LR", 0.001),
+    ],
+)
+def test_branches_that_no_constants_follow_are_held_to_the_end(tmp_path, stopping, settings):
+    """And stopped after every checkpoint, they are those of the uninterrupted training."""
+    arch = "timm/test_resnet-target"
+    options = ("--output", tmp_path, "--opts", *DIGITS, *SHORT, "TRAIN.EPOCHS", 2, "SAVE_EVERY_STEPS", 2, *settings)
+    assert main("--arch", arch, "--tag", "whole", *options) == 0
+    codes = []
+    with stopping():
+        while not codes or codes[-1] == EXIT_INTERRUPTED:
+            codes.append(main("--arch", arch, "--tag", "part", *options))
+    assert codes[-1] == 0
+    whole, part = (checkpoint.read(tmp_path / arch / tag / "latest.pth") for tag in ("whole", "part"))
+    for key in ("model", "optimizer", "scales"):
+        assert_equal(part[key], whole[key])
+    kept = [name for state in whole["optimizer"]["state"].values() for name in state]
+    assert "depthwise" in kept if "orepa" in settings else "conv_average" in kept
