@@ -447,7 +447,10 @@ REFUSED = {
     ),
     "drop_block": (lambda: vgg(drop_block_rate=0.1), "its branch 'conv' is not a convolution and a batch norm, and"),
     "norm": (lambda: vgg(norm_layer="groupnorm1"), "'stem' (RepVggBlock): its branch 'conv' is not a convolution"),
-    "anti-aliasing": (lambda: vgg(aa_layer="avg"), "its branch 'conv' is not a convolution and a batch norm, and nothing else"),
+    "anti-aliasing": (
+        lambda: vgg(aa_layer="avg"),
+        "its branch 'conv' is not a convolution and a batch norm, and nothing else",
+    ),
     "padding": (even_padding, "'stages.0.0' (RepVggBlock): its branch 'conv' does not keep the size"),
     "stride": (other_stride, "its branches 'conv_1x1' and 'conv' differ in stride or groups"),
     "hooks": (hooked, "'stages.0.0' (RepVggBlock): its forward hooks would be lost"),
