@@ -44,14 +44,14 @@ def merge_branches(network: nn.Module, images: Iterable[Tensor]) -> PlainNetwork
 
     Args:
         network: trained, with batch norms in the branches of its blocks: a baseline of ours ("repvgg", "qarepvgg",
-            "rep"), a network with blocks of registered types (`register_block`; timm's repvgg, mobileone and repghost
-            have them), or a larger one that holds such a network. It stays as it is; what is no such block is copied
-            with its weights, batch norms and their statistics among them.
+            "rep"), a network with blocks of registered types (`register_block`; those that timm folds are), or a larger
+            one that holds such a network. It stays as it is; what is no such block is copied with its weights, batch
+            norms and their statistics among them.
         images: training images as training sees them, in batches (N, C, H, W); they are gone through once, and moved
             to the network's device.
 
     Raises:
-        UserError: there is no such block, or one that `convert_model` refuses; there are no images, or not in batches;
+        UserError: there is no such block, or one that `convert_model` refuses or leaves with branches; there are no images, or not in batches;
             they do not reach a block, or its outputs are not finite.
     """
     merged: dict[DeclaredBlock, tuple[nn.BatchNorm2d, FusedBranches, nn.BatchNorm2d | None]] = {}

@@ -80,14 +80,15 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
     `nn.Sequential` and `nn.ModuleList`, and from every block that changes width or resolution.
 
     Args:
-        model: a network with modules of registered types (`register_block`; those of timm's repvgg, mobileone and
-            repghost are). It stays as it is.
+        model: a network with modules of registered types (`register_block`; those that timm folds are). It stays as it
+            is.
         mode: "hs", "csla" or "target".
 
     Raises:
-        UserError: an unknown mode; no module of a registered type; one that computes something else than it can
-            declare (drop_path, branches that are fused already), or than it is declared to, which is tried on random
-            statistics and input: the message names the module.
+        UserError: an unknown mode; no module of a registered type; a block that would keep its branches
+            (`check_complete`); one that computes something else than it can declare (drop_path, branches that are fused
+            already), or than it is declared to, which is tried on random statistics and input: the message names the
+            module.
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
