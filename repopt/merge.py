@@ -51,8 +51,8 @@ def merge_branches(network: nn.Module, images: Iterable[Tensor]) -> PlainNetwork
             to the network's device.
 
     Raises:
-        UserError: there is no such block, or one that `convert_model` refuses or leaves with branches; there are no images, or not in batches;
-            they do not reach a block, or its outputs are not finite.
+        UserError: there is no such block, or one that `convert_model` refuses or that would keep its branches; there
+            are no images, or not in batches; they do not reach a block, or its outputs are not finite.
     """
     merged: dict[DeclaredBlock, tuple[nn.BatchNorm2d, FusedBranches, nn.BatchNorm2d | None]] = {}
 

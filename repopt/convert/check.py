@@ -182,4 +182,5 @@ def _branches(block: Block, calls: list[_Call], u: Tensor) -> tuple[BranchModule
     if convs:
         raise UserError(f"its convolution with a kernel of {tuple(convs[0].module.weight.shape)} is not declared")
     rest = [call.module for call in norms if all(call.module is not bn for _, bn in found.values())]
-    return found, rest[0] if len(rest) == 1 else None
+    affine = len(rest) == 1 and rest[0].affine and rest[0].track_running_stats  # in eval mode
+    return found, rest[0] if affine else None

@@ -42,10 +42,10 @@ REWRITE: dict[type[nn.Module], Rewrite] = {}
 
 
 def registered_types() -> str:
-    """Return the names of all registered types, as messages list them."""
-    return ", ".join(
-        sorted(f"{block_type.__module__}.{block_type.__qualname__}" for block_type in (*DECLARE, *REWRITE))
-    )
+    """Return the names of all registered types, as messages list them: those of libraries, not our own parts."""
+    own = __name__.partition(".")[0]
+    types = (cls for cls in (*DECLARE, *REWRITE) if cls.__module__.partition(".")[0] != own)
+    return ", ".join(sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in types))
 
 
 def register_block(block_type: type[nn.Module]) -> Callable[[Declare], Declare]:

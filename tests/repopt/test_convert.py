@@ -457,7 +457,7 @@ REFUSED = {
     "derived": (derived, "'stages.0.0' (Derived): its type derives from RepVggBlock"),
     "none": (
         lambda: nn.Sequential(nn.Conv2d(3, 3, 3)),
-        "(timm.models.byobnet.MobileOneBlock, timm.models.byobnet.RepVggBlock, timm.models.repghost.RepGhostModule",
+        "(timm.models.byobnet.MobileOneBlock, timm.models.byobnet.RepVggBlock, timm.models.",
     ),
     "converted already": (lambda: repopt.convert_model(vgg(), "hs"), "ByobNet has no block of a registered type"),
 }
@@ -645,6 +645,30 @@ def test_a_declaration_of_another_function_is_refused(stride, forgotten, message
     repopt.register_block(Full)(functools.partial(declaration_of, **forgotten))
     with pytest.raises(UserError, match=rf"^cannot convert '1' \(Full\): {message}"):
         repopt.convert_model(nn.Sequential(nn.ReLU(), Full(stride)), mode)
+
+
+class Normed(Small):
+    """With a batch norm after the sum, as QARepVGG's."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, **settings)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+def test_a_batch_norm_after_the_sum():
+    repopt.register_block(Normed)(declare_small)
+    network, x = trained_norms(nn.Sequential(Normed()).double()), images(size=8)
+    merged, scales = repopt.merge_branches(network, [images(size=8)])
+    with torch.no_grad():
+        assert_same(merged.eval()(x), network.eval()(x))
+    assert torch.equal(
+        scales["0.scale.weight"], torch.ones(3, dtype=torch.float64)
+    )  # what the sum is scaled by is not in
+    with pytest.raises(UserError, match=DIFFER):
+        repopt.convert_model(Normed(track_running_stats=False), "hs")
 
 
 def test_a_branch_that_is_not_there_is_refused():
