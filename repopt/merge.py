@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repopt.blocks import DeclaredBlock, declared_blocks, key_of, unwrapped
 from repopt.convert.declaration import registered_types
-from repopt.convert.model import Depth, convert_block, replace_modules
+from repopt.convert.model import Depth, check_complete, convert_block, replace_modules
 from repopt.errors import UserError
 from repopt.layers import Baseline, FusedBranches, RepConv2d, batch_norm_as_affine, fuse_branches
 
@@ -44,31 +44,33 @@ def merge_branches(network: nn.Module, images: Iterable[Tensor]) -> PlainNetwork
 
     Args:
         network: trained, with batch norms in the branches of its blocks: a baseline of ours ("repvgg", "qarepvgg",
-            "rep"), a network with blocks of registered types (`register_block`; timm's repvgg, mobileone and repghost
-            have them), or a larger one that holds such a network. It stays as it is; what is no such block is copied
-            with its weights, batch norms and their statistics among them.
+            "rep"), a network with blocks of registered types (`register_block`; those that timm folds are), or a larger
+            one that holds such a network. It stays as it is; what is no such block is copied with its weights, batch
+            norms and their statistics among them.
         images: training images as training sees them, in batches (N, C, H, W); they are gone through once, and moved
             to the network's device.
 
     Raises:
-        UserError: there is no such block, or one that `convert_model` refuses; there are no images, or not in batches;
-            they do not reach a block, or its outputs are not finite.
+        UserError: there is no such block, or one that `convert_model` refuses or that would keep its branches; there
+            are no images, or not in batches; they do not reach a block, or its outputs are not finite.
     """
     merged: dict[DeclaredBlock, tuple[nn.BatchNorm2d, FusedBranches, nn.BatchNorm2d | None]] = {}
 
     def merge(module: nn.Module, path: str, depth: Depth) -> nn.Module:
         block: RepConv2d
         if isinstance(module, Baseline):
-            (block, bn), branches, sum_norm = module.as_target(), module.branches(), module.sum_norm()
+            (block, bn), sum_norm = module.as_target(), module.sum_norm()
+            fused = fuse_branches(block.block, module.branches())
         elif (converted := convert_block(module, path, "target", depth)) is not None:
-            block, bn, branches, sum_norm = converted.block, converted.block.bn, converted.branches, None
+            block, bn = converted.block, converted.block.bn
+            fused, sum_norm = converted.original.fused(), converted.original.sum_norm
             if not (bn.affine and bn.track_running_stats):
                 raise UserError(
                     f"the batch norm that is declared for {path!r} has no weight or no statistics to be set"
                 )
         else:
             return module
-        merged[block] = bn, fuse_branches(block.block, branches), sum_norm
+        merged[block] = bn, fused, sum_norm
         return block
 
     model = replace_modules(unwrapped(network), merge)
@@ -77,6 +79,7 @@ def merge_branches(network: nn.Module, images: Iterable[Tensor]) -> PlainNetwork
             f"{type(network).__name__} has no branches with batch norms to merge: this needs a baseline (repvgg, "
             f"qarepvgg, rep), or a network with blocks of a registered type ({registered_types()})"
         )
+    check_complete(model)
     blocks = [(path, block, *merged[block]) for path, block in declared_blocks(model) if block in merged]
     for _, block, bn, (kernels, scales, bias), sum_norm in blocks:
         block.kernel().copy_(block.block.merge(kernels, scales))

@@ -10,10 +10,12 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from typing_extensions import override
 
-from repopt.convert.check import check_declaration
-from repopt.convert.declaration import DECLARE, Declaration, registered_type, registered_types
+from repopt.convert.check import Original, check_declaration, rewrite_container
+from repopt.convert.declaration import DECLARE, REWRITE, Declaration, registered_type, registered_types
 from repopt.errors import UserError, unknown
-from repopt.layers import MODES, BranchModules, Deployable, Mode, RepConv2d, initial_scale
+from repopt.layers import MODES, Deployable, Mode, RepConv2d, initial_scale
+
+FOLDS = ("reparameterize", "switch_to_deploy", "fuse")  # methods by which libraries fold a block
 
 
 class ConvertedBlock(RepConv2d, Deployable):
@@ -46,10 +48,10 @@ class ConvertedBlock(RepConv2d, Deployable):
 
 
 class Converted(NamedTuple):
-    """A declared block, and the modules in whose place it stands that were its branches."""
+    """A declared block, and what the module in whose place it stands was with its branches."""
 
     block: ConvertedBlock
-    branches: BranchModules
+    original: Original
 
 
 class Depth:
@@ -78,14 +80,15 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
     `nn.Sequential` and `nn.ModuleList`, and from every block that changes width or resolution.
 
     Args:
-        model: a network with modules of registered types (`register_block`; those of timm's repvgg, mobileone and
-            repghost are). It stays as it is.
+        model: a network with modules of registered types (`register_block`; those that timm folds are). It stays as it
+            is.
         mode: "hs", "csla" or "target".
 
     Raises:
-        UserError: an unknown mode; no module of a registered type; one that computes something else than it can
-            declare (drop_path, branches that are fused already), or than it is declared to, which is tried on random
-            statistics and input: the message names the module.
+        UserError: an unknown mode; no module of a registered type; a block that would keep its branches
+            (`check_complete`); one that computes something else than it can declare (drop_path, branches that are fused
+            already), or than it is declared to, which is tried on random statistics and input: the message names the
+            module.
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
@@ -103,6 +106,7 @@ def convert_model(model: nn.Module, mode: Mode) -> nn.Module:
             f"{type(model).__name__} has no block of a registered type ({registered_types()}): "
             "repopt.register_block registers one; a network without branches is taken as it is by repopt.declare"
         )
+    check_complete(copied)
     return copied
 
 
@@ -137,8 +141,30 @@ def replace_modules(model: nn.Module, replacement: Callable[[nn.Module, str, Dep
     return replaced(copy.deepcopy(model), "", Depth())
 
 
+def check_complete(model: nn.Module) -> None:
+    """Refuse a converted network with a block left that folds its branches at inference, and is of no registered type.
+
+    Such a block has a method of `FOLDS`, none within it has one, and two convolutions or more: with one it is a
+    convolution and its batch norm.
+
+    Raises:
+        UserError: it names the block.
+    """
+    for path, module in model.named_modules():
+        folds = [part for part in module.modules() if any(hasattr(part, name) for name in FOLDS)]
+        convs = sum(isinstance(part, nn.Conv2d) for part in module.modules())
+        known = isinstance(module, RepConv2d) or registered_type(type(module))
+        if folds == [module] and convs > 1 and not known:
+            raise UserError(
+                f"cannot convert {_place(module, path)}: it folds its branches at inference as the network's other "
+                "blocks do, and its type is not registered (repopt.register_block)"
+            )
+
+
 def convert_block(module: nn.Module, path: str, mode: Mode, depth: Depth) -> Converted | None:
     """Return the declared block that takes the place of a module of a registered type; None for any other module.
+
+    A module of a registered container type is rewritten in place: the modules within are converted next.
 
     Raises:
         UserError: it computes something else than it can declare or is declared to; the message names the path.
@@ -149,8 +175,12 @@ def convert_block(module: nn.Module, path: str, mode: Mode, depth: Depth) -> Con
     try:
         if cls is not type(module):  # it may compute something else
             raise UserError(f"its type derives from {cls.__name__}, and needs a declaration of its own")
-        declaration = DECLARE[cls](module)
-        branches = check_declaration(module, declaration)
+        if cls in REWRITE:
+            rewrite_container(module, REWRITE[cls])
+            return None
+        if (declaration := DECLARE[cls](module)) is None:
+            return None
+        original = check_declaration(module, declaration)
         new = ConvertedBlock(depth.scaled(declaration), mode)
     except Exception as error:  # of a declaration that others wrote, too
         which = _place(module, path)
@@ -161,7 +191,7 @@ def convert_block(module: nn.Module, path: str, mode: Mode, depth: Depth) -> Con
         of_all = name not in vars(new) and hasattr(nn.Module, name)
         if not hasattr(new, name) or (of_all and getattr(type(new), name) is getattr(nn.Module, name)):
             setattr(new, name, value)
-    return Converted(new, branches)
+    return Converted(new, original)
 
 
 def _place(module: nn.Module, path: str) -> str:

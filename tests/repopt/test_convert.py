@@ -445,16 +445,19 @@ REFUSED = {
         lambda: timm.create_model("mobileone_s0", **ONE, drop_path_rate=0.1),
         "(MobileOneBlock): drop_path drops branches",
     ),
-    "drop_block": (lambda: vgg(drop_block_rate=0.1), "its branch 'conv' is not a convolution without a bias"),
+    "drop_block": (lambda: vgg(drop_block_rate=0.1), "its branch 'conv' is not a convolution and a batch norm, and"),
     "norm": (lambda: vgg(norm_layer="groupnorm1"), "'stem' (RepVggBlock): its branch 'conv' is not a convolution"),
-    "anti-aliasing": (lambda: vgg(aa_layer="avg"), "its branches end in an anti-aliasing layer"),
+    "anti-aliasing": (
+        lambda: vgg(aa_layer="avg"),
+        "its branch 'conv' is not a convolution and a batch norm, and nothing else",
+    ),
     "padding": (even_padding, "'stages.0.0' (RepVggBlock): its branch 'conv' does not keep the size"),
     "stride": (other_stride, "its branches 'conv_1x1' and 'conv' differ in stride or groups"),
     "hooks": (hooked, "'stages.0.0' (RepVggBlock): its forward hooks would be lost"),
     "derived": (derived, "'stages.0.0' (Derived): its type derives from RepVggBlock"),
     "none": (
         lambda: nn.Sequential(nn.Conv2d(3, 3, 3)),
-        "(timm.models.byobnet.MobileOneBlock, timm.models.byobnet.RepVggBlock, timm.models.repghost.RepGhostModule",
+        "(timm.models.byobnet.MobileOneBlock, timm.models.byobnet.RepVggBlock, timm.models.",
     ),
     "converted already": (lambda: repopt.convert_model(vgg(), "hs"), "ByobNet has no block of a registered type"),
 }
@@ -642,6 +645,30 @@ def test_a_declaration_of_another_function_is_refused(stride, forgotten, message
     repopt.register_block(Full)(functools.partial(declaration_of, **forgotten))
     with pytest.raises(UserError, match=rf"^cannot convert '1' \(Full\): {message}"):
         repopt.convert_model(nn.Sequential(nn.ReLU(), Full(stride)), mode)
+
+
+class Normed(Small):
+    """With a batch norm after the sum, as QARepVGG's."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, **settings)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+def test_a_batch_norm_after_the_sum():
+    repopt.register_block(Normed)(declare_small)
+    network, x = trained_norms(nn.Sequential(Normed()).double()), images(size=8)
+    merged, scales = repopt.merge_branches(network, [images(size=8)])
+    with torch.no_grad():
+        assert_same(merged.eval()(x), network.eval()(x))
+    assert torch.equal(
+        scales["0.scale.weight"], torch.ones(3, dtype=torch.float64)
+    )  # what the sum is scaled by is not in
+    with pytest.raises(UserError, match=DIFFER):
+        repopt.convert_model(Normed(track_running_stats=False), "hs")
 
 
 def test_a_branch_that_is_not_there_is_refused():

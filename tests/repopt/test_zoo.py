@@ -183,7 +183,7 @@ def test_a_network_is_looked_into_for_an_ending_only(monkeypatch):
     create(TINY)
 
 
-@pytest.mark.parametrize("name", ["timm/repghostnet_050", "timm/mobileone_s0"])
+@pytest.mark.parametrize("name", ["timm/repghostnet_050", "timm/mobileone_s0", "timm/repvit_m0_9", "timm/fastvit_t8"])
 def test_modes_of_networks_with_registered_blocks(name):
     """As `convert_model` makes them of the network of the same seed; looking into a network draws nothing."""
     zoo._module_types.cache_clear()
