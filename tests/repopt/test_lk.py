@@ -4,7 +4,7 @@ import check_equivalency
 import pytest
 import torch
 import torch.nn.functional as F
-from check_equivalency import BOUND, OneBlock, Setup, largest_difference
+from check_equivalency import BOUND, Setup, largest_difference, one_block
 from model_helpers import with_statistics
 
 import repopt
@@ -49,7 +49,7 @@ def test_the_plain_network_follows_the_branches(rule, form):
 def test_so_does_a_block_of_the_papers_size(form):
     torch.manual_seed(0)
     setup = Setup(lk.lk_block(4, 31))
-    csla, target = OneBlock(setup, "csla"), OneBlock(setup, "target")
+    csla, target = one_block(setup, "csla"), one_block(setup, "target")
     assert difference(csla, target, "sgd", form, torch.randn(8, 4, 16, 16, dtype=torch.float64), steps=20) < BOUND
 
 
