@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py SUBJECT [--device cuda] [--help]
 
-Subjects: device, optimizer, launches, data, hyper-search, one-run, train, infer, scaling, start-up; `SUBJECT --help`
-says what each measures.
+Subjects: device, optimizer, branches, launches, data, hyper-search, one-run, train, infer, scaling, start-up;
+`SUBJECT --help` says what each measures.
 
 What is compared takes turns, round after round, so that what else the machine does meets all alike; times are medians.
 Every table is printed when it is there, and again where it grows; all of them are written as JSON with the machine, the
@@ -21,12 +21,25 @@ import torch
 import torch._dynamo
 from benchmarks.report import Tables, as_table, environment, keep
 
-from benchmarks import data, device, hyper_search, infer, launches, one_run, optimizer, scaling, start_up, training
+from benchmarks import (
+    branches,
+    data,
+    device,
+    hyper_search,
+    infer,
+    launches,
+    one_run,
+    optimizer,
+    scaling,
+    start_up,
+    training,
+)
 from repopt.errors import UserError, one_line
 
 SUBJECTS = {
     "device": device,
     "optimizer": optimizer,
+    "branches": branches,
     "launches": launches,
     "data": data,
     "hyper-search": hyper_search,

@@ -157,6 +157,7 @@ class RepOptimizer(torch.optim.Optimizer):
         mults += [slot.mult for slot in slots if slot.mult is not None]
         tensors = [tensor for mult in mults for tensor in mult.tensors()] + self._compiled_update.tensors()
         tensors += [grad_map.matrices for grad_map in maps if grad_map.matrices is not None]
+        tensors += [slot.scratch for slot in slots if slot.scratch is not None]
         return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
     @override
