@@ -15,6 +15,7 @@ from pathlib import Path
 import check_equivalency
 import numpy as np
 import pytest
+import study_branches
 import study_prior
 import test_families
 import test_optim
@@ -138,6 +139,12 @@ def test_the_study_of_priors_is_what_was_run():
     kept = json.loads((DOCS.parent / "benchmarks" / "prior.json").read_text())
     found = {study_prior.Run(*entry["run"]): entry["top1"] for entry in kept}
     assert study_prior.as_markdown(found) in (DOCS / "one_run.md").read_text()
+
+
+def test_the_study_of_branches_is_what_was_run():
+    kept = json.loads((DOCS.parent / "benchmarks" / "branches.json").read_text())
+    found = {study_branches.Run(*entry["run"]): entry["top1"] for entry in kept}
+    assert study_branches.as_markdown(found) in (DOCS / "one_run.md").read_text()
 
 
 def test_quantization_names_every_preset():
