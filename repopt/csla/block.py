@@ -148,7 +148,7 @@ class FunctionBlock(Block):
             convolutions are.
 
     Raises:
-        UserError: no shapes, or W of another shape.
+        UserError: W of another shape, or an initial number for none of theta.
     """
 
     branches: tuple[Branch, ...] = field(init=False, default=())
