@@ -15,7 +15,7 @@ from repopt.convert.declaration import DECLARE, REWRITE, Declaration, registered
 from repopt.errors import UserError, unknown
 from repopt.layers import MODES, Deployable, Mode, RepConv2d, initial_scale
 
-FOLDS = ("reparameterize", "switch_to_deploy", "fuse")  # methods by which libraries fold a block
+FOLDS = ("reparameterize", "switch_to_deploy", "fuse")  # methods by which timm folds a block
 
 
 class ConvertedBlock(RepConv2d, Deployable):
@@ -142,15 +142,17 @@ def replace_modules(model: nn.Module, replacement: Callable[[nn.Module, str, Dep
 
 
 def check_complete(model: nn.Module) -> None:
-    """Refuse a converted network with a block left that folds its branches at inference, and is of no registered type.
+    """Refuse a converted network with a block of timm left that folds its branches, and is of no registered type.
 
-    Such a block has a method of `FOLDS`, none within it has one, and two convolutions or more: with one it is a
-    convolution and its batch norm.
+    Such a block has a method of `FOLDS` (what other libraries' methods of these names do is not known), none within it
+    has one, and two convolutions or more: with one it is a convolution and its batch norm.
 
     Raises:
         UserError: it names the block.
     """
     for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] != "timm":
+            continue
         folds = [part for part in module.modules() if any(hasattr(part, name) for name in FOLDS)]
         convs = sum(isinstance(part, nn.Conv2d) for part in module.modules())
         known = isinstance(module, RepConv2d) or registered_type(type(module))
