@@ -74,12 +74,12 @@ class RepLayer(nn.Module, ABC):
             mark_drawn(self.values(self.block.target.name))
             return
         kernels = self.block.init_kernels({})
-        for kernel, _ in self.block.names():
+        initial = {branch.scale: branch.initial for branch in self.block.branches}
+        for kernel, scale in self.block.names():
             add_submodule_by_path(self, kernel, ParamHolder(kernels[kernel]))
-            for branch in self.block.branches:
-                if branch.kernel == kernel and branch.scale is not None:
-                    scale = kernels[kernel].new_full(self.block.target.shape[:1], branch.initial)
-                    add_submodule_by_path(self, branch.scale, ParamHolder(scale, trainable=self.mode == "hs"))
+            if scale is not None:
+                values = kernels[kernel].new_full(self.block.target.shape[:1], initial[scale])
+                add_submodule_by_path(self, scale, ParamHolder(values, trainable=self.mode == "hs"))
 
     @abstractmethod
     def plain_module(self) -> nn.Module:

@@ -279,19 +279,18 @@ def _check_map(branch: Branch, target: Target) -> bool:
         whole = few.embed(first, probe)
         both = few.embed(first + 2 * second, probe)
         back = few.adjoint(gradient, probe).reshape(shape)
-        again = few.embed(few.adjoint(gradient * per_filter(scale, gradient.dim()), probe).reshape(shape), probe)
+        scales = per_filter(scale, gradient.dim())
+        again = few.embed(few.adjoint(gradient * scales, probe).reshape(shape), probe)
     except RuntimeError as error:
         raise UserError(f"branch {branch.kernel!r} does not take a kernel of {shape}: {one_line(error)}") from error
     not_linear = "it must do a constant linear map to its kernel, and return the target's shape"
     refuse_unless(both, whole + 2 * few.embed(second, probe), not_linear)
-    refuse_unless(whole.new_zeros(probe.shape), torch.zeros_like(whole), not_linear)
+    refuse_unless(torch.zeros_like(whole), torch.zeros_like(gradient), not_linear)  # the shape
     refuse_unless((whole * gradient).sum(), (first * back).sum(), "its adjoint is not that of its map")
-    refuse_unless(
-        few.grad_mult(scale, probe, 1)(gradient),
-        again * per_filter(scale, gradient.dim()),
-        "its grad_mult of degree 1 is not its map after its adjoint, with the scale's square",
-    )
-    if isinstance(mult := few.grad_mult(scale, probe, 1), GradMult):
+    mult = few.grad_mult(scale, probe, 1)
+    after_adjoint = "its grad_mult of degree 1 is not its map after its adjoint, with the scale's square"
+    refuse_unless(mult(gradient), scales * again, after_adjoint)
+    if isinstance(mult, GradMult):
         refuse_unless(
             few.grad_mult(scale, probe, 0).dense().square(),
             mult.dense(),

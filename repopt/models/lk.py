@@ -10,8 +10,6 @@ All modules are (N, C, H, W) -> (N, O, H', W').
 from __future__ import annotations
 
 import functools
-import itertools
-import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -183,12 +181,7 @@ class RepOptLK(Network):
                 stage.append(Residual(expand=expand, reduce=reduce))
             self.add_module(name, stage)
             channels = width
-        reductions = itertools.accumulate(strides, operator.mul)
-        self.feature_info = [
-            {"num_chs": width, "reduction": reduction, "module": name}
-            for name, width, reduction in zip(self.stage_names, (widths[0], *widths), reductions, strict=True)
-        ]
-        self.num_features = channels
+        self._set_features((widths[0], *widths), strides)
         self._add_head(channels)
 
 

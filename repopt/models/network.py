@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -179,6 +181,14 @@ class Network(nn.Module):
     def _modules_of(self, indices: Iterable[int]) -> list[str]:
         """Return the names of the stages whose outputs these features are."""
         return [self.feature_info[index]["module"] for index in indices]
+
+    def _set_features(self, channels: Sequence[int], strides: Sequence[int]) -> None:
+        """Say that every stage's output is a feature, of so many channels, after so large a stride."""
+        stages = zip(self.stage_names, channels, itertools.accumulate(strides, operator.mul), strict=True)
+        self.feature_info = [
+            {"num_chs": width, "reduction": reduction, "module": name} for name, width, reduction in stages
+        ]
+        self.num_features = channels[-1]
 
     def _add_head(self, channels: int) -> None:
         """Add pooling, dropout, and the classifier, which takes so many channels."""

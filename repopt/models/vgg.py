@@ -7,8 +7,6 @@ Their stages are blocks of a 3x3 convolution that stands for a 3x3, a 1x1 and an
 from __future__ import annotations
 
 import functools
-import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -234,12 +232,7 @@ class RepOptVGG(Network):
             )
             in_channels = out_channels
         self.stage1, self.stage2, self.stage3, self.stage4 = stages
-        reductions = itertools.accumulate(strides, operator.mul)
-        self.feature_info = [
-            {"num_chs": width, "reduction": reduction, "module": name}
-            for name, width, reduction in zip(self.stage_names, (stem_channels, *channels), reductions, strict=True)
-        ]
-        self.num_features = in_channels
+        self._set_features((stem_channels, *channels), strides)
         self._add_head(in_channels)
 
 

@@ -317,10 +317,10 @@ class BranchOptimizer(torch.optim.Optimizer):
         scales = {scale for held in self.branches.values() for scale in held.scales.values()}
         for held in self.branches.values():
             held.searched = False
-        undecayed = {held.values(name) for held in self.branches.values() for name in held.undecayed()} - scales
+        undecayed = {held.values(name) for held in self.branches.values() for name in held.undecayed()}  # and scales
         for _, (decayed, rest) in self._grouped():
-            decayed["params"] += [param for param in rest["params"] if param not in scales | undecayed]
-            rest["params"] = [param for param in rest["params"] if param in undecayed]
+            decayed["params"] += [param for param in rest["params"] if param not in undecayed]
+            rest["params"] = [param for param in rest["params"] if param in undecayed - scales]
         for scale in scales:
             self._inner.state.pop(scale, None)
 
