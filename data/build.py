@@ -87,7 +87,8 @@ def train_loader(images: ImageSet, *, batch_size: int, seed: int = 0, **loading:
     cfg = LoaderConfig(**loading)
     augmentations = images.batch_augmentations(batch_size, seed, cfg.device)
     dataset = images.dataset("train", training=True, seed=seed, cfg=cfg)
-    sampler = TrainSampler(len(dataset), batch_size, cfg.rank, cfg.world_size, seed, images.source.sharded)
+    blocks = None if isinstance(dataset, InMemoryDataset) else dataset.blocks
+    sampler = TrainSampler(len(dataset), batch_size, cfg.rank, cfg.world_size, seed, images.source.sharded, blocks)
     return _loader(images, "train", dataset, sampler, cfg, augmentations)
 
 

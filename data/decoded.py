@@ -88,6 +88,7 @@ class ImageDataset(Dataset, ABC):
 
     def __init__(self, images: EncodedImages, contents: Tensor, seed: int) -> None:
         self._images, self.contents, self._seed = images, contents, seed
+        self.blocks = images.blocks
 
     def __len__(self) -> int:
         return len(self._images)
@@ -116,6 +117,7 @@ class ImageDataset(Dataset, ABC):
         """Return a batch of items, or why it is refused; the global generators are saved once for all of them."""
         with seeding.preserved():
             try:
+                self._images.prefetch([index for _, index in items])
                 return [self[item] for item in items]
             except UserError as error:
                 return error.with_traceback(None)  # raised by the main process: the DataLoader would add a traceback

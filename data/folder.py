@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.types import DatasetInfo, Source
+from data.types import DatasetInfo, EncodedImages, Source
 from repopt.errors import UserError, shown
 
 logger = logging.getLogger("repopt")
@@ -165,7 +165,7 @@ def _in_share(images: Sequence[tuple[str, int]], folder: Path, fraction: float, 
     return [(name in chosen) == held_out for name in names]
 
 
-class Files:
+class Files(EncodedImages):
     """Image files below one folder; `data.types.EncodedImages`.
 
     Args:

@@ -32,7 +32,7 @@ class Loader(ABC):
         images_per_batch: images of one (full) batch of every rank together.
         images_seen: images that all processes saw of the chosen epoch before `set_epoch`.
         fingerprint: 16 hexadecimal digits that identify the split's labels (or names, or boxes) in their order, and so
-            its content cheaply.
+            its content cheaply, and the blocks by which a training goes through it.
         unreadable: name and reason of every unreadable image met so far on this rank.
     """
 
@@ -45,7 +45,8 @@ class Loader(ABC):
     ) -> None:
         self.num_images = batch_sampler.num_images
         self.images_per_batch = batch_sampler.batch_size * batch_sampler.world_size
-        self.fingerprint = hashlib.sha256(contents.cpu().numpy().tobytes()).hexdigest()[:16]
+        identity = [contents] if batch_sampler.blocks is None else [contents, batch_sampler.blocks.ends]
+        self.fingerprint = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in identity)).hexdigest()[:16]
         self.unreadable: dict[str, str] = {}
         self._sampler = batch_sampler
         self._normalize, self._augmentations = normalize, augmentations

@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 
-from data import caltech, cifar, cityscapes, digits, fake, folder, glyphs, patches, scenes, zipped
+from data import caltech, cifar, cityscapes, digits, fake, folder, glyphs, patches, scenes, shards, zipped
 from data.types import ON_BAD_IMAGE, DatasetInfo, EncodedImages, Source
 from repopt.errors import UserError, unknown
 
@@ -122,6 +122,7 @@ def _open_files(source: Source, split: str, num_classes: int, rank: int, world_s
     )
 
 
+_SHARDS = FileSpec(describe=shards.describe, open=shards.open_split)
 _CLASS_FOLDERS = FileSpec(describe=_describe_files, open=_open_files, zips=True)
 
 DATASETS: dict[str, list[DatasetSpec]] = {  # by task; a mirrored digit or character is another thing
@@ -145,6 +146,8 @@ DATASETS: dict[str, list[DatasetSpec]] = {  # by task; a mirrored digit or chara
     "patches": [_in_memory(patches, lambda source, split, *_: patches.load(split))],
     "imagenet": [_CLASS_FOLDERS],
     "folder": [_CLASS_FOLDERS],
+    "parquet": [_SHARDS],
+    "wds": [_SHARDS],
     "caltech256": [
         FileSpec(
             describe=lambda source, splits: DatasetInfo(caltech.NUM_CLASSES, None),

@@ -7,6 +7,7 @@ not take its state across ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
@@ -99,13 +100,50 @@ def remaining(order: Tensor, state: SamplerState) -> Tensor:
     return rest
 
 
+LANES = 8  # that an order by blocks goes through side by side
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Images that are read together: each block is a run of images.
+
+    Attributes:
+        ends: int64 [B], the number of each block's last image + 1.
+        window: blocks of a lane whose images are mixed.
+    """
+
+    ends: Tensor
+    window: int
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return all images int64 [N], in a random order in which few blocks are open at a time.
+
+        The blocks are dealt to lanes at random. Each of a lane's images comes at its block's place in the lane, delayed
+        by up to a window: so blocks open and close one by one. The lanes take turns, image by image: of processes that
+        take turns, too, each meets the blocks of its own lanes.
+        """
+        sizes = torch.diff(self.ends, prepend=torch.zeros(1, dtype=torch.int64))
+        dealt = torch.randperm(len(sizes), generator=generator).repeat_interleave(sizes)  # each image's block's place
+        lane, count = dealt % LANES, len(dealt)
+        delay = self.window * torch.rand(count, generator=generator, dtype=torch.float64)
+        by_lane = (dealt // LANES + delay).argsort()
+        by_lane = by_lane[lane[by_lane].argsort(stable=True)]
+        lengths = lane.bincount(minlength=LANES)
+        turn = torch.arange(count) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        return by_lane[(turn * LANES + lane[by_lane]).argsort()]
+
+    def held(self, processes: int) -> int:
+        """Return how many blocks a process has to hold to meet each once."""
+        return LANES // math.gcd(LANES, processes) * (self.window + 2)
+
+
 @dataclass(frozen=True)
 class TrainSampler:
     """Full batches in the order that (seed, epoch) alone gives; every rank takes the same number.
 
-    There is one permutation of all images. Step t of all ranks is its t-th segment, so the images are the same whatever
-    the number of ranks that share a global batch. With `sharded`, a rank goes through its own (r::world, those it
-    caches) in the permutation's order.
+    There is one order of all images, a permutation or one by blocks. Step t of all ranks is its t-th segment, so the
+    images are the same whatever the number of ranks that share a global batch. With `sharded`, a rank goes through its
+    own (r::world, those it caches) in that order.
 
     Raises:
         UserError: the set holds less than one global batch.
@@ -117,6 +155,7 @@ class TrainSampler:
     world_size: int
     seed: int
     sharded: bool = False
+    blocks: Blocks | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
@@ -136,7 +175,8 @@ class TrainSampler:
         Raises:
             UserError: `seen` takes more images than there are.
         """
-        order = torch.randperm(self.num_images, generator=seeding.generator(self.seed, epoch, seeding.ORDER))
+        generator = seeding.generator(self.seed, epoch, seeding.ORDER)
+        order = self.blocks.order(generator) if self.blocks else torch.randperm(self.num_images, generator=generator)
         rest = remaining(order, seen)
         if self.sharded:
             shard = rest % self.world_size
@@ -145,6 +185,8 @@ class TrainSampler:
             return own[: steps * self.batch_size].view(steps, self.batch_size).unbind()
         steps = len(rest) // (self.batch_size * self.world_size)
         used = rest[: steps * self.world_size * self.batch_size]
+        if self.blocks:  # whose lanes take turns as the ranks do
+            return used.view(steps, self.batch_size, self.world_size)[:, :, self.rank].unbind()
         return used.view(steps, self.world_size, self.batch_size)[:, self.rank].unbind()
 
 
@@ -162,6 +204,7 @@ class EvalSampler:
     max_images: int | None = None
     seed: int = 0
     sharded: ClassVar[bool] = True
+    blocks: ClassVar[None] = None
 
     def batches(self, epoch: int, seen: SamplerState = ()) -> Sequence[Tensor]:
         """Return the same batches in every epoch."""

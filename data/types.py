@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from data.sampler import Blocks
 
 ON_BAD_IMAGE = ("skip", "raise")
 
@@ -29,6 +32,10 @@ class Source:
         val_fraction: part of every class's images that are the split "val" where class folders have no `val/`.
         channels: of an image: 3, or 1 of grey.
         mean, std: of normalization, per channel, of values in 0..1; None = the data set's.
+        columns: names of the columns of images and of labels, of Parquet files.
+        shuffle: of shards, in what order training goes through the images: 'global' (any image may follow any),
+            'blocks' (images that lie beside each other are read together, and come close to each other), or 'auto':
+            global where each image can be read by itself.
     """
 
     dataset: str
@@ -41,6 +48,8 @@ class Source:
     channels: int = 3
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    columns: tuple[str, str] = ("image", "label")
+    shuffle: str = "auto"
 
     @property
     def sharded(self) -> bool:
@@ -118,31 +127,43 @@ class DatasetInfo:
     Attributes:
         num_classes: None where any number will do (fake).
         image_size: side in pixels where the data set fixes it, None where any size can be made.
+        at_least: whether `num_classes` are those that occur, and there may be more.
         classes: their names, by index; empty where they have none.
     """
 
     num_classes: int | None
     image_size: int | None
+    at_least: bool = field(default=False, kw_only=True)
     classes: tuple[str, ...] = field(default=(), compare=False)
 
 
-class EncodedImages(Protocol):
-    """A split's images, encoded (JPEG, PNG, ...) on a disk, in a zip or in memory.
+class EncodedImages(ABC):
+    """A split's images, encoded (JPEG, PNG, ...) on a disk, in an archive or in memory.
 
     It is shared with worker processes, so it holds arrays rather than many objects.
 
     Attributes:
         labels: int64 [N]; empty where the images have no label each.
+        blocks: those that a training goes through; None where any image may follow any.
     """
 
     labels: Tensor
+    blocks: Blocks | None = None
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: int) -> bytes:
         """Return the encoded bytes of one image; OSError where they cannot be read."""
-        ...
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return what to call the image in a message."""
-        ...
+
+    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027  # most have nothing to do
+        """Read what is going to be asked for, where it is sooner read at once.
+
+        Raises:
+            UserError: the images' store is gone.
+        """

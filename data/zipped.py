@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data.folder import data_folder
-from data.types import DatasetInfo
+from data.types import DatasetInfo, EncodedImages
 from repopt import archive
 from repopt.errors import UserError, one_line, shown, unknown
 
@@ -54,10 +54,10 @@ def describe(root: str, splits: Sequence[str]) -> DatasetInfo:
     for _, (file, _, found) in others:
         if foreign := set(found) - expected:
             raise UserError(f"{file} has class {min(foreign)}, which {first} does not have ({reference})")
-    return DatasetInfo(num_classes=max(expected) + 1, image_size=None)
+    return DatasetInfo(num_classes=max(expected) + 1, image_size=None, at_least=True)
 
 
-class ZippedImages:
+class ZippedImages(EncodedImages):
     """The images of one split, in the order of its map file.
 
     A `zipfile.ZipFile` takes 10 s and 0.8 GB for ImageNet's entries, and each worker process would need its own. So it

@@ -90,6 +90,15 @@ KEYS: dict[str, Key] = {
         choices=("no", "full", "part"),
         flag="--cache-mode",
     ),
+    "DATA.IMAGE_COLUMN": _classify("image", "Column of the images in Parquet files."),
+    "DATA.LABEL_COLUMN": _classify("label", "Column of the classes' numbers in Parquet files."),
+    "DATA.SHUFFLE": _classify(
+        "auto",
+        "Order of a training on shards (parquet, wds); global: any image may follow any; blocks: images that lie "
+        "beside each other are read together and come close to each other; auto: global where each can be read alone.",
+        choices=("auto", "global", "blocks"),
+        immutable_on_resume=True,
+    ),
     "DATA.CLASSES": Key(
         None,
         "Names of the classes in the order of their indices; None: those of the checkpoint that is evaluated or "

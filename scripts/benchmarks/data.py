@@ -49,7 +49,7 @@ SMALL_BATCH = 128  # of images of 32 x 32
 SMALL_IMAGES = "small-images"
 
 
-class InMemory:
+class InMemory(EncodedImages):
     """Encoded images without a disk; `data.types.EncodedImages`."""
 
     def __init__(self, encoded: list[bytes]) -> None:

@@ -31,14 +31,14 @@ class Classify(Task):
         if not cfg.THROUGHPUT_MODE:
             info = data.describe(_source(cfg), splits=("val",) if cfg.EVAL_MODE else ("train", "val"))
             if "DATA.CLASSES" in given and info.classes != tuple(cfg.DATA.CLASSES or info.classes):
-                raise UserError(f"DATA.CLASSES is of class folders: the data set {cfg.DATA.DATASET!r} has its own")
+                raise UserError(f"DATA.CLASSES cannot be set: the data set {cfg.DATA.DATASET!r} has classes of its own")
             for key, value in (
                 ("MODEL.NUM_CLASSES", info.num_classes),
                 ("DATA.IMG_SIZE", info.image_size),
                 ("DATA.TEST_SIZE", info.image_size),
             ):
-                if value is None or (cfg.DATA.ZIP_MODE and key in given and config.lookup(cfg, key) > value):
-                    continue  # a map file names the classes that occur, and there may be more
+                if value is None or (info.at_least and key in given and config.lookup(cfg, key) > value):
+                    continue
                 values |= agreed(cfg, given, key, value)
         test_size = values.get("DATA.TEST_SIZE", cfg.DATA.TEST_SIZE)
         return values | {"DATA.TEST_SIZE": test_size or values.get("DATA.IMG_SIZE", cfg.DATA.IMG_SIZE)}
@@ -99,6 +99,8 @@ def _source(cfg: CfgNode) -> data.Source:
         zip_mode=cfg.DATA.ZIP_MODE,
         cache_mode=cfg.DATA.CACHE_MODE,
         val_fraction=cfg.DATA.VAL_FRACTION,
+        columns=(cfg.DATA.IMAGE_COLUMN, cfg.DATA.LABEL_COLUMN),
+        shuffle=cfg.DATA.SHUFFLE,
     )
 
 
