@@ -5,7 +5,8 @@
 FOLDER holds train/ and val/ of class folders, or with --zip the zips; --dataset parquet or wds makes shards of other
 shards, such as the hubs' compressed ones, which may lie in an object store. The images are copied as they are, in their
 order, so that a training on the shards is the training on the folder; --shuffle lays them in random order, for training
-by blocks (DATA.SHUFFLE). A run that was stopped goes on where it was. Then: DATA.DATASET parquet (or wds), --data-path TO.
+by blocks (DATA.SHUFFLE). A run that was stopped goes on where it was.
+Train on them with DATA.DATASET parquet (or wds) and --data-path TO.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -141,7 +141,7 @@ def of_shards(
         rank, processes = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         # Every process begins with others; when it is through with its own, others have made most of the rest.
         first = len(missing) * rank // processes
-        for path in tqdm(missing[first:] + missing[:first], desc="index", unit="shard", disable=None):
+        for path in tqdm(missing[first:] + missing[:first], desc="index", unit="shard", leave=False, disable=None):
             by_others = _on_disk(store, path, shards[path], read_as) if processes > 1 else None
             found[path] = by_others or _made(store, path, shards[path], make)
     return [found[path] for path in shards]
@@ -153,7 +153,7 @@ def _in_store(
     """Return the indices that lie beside their shards in an object store."""
     ranges = {path: Range(path + ENDING, 0, files[path + ENDING].size) for path in shards if path + ENDING in files}
     contents = zip(ranges, store.read([*ranges.values()]), strict=True)
-    parsed = {path: _parsed(content, shards[path], read_as) for path, content in contents}
+    parsed = {path: _parsed(path, content, shards[path], read_as) for path, content in contents}
     return {path: index for path, index in parsed.items() if index is not None}
 
 
@@ -161,7 +161,7 @@ def _on_disk(store: Store, path: str, shard: Entry, read_as: str) -> ShardIndex 
     """Return the index of a shard that this machine has, unless the shard is younger."""
     for place in _places(store, path, shard):
         if place.is_file() and (store.is_remote or place.stat().st_mtime_ns >= int(shard.stamp)):
-            return _parsed(place.read_bytes(), shard, read_as)
+            return _parsed(path, place.read_bytes(), shard, read_as)
     return None
 
 
@@ -172,7 +172,7 @@ def _places(store: Store, path: str, shard: Entry) -> list[Path]:
     return [cached] if store.is_remote else [Path(store.root, path + ENDING), cached]
 
 
-def _parsed(content: bytes | OSError, shard: Entry, read_as: str) -> ShardIndex | None:
+def _parsed(path: str, content: bytes | OSError, shard: Entry, read_as: str) -> ShardIndex | None:
     """Return an index; None for what is none, or that of another shard, which is made anew."""
     if isinstance(content, OSError):
         return None
@@ -180,7 +180,8 @@ def _parsed(content: bytes | OSError, shard: Entry, read_as: str) -> ShardIndex 
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             kept: dict[str, Any] = {field.name: arrays[field.name] for field in fields(ShardIndex)}
             kept["read_as"] = str(kept["read_as"])
-            if (int(arrays["version"]), int(arrays["size"]), kept["read_as"]) != (_VERSION, shard.size, read_as):
+            found = [str(arrays[key]) for key in ("version", "shard", "size", "read_as")]
+            if found != [str(_VERSION), PurePosixPath(path).name, str(shard.size), read_as]:
                 return None
         index = ShardIndex(**kept)
         index.check(shard.size)
@@ -198,7 +199,8 @@ def _made(store: Store, path: str, shard: Entry, make: Callable[[Store, str, int
     except (OSError, ValueError) as error:
         raise UserError(f"shard {store.name(path)!r} is damaged: {one_line(error)}; fetch or make it again") from None
     content = io.BytesIO()
-    np.savez(content, version=_VERSION, size=shard.size, **{f.name: getattr(index, f.name) for f in fields(index)})
+    arrays = {field.name: getattr(index, field.name) for field in fields(index)}
+    np.savez(content, version=_VERSION, shard=PurePosixPath(path).name, size=shard.size, **arrays)
     places = _places(store, path, shard)
     for place in places:
         try:

@@ -152,14 +152,14 @@ def libraries() -> tuple[Any, Any]:
 
 
 def _columns(parquet: Any, name: str, image: str, label: str) -> tuple[int, list[str]]:
-    """Return the number of the column with the images' bytes, and the name of that with their paths, if there is one."""
+    """Return the number of the column of the images' bytes, and the name of that of their paths, if there is one."""
     known = parquet.schema_arrow.names
     for key, wanted in (("DATA.IMAGE_COLUMN", image), ("DATA.LABEL_COLUMN", label)):
         if wanted not in known:
             raise UserError(f"{unknown('column', wanted, known)} in {name!r}: set {key}")
     leaves = [parquet.schema.column(number).path for number in range(parquet.metadata.num_columns)]
-    leaf = next((leaf for leaf in (image, f"{image}.bytes") if leaf in leaves), None)
-    if leaf is None:
+    leaf = _leaf(parquet, image)
+    if leaf not in leaves or parquet.schema.column(leaves.index(leaf)).physical_type != "BYTE_ARRAY":
         raise UserError(f"column {image!r} of {name!r} holds no bytes of images: set DATA.IMAGE_COLUMN")
     return leaves.index(leaf), [path for path in (f"{image}.path",) if path in leaves]
 
@@ -172,8 +172,13 @@ def _bytes_of(chunk: Any) -> tuple[int, int]:
     return start, start + chunk.total_compressed_size
 
 
+def _leaf(parquet: Any, image: str) -> str:
+    """Return the name of the column in which the images' bytes are: one of a struct, or the column itself."""
+    return f"{image}.bytes" if parquet.schema_arrow.field(image).type.num_fields else image
+
+
 def _images(parquet: Any, group: int, image: str) -> list[bytes | None]:
-    leaf = image if parquet.schema_arrow.field(image).type.num_fields == 0 else f"{image}.bytes"
+    leaf = _leaf(parquet, image)
     column = parquet.read_row_group(group, columns=[leaf], use_threads=False).column(image)
     return column.to_pylist() if leaf == image else _field(column, "bytes")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from typing_extensions import Buffer, override
@@ -60,14 +61,23 @@ class Store:
 
     def name(self, path: str) -> str:
         """Return what messages call a file."""
-        return f"{self.root}/{path}"
+        return f"{self.root}/{path.lstrip('/')}"
 
     def files(self) -> dict[str, Entry]:
         """Return all files, at any depth but for hidden folders, by their path below the root, sorted."""
         if not self.is_remote:
             return dict(sorted(self._local_files()))
         files, root = self._file_system()
-        found: dict[str, dict[str, Any]] = self._attempt("", lambda: files.find(root, detail=True))
+        found: dict[str, dict[str, Any]] = {}
+        folders = [root]
+        while folders:  # fsspec's `find` passes over folders that cannot be listed
+            folder = folders.pop()
+            for info in self._attempt(folder[len(root) :], functools.partial(files.ls, folder, detail=True)):
+                path = info["name"].rstrip("/")
+                if info["type"] == "directory" and path != folder and not PurePosixPath(path).name.startswith("."):
+                    folders.append(path)
+                elif info["type"] != "directory" and "?" not in path:  # which sorts a web server's list
+                    found[path] = info
         sizes = {path: info.get("size") for path, info in found.items()}
         if unknown := [path for path, size in sizes.items() if size is None]:
             sizes |= zip(unknown, self._attempt("", lambda: files.sizes(unknown)), strict=True)
@@ -146,8 +156,6 @@ class Store:
         for wait in (*WAITS, None):
             try:
                 return action()
-            except FileNotFoundError:
-                raise UserError(f"{self.name(path)!r} does not exist") from None
             except Exception as error:
                 if wait is None:
                     tries = len(WAITS) + 1
