@@ -15,7 +15,7 @@ from main_repopt import main
 from repopt import checkpoint
 
 ARCH = "RepOpt-VGG-nano-hs"
-STEPS = 6  # of an epoch
+STEPS = 3  # of an epoch
 OPTIONS = [
     "DATA.IMG_SIZE", 32, "DATA.NUM_WORKERS", 1, "TRAIN.EPOCHS", 2, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 0.2,
     "AUG.PRESET", "raug15", "AUG.MIXUP", 0.2, "SAVE_EVERY_STEPS", 1,
@@ -67,7 +67,7 @@ def roots(tmp_path_factory):
                 pixels = Image.fromarray(draw.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((50 + k, 48))
                 pixels.save(folder / split / label / f"{k:02}.jpg")
     beside = tmp_path_factory.mktemp("beside")
-    return {"folder": folder} | {form: write(folder, beside / form, form, per_shard=10) for form in FORMS[1:]}
+    return {"folder": folder} | {form: write(folder, beside / form, form, per_shard=5) for form in FORMS[1:]}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -80,7 +80,7 @@ def test_every_form_trains_to_the_same_weights_also_where_it_is_killed(roots, pr
             command += ["--batch-size", 4 // processes, *(["--zip", "--cache-mode", "no"] if form == "zip" else [])]
             command += ["--opts", "DATA.DATASET", "folder" if form == "zip" else form, *OPTIONS]
             # Within the second epoch; where processes are several, a loss is computed before the first step.
-            runs.append(([*map(str, command)], None if name == "folder" else STEPS + 4))
+            runs.append(([*map(str, command)], None if name == "folder" else STEPS + 3))
         ports = [free_port() for _ in range(2 * len(runs))]
         torch.multiprocessing.spawn(train, (processes, runs, ports), nprocs=processes)
     files = {name: tmp_path / ARCH / name for name in places}
