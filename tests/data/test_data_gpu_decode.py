@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import EPOCH, assert_equal, batches, error_of, global_generators_at_rest, tagged, train_loader
+from PIL import Image
 from test_data_unreadable import DAMAGES
 from torchvision import transforms as T
 
@@ -284,3 +285,52 @@ def test_a_decoder_that_is_not_there_is_told_before_an_epoch(on_device, image_fo
     monkeypatch.setattr(gpu_decode, "decode_jpegs", absent)
     with pytest.raises(UserError, match=r"cannot decode a JPEG on cpu \(.*not compiled with nvJPEG support\)"):
         make(image_folder, "gpu")
+
+
+@pytest.fixture
+def smooth_folder(tmp_path, photograph):
+    """JPEGs without noise or subsampled colours, for what decoders make of these differs."""
+    for index in range(24):
+        image = photograph(index, 6, 5).resize((80 + index, 70), Image.BICUBIC)
+        image = image.convert("L") if index % 6 == 5 else image
+        folder = tmp_path / "train" / f"class{index % 12:02}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{index}.jpg", quality=95, subsampling=0, progressive=index % 4 == 3)
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    return tmp_path
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("preset", gpu_decode.PRESETS)
+def test_batches_of_the_device_are_those_of_the_cpu(on_device, smooth_folder, preset, device):
+    actual = batches(make(smooth_folder, "gpu", preset, workers=1, device=device))
+    expected = batches(make(smooth_folder, "cpu", preset))
+    differences = []
+    for (images, labels), (others, other_labels) in zip(actual, expected, strict=True):
+        assert images.device.type == labels.device.type == device.type
+        assert torch.equal(labels.cpu(), other_labels)
+        differences += ((images.cpu() - others).abs() * 255 * 0.23).mean((1, 2, 3)).tolist()  # of grey levels
+    assert np.median(differences) < 1
+    assert np.mean(differences) < 3  # a level is much to some operations: solarizing, equalizing
+    assert_equal(batches(make(smooth_folder, "gpu", preset, device=device)), actual)
+
+
+@pytest.mark.cuda
+def test_a_damaged_image_is_found_on_the_device(device, photograph):
+    good = [jpeg(photograph(k, 61, 47)) for k in range(3)]
+    scan = good[1].index(b"\xff\xda")
+    made = dataset(good[0], good[1][: scan + 2] + bytes(20) + gpu_decode._END, good[2])
+    samples = gpu_decode.pack(made.__getitems__([(0, index) for index in range(3)]))
+    arrived = gpu_decode.unpack(samples, made, device)
+    assert [isinstance(sample, Unreadable) for sample in arrived] == [False, True, False]
+    assert all(arrived[k][0].device.type == device.type for k in (0, 2))
+
+
+@pytest.mark.cuda
+def test_operations_on_the_device_are_those_of_the_cpu(device, photograph):
+    images = torch.stack([torch.from_numpy(np.array(photograph(k, 61, 40))).permute(2, 0, 1) for k in range(400)])
+    random.seed(0)
+    drawn = [raug15.draw(40, 61)[:1] for _ in images]
+    difference = raug15_batched.apply(images.to(device), drawn).cpu().int() - raug15_batched.apply(images, drawn).int()
+    assert difference.abs().max() <= 1
+    assert (difference != 0).double().mean() < 1e-3
