@@ -16,8 +16,8 @@ from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave
 from data import Augmentation
 from data.classification import ClassificationDataset
-from data.decoded import collate, raise_on_bad
-from data.gpu_decode import EncodedDataset, decode_jpegs, pack, unpack, vary
+from data.decoded import Unreadable, collate, raise_on_bad
+from data.gpu_decode import EncodedDataset, Packed, decode_jpegs, pack, unpack, vary
 from data.transforms import CropAndFlip
 
 H100_PEAK = 989e12  # operations per second, bf16, dense
@@ -63,13 +63,14 @@ def on_a_core(encoded: list[bytes], rounds: Rounds) -> list[Row]:
 def on_the_device(encoded: list[bytes], device: torch.device, rounds: Rounds) -> list[Row]:
     """Return rows of what the training's process does, whole and its two parts."""
     dataset, size = EncodedDataset(InMemory(encoded), raug15(), 0), IMAGE_SIZE
-    samples = dataset.__getitems__([(0, index) for index in range(len(encoded))])
-    packed = pack(samples)
-    jpegs, drawn = zip(*(image for image, *_ in samples), strict=True)
-    decoded = list(zip(decode_jpegs([*jpegs], device), drawn, strict=True))
+    packed = pack(dataset.__getitems__([(0, index) for index in range(len(encoded))]))
+    assert isinstance(packed, Packed)
+    jpegs = [*packed.buffer.split(packed.sizes)]
+    drawn = [sample[0] for sample in packed.samples if not isinstance(sample, Unreadable)]
+    decoded = list(zip(decode_jpegs(jpegs, device), drawn, strict=True))
     steps: dict[str, Step] = {
         "all": lambda: collate(unpack(packed, dataset, device), raise_on_bad),
-        "decoded": lambda: decode_jpegs([*jpegs], device),
+        "decoded": lambda: decode_jpegs(jpegs, device),
         "cropped and augmented": lambda: vary(decoded, size),
     }
     return rows_of(interleave(steps, device, rounds=rounds), len(encoded), "step", "devices")
