@@ -12,6 +12,7 @@ scenes                          digits in both, made where they are absent
 obtain                          what fetches or makes a set that is absent
 decode      encoded bytes -> an image
 transforms, raug15              one decoded image -> uint8 tensor
+gpu_decode, raug15_batched      the same of batches, on the device
 sampler     which images in what order, and how far an epoch has got; randomness is that of data.seeding
 loader, resident, decoded       batches on the device; samples and unreadable images are decoded's
 on_device                       normalize, erase, mix: whole batches

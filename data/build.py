@@ -11,6 +11,7 @@ from torch import device as Device
 from torch.utils.data import default_collate
 
 from data.decoded import BadSamplePolicy, DecodedLoader, ImageDataset, collate, raise_on_bad, replace_bad
+from data.gpu_decode import EncodedDataset, EncodedLoader
 from data.loader import BatchAugmentation, Loader
 from data.on_device import Normalize
 from data.registry import DatasetSpec
@@ -132,4 +133,6 @@ def _loader(
     if isinstance(dataset, InMemoryDataset):
         return InMemoryLoader(dataset, sampler, images.normalize(cfg), augmentations)
     make_batch = functools.partial(collate, on_bad=images.bad_sample_policy(split), join=images.collate)
+    if isinstance(dataset, EncodedDataset):
+        return EncodedLoader(dataset, sampler, images.normalize(cfg), augmentations, collate=make_batch, cfg=cfg)
     return DecodedLoader(dataset, sampler, images.normalize(cfg), augmentations, collate=make_batch, cfg=cfg)

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from data import registry, transforms
+from data import gpu_decode, registry, transforms
 from data.build import ImageSet
 from data.decoded import BadSamplePolicy, ImageDataset, blank_bad
+from data.gpu_decode import EncodedDataset
 from data.loader import BatchAugmentation
 from data.on_device import Erase, Mix
 from data.registry import ClassificationSpec, FileSpec, InMemorySpec
 from data.resident import InMemoryDataset, RandomCropFlip
-from data.transforms import Transform
+from data.transforms import CropAndFlip, Transform
 from data.types import Augmentation, DatasetInfo, EncodedImages, LoaderConfig, Source
 from repopt.errors import UserError
 from repopt.images import Preprocessing
@@ -52,6 +53,8 @@ class Classification(ImageSet):
         label_smoothing: applied here only under mixup and cutmix, whose targets are distributions.
         crop: in evaluation, resize the short side to 256/224 of `image_size` before the centre crop, instead of to
             `image_size`.
+        decode: where plain JPEGs of training become pixels: 'cpu', 'gpu', or 'auto' (`data.gpu_decode`); evaluation
+            decodes on the CPU always.
 
     Raises:
         UserError: an unknown data set; a name (preset, interpolation) that does not exist; an image size that does not
@@ -66,6 +69,7 @@ class Classification(ImageSet):
     augmentation: Augmentation = field(default_factory=Augmentation)
     label_smoothing: float = 0.0
     crop: bool = False
+    decode: str = "auto"
 
     def __post_init__(self) -> None:
         transforms.check_interpolation(self.interpolation)
@@ -102,6 +106,7 @@ class Classification(ImageSet):
             crop = RandomCropFlip(images, padding=spec.padding, flip=spec.flip, seed=seed) if training else None
             return InMemoryDataset(images, labels, crop)
         assert isinstance(spec, FileSpec)
+        on_gpu = training and gpu_decode.wanted(self.decode, self.augmentation, cfg.device)
         transform = (
             transforms.train_transform(self.augmentation, self.image_size, self.interpolation)
             if training
@@ -109,6 +114,9 @@ class Classification(ImageSet):
         )
         files = spec.open(self.source, split, self.num_classes, cfg.rank, cfg.world_size)
         self._check(files.labels)
+        if on_gpu:
+            assert isinstance(transform, CropAndFlip)
+            return EncodedDataset(files, transform, seed)
         return ClassificationDataset(files, transform, seed)
 
     @override

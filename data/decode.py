@@ -85,12 +85,17 @@ def to_pixels(data: bytes) -> Tensor:
     Raises:
         OSError: as `to_pillow`.
     """
-    bits, height, width, components, tagged = _jpeg_frame(data)
-    plain = bits == 8 and components in (1, 3) and height * width <= _max_pixels()
-    if plain and not (tagged and _is_turned(data)):
+    if plain_jpeg_size(data):
         with contextlib.suppress(ValueError):  # it is damaged, and Pillow says how
             return torch.from_numpy(simplejpeg.decode_jpeg(data))
     return torch.from_numpy(np.array(to_pillow(data)))
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return height and width of a JPEG in grey or colours that is shown as it is stored; None for all else."""
+    bits, height, width, components, tagged = _jpeg_frame(data)
+    plain = bits == 8 and components in (1, 3) and height * width <= _max_pixels()
+    return (height, width) if plain and not (tagged and _is_turned(data)) else None
 
 
 def _max_pixels() -> float:

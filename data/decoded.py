@@ -24,7 +24,7 @@ from repopt.errors import UserError
 
 logger = logging.getLogger("repopt")
 
-Sample = tuple[Tensor, Any, int]  # uint8 [H, W, 3], target, index
+Sample = tuple[Any, Any, int]  # uint8 [H, W, 3] (or what becomes one: data.gpu_decode), target, index
 
 NO_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
@@ -94,7 +94,7 @@ class ImageDataset(Dataset, ABC):
         return len(self._images)
 
     @abstractmethod
-    def sample(self, index: int) -> tuple[Tensor, Any]:
+    def sample(self, index: int) -> tuple[Any, Any]:
         """Return an image uint8 [H, W, 3] and its target, varied by draws from the global generators.
 
         Raises:
@@ -110,8 +110,11 @@ class ImageDataset(Dataset, ABC):
         except UserError:  # a ValueError too
             raise
         except (OSError, SyntaxError, ValueError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return Unreadable(index, self._images.name(index), reason)
+            return self.unreadable(index, error)
+
+    def unreadable(self, index: int, error: Exception) -> Unreadable:
+        """Return what stands for an image that cannot be read."""
+        return Unreadable(index, self._images.name(index), " ".join(str(error).split()) or type(error).__name__)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> list[Sample | Unreadable] | UserError:
         """Return a batch of items, or why it is refused; the global generators are saved once for all of them."""
@@ -124,13 +127,14 @@ class ImageDataset(Dataset, ABC):
 
 
 Batch = tuple[Any, Any, Tensor]  # images, targets, indices
+Collated = tuple[Batch, list[Unreadable]] | UserError
 
 
 def collate(
     samples: list[Sample | Unreadable] | UserError,
     on_bad: BadSamplePolicy,
     join: Callable[[list[Sample]], Batch] = default_collate,
-) -> tuple[Batch, list[Unreadable]] | UserError:
+) -> Collated:
     """Return a batch of samples and which of them are unreadable, or why the batch is refused.
 
     Args:
@@ -193,7 +197,7 @@ class DecodedLoader(Loader):
         normalize: Callable[[Any], Any],
         augmentations: Sequence[BatchAugmentation] = (),
         *,
-        collate: Callable[[list[Sample | Unreadable] | UserError], tuple[Batch, list[Unreadable]] | UserError],
+        collate: Callable[[list[Sample | Unreadable] | UserError], Any],
         cfg: LoaderConfig,
     ) -> None:
         super().__init__(dataset.contents, sampler, normalize, augmentations)
@@ -212,7 +216,7 @@ class DecodedLoader(Loader):
 
     def _raw_batches(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Batch]:
         self._items.epoch, self._items.batches = epoch, batches
-        for found in self._workers:
+        for found in self._collated():
             if isinstance(found, UserError):
                 raise found
             (images, targets, indices), unreadable = found
@@ -226,6 +230,9 @@ class DecodedLoader(Loader):
                 targets.long() if isinstance(targets, Tensor) else targets,  # sent as bytes, an eighth of the memory
                 indices,
             )
+
+    def _collated(self) -> Iterator[Collated]:
+        yield from self._workers
 
     def _send(self, batch: Any) -> Any:
         if isinstance(batch, list):

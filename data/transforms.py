@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,8 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
+from data import raug15
 from data.decode import to_pillow, to_pixels
-from data.raug15 import Pixels, raug15
 from data.types import Augmentation
 from repopt.errors import UserError, unknown
 from repopt.images import resize_and_crop
@@ -47,35 +47,67 @@ class OnPillow:
 
 
 @dataclass(frozen=True)
+class Variation:
+    """What was drawn for an image.
+
+    Attributes:
+        top, left, height, width: of the crop.
+        interpolation: 'bilinear' or 'bicubic'.
+        mirrored: left and right.
+        operations: that follow.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    interpolation: str
+    mirrored: bool
+    operations: Sequence[raug15.Drawn]
+
+
+@dataclass(frozen=True)
 class CropAndFlip:
-    """A random resized crop, mirrored or not, on the decoder's own memory: Pillow would copy it.
+    """A random resized crop, mirrored or not, and the preset's operations.
 
     Attributes:
         image_size: side in pixels.
         interpolation: a key of `DETERMINISTIC`.
-        augmentation: how large the crops are, and how often they are mirrored.
-        then: what follows.
+        augmentation: how large the crops are, how often they are mirrored, and the preset.
     """
 
     image_size: int
     interpolation: str
     augmentation: Augmentation
-    then: Callable[[Pixels], Pixels] | None = None
 
     def __call__(self, data: bytes) -> Tensor:
         """Return uint8 [H, W, 3]."""
         pixels = to_pixels(data)
-        chw = pixels.permute(2, 0, 1)
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-            chw, self.augmentation.crop_area, _CROP_RATIO
+        return self.vary(pixels, self.draw(*pixels.shape[:2]))
+
+    def draw(self, height: int, width: int) -> Variation:
+        """Draw for an image of a size, from the global generators."""
+        size, augmentation = self.image_size, self.augmentation
+        shape_only = torch.empty(()).expand(3, height, width)
+        top, left, *crop = RandomResizedCropAndInterpolation.get_params(shape_only, augmentation.crop_area, _CROP_RATIO)
+        crop_height, crop_width = (max(1, side) for side in crop)  # of an image of a pixel or two it may be less
+        return Variation(
+            min(top, height - crop_height),
+            min(left, width - crop_width),
+            crop_height,
+            crop_width,
+            random.choice(("bilinear", "bicubic")) if self.interpolation == RANDOM else self.interpolation,
+            bool(torch.rand(1) < augmentation.hflip),  # from the generator that torchvision draws from
+            raug15.draw(size, size) if augmentation.preset == "raug15" else (),
         )
-        height, width = max(1, height), max(1, width)  # of an image of a pixel or two it may be less
-        top, left = min(top, len(pixels) - height), min(left, pixels.shape[1] - width)
-        mode = random.choice(("bilinear", "bicubic")) if self.interpolation == RANDOM else self.interpolation
-        pixels = _resize(pixels[top : top + height, left : left + width], self.image_size, mode)
-        if torch.rand(1) < self.augmentation.hflip:  # from the generator that torchvision draws from
+
+    def vary(self, pixels: Tensor, drawn: Variation) -> Tensor:
+        """Return uint8 [size, size, 3] of [H, W, 3], in the decoder's own memory: Pillow would copy the crop."""
+        crop = pixels[drawn.top : drawn.top + drawn.height, drawn.left : drawn.left + drawn.width]
+        pixels = _resize(crop, self.image_size, drawn.interpolation)
+        if drawn.mirrored:
             pixels = pixels.flip(1)
-        return pixels if self.then is None else torch.from_numpy(self.then(pixels.numpy()))
+        return torch.from_numpy(raug15.apply(pixels.numpy(), drawn.operations)) if drawn.operations else pixels
 
 
 def _resize(pixels: Tensor, size: int, mode: str) -> Tensor:
@@ -116,10 +148,8 @@ def train_transform(augmentation: Augmentation, image_size: int, interpolation: 
             f"crops cover a part of an image above 0 and up to 1, the smaller first, not {augmentation.crop_area}"
         )
     match augmentation.preset:
-        case "weak":
+        case "weak" | "raug15":
             return CropAndFlip(image_size, interpolation, augmentation)
-        case "raug15":
-            return CropAndFlip(image_size, interpolation, augmentation, raug15)
         case "none":
             return eval_transform(image_size, interpolation, crop=False)
     from timm.data import create_transform

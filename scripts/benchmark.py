@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py SUBJECT [--device cuda] [--help]
 
-Subjects: device, optimizer, branches, launches, data, hyper-search, one-run, train, infer, scaling, start-up;
+Subjects: device, optimizer, branches, launches, data, decode, hyper-search, one-run, train, infer, scaling, start-up;
 `SUBJECT --help` says what each measures.
 
 What is compared takes turns, round after round, so that what else the machine does meets all alike; times are medians.
@@ -24,6 +24,7 @@ from benchmarks.report import Tables, as_table, environment, keep
 from benchmarks import (
     branches,
     data,
+    decode,
     device,
     hyper_search,
     infer,
@@ -42,6 +43,7 @@ SUBJECTS = {
     "branches": branches,
     "launches": launches,
     "data": data,
+    "decode": decode,
     "hyper-search": hyper_search,
     "one-run": one_run,
     "train": training,

@@ -11,11 +11,11 @@ prepare sklearn=scikit-learn torchmetrics pytest xdist=pytest-xdist hypothesis t
   segmentation_models_pytorch=segmentation-models-pytorch
 
 if [ -n "$TINY" ]; then
-  modes=(off) rounds=(--rounds 1) steps=1 small_images=256 epochs=1 large=(--batch-size 4 --image-size 32 --compile off) small=("${large[@]}")
+  modes=(off) rounds=(--rounds 1) steps=1 small_images=256 epochs=1 large=(--batch-size 4 --image-size 32 --compile off) small=("${large[@]}") photographs=8
   only=(-k not_finite)
 else
   modes=(off default reduce-overhead) rounds=(--rounds 5 --seconds 15) steps=100 small_images=10000 epochs=80
-  large=(--batch-size 256) small=(--batch-size 32) only=(--numprocesses 6)
+  large=(--batch-size 256) small=(--batch-size 32) photographs=256 only=(--numprocesses 6)
 fi
 
 measure() { # NAME SECONDS ARGUMENTS...: a part by benchmark.py
@@ -43,7 +43,7 @@ compile train-32 "${train_32[@]}"
 compile optimizer "${optimizer[@]}"
 compile infer "${infer[@]}"
 SHOWN=15 REPOPT_TEST_DEVICE=$DEVICE part tests 130 "$PYTHON" -m pytest -p no:cacheprovider -m cuda "${only[@]}" --durations 5 \
-  tests/repopt/test_cuda.py tests/repopt/test_ecosystem.py
+  tests/repopt/test_cuda.py tests/repopt/test_ecosystem.py tests/data/test_data_gpu_decode.py
 ((${#compiling[@]})) && wait "${compiling[@]}" && say "compiled"
 measure hyper-search 75 "${search[@]}" "${rounds[@]}"
 measure train-256 60 "${train_256[@]}" "${rounds[@]}"
@@ -53,6 +53,7 @@ measure largest 90 train --arch "$ARCH" "${small[@]}" --compile off --rounds 2
 measure between-epochs 30 device --only between-epochs --arch "$ARCH" --rounds 2
 measure kernels 45 device --only kernels --arch "$ARCH" --compile "${modes[-1]}"
 measure small-images 40 data --only small-images --small-images "$small_images" "${rounds[@]}"
+measure decode 50 decode --batch-size "$photographs" "${rounds[@]}"
 measure digits 60 device --only digits --epochs "$epochs"
 measure infer 60 "${infer[@]}" "${rounds[@]}"
 "$PYTHON" scripts/gpu_rows.py --show "$OUT"

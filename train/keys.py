@@ -121,6 +121,12 @@ KEYS: dict[str, Key] = {
     "DATA.STD": Key(None, "Standard deviation of normalization, likewise.", tuple, immutable_on_resume=True),
     "DATA.PIN_MEMORY": Key(True, "Copy batches to the GPU from pinned memory."),
     "DATA.NUM_WORKERS": Key(8, "Worker processes that decode images, per training process."),
+    "DATA.DECODE": _classify(
+        "auto",
+        "What decodes and augments JPEGs for training; cpu: the workers; gpu: the GPU, for AUG.PRESET weak or raug15; "
+        "auto: cpu.",
+        choices=("auto", "cpu", "gpu"),
+    ),
     "DATA.ON_BAD_IMAGE": Key(
         "skip",
         "What happens to an image that cannot be read; skip: another takes its place in training, and in evaluation "

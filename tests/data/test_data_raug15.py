@@ -29,7 +29,12 @@ def ramp(k=4):
 
 def run(name, pixels, m, seed=0):
     random.seed(seed)
-    return raug15.OPERATIONS[name](pixels, m).astype(int)
+    return varied(name, pixels, m).astype(int)
+
+
+def varied(name, pixels, m):
+    operation = raug15.OPERATIONS[name]
+    return operation.apply(pixels, *operation.draw(m, *pixels.shape[:2]))
 
 
 def luma(p):
@@ -184,7 +189,7 @@ def test_cutout_centres_are_uniform():
     random.seed(0)
     counts = Counter()
     for _ in range(6400):
-        cut = raug15.OPERATIONS["Cutout"](image, 0)[..., 0] == 125
+        cut = varied("Cutout", image, 0)[..., 0] == 125
         counts[tuple(np.argwhere(cut)[-1])] += 1  # the lower right pixel of a side of 2: the centre
     assert set(counts) == {(y, x) for y in range(8) for x in range(8)}
     assert chi_square(counts.values()) < 63 + 5 * (2 * 63) ** 0.5
@@ -197,16 +202,14 @@ def chi_square(counts):
 
 def test_two_operations_each_with_its_own_uniform_magnitude(monkeypatch):
     assert list(raug15.OPERATIONS) == NAMES
-    applied = []
-
-    def recorder(name):
-        return lambda image, m: applied.append((name, m)) or image
-
-    monkeypatch.setattr(raug15, "OPERATIONS", {name: recorder(name) for name in NAMES})
+    monkeypatch.setattr(
+        raug15,
+        "OPERATIONS",
+        {name: raug15.Operation(lambda m, h, w: (m,), lambda pixels, m: pixels) for name in NAMES},
+    )
     random.seed(0)
     images = 24_000
-    for _ in range(images):
-        raug15.raug15(np.zeros((1, 1, 3), np.uint8))
+    applied = [(name, m) for _ in range(images) for name, (m,) in raug15.draw(1, 1)]
     assert len(applied) == 2 * images
     cells = Counter(applied)
     assert set(cells) == {(name, m) for name in NAMES for m in MAGNITUDES}
@@ -223,8 +226,8 @@ def test_two_operations_each_with_its_own_uniform_magnitude(monkeypatch):
 def test_every_operation_at_every_magnitude_keeps_size_and_kind_and_its_input(name, pixels):
     before = pixels.copy()
     for m in MAGNITUDES:
-        varied = raug15.OPERATIONS[name](pixels, m)
-        assert (varied.shape, varied.dtype) == ((H, W, 3), np.uint8)
+        made = varied(name, pixels, m)
+        assert (made.shape, made.dtype) == ((H, W, 3), np.uint8)
         assert (pixels == before).all()
 
 

@@ -441,6 +441,29 @@ def test_any_image_folder(tmp_path, dataset):
     assert config["MODEL"]["NUM_CLASSES"] == 2
 
 
+@pytest.mark.parametrize("decode", ["gpu", "nvjpeg"])
+def test_without_a_gpu_none_decodes(tmp_path, capsys, decode):
+    root = image_folder(tmp_path / "images")
+    options = ("DATA.DATASET", "folder", "DATA.IMG_SIZE", 64, "DATA.NUM_WORKERS", 0, "AUG.PRESET", "weak")
+    arguments = ("--arch", HS, "--output", tmp_path / "out", "--data-path", root, "--batch-size", 4, "--opts", *options)
+    assert main(*arguments, "DATA.DECODE", decode) == 2
+    said = {
+        "gpu": "main_repopt.py: DATA.DECODE gpu needs a CUDA device, and this training is on cpu: set auto or cpu",
+        "nvjpeg": r"main_repopt.py: .*DATA.DECODE.*nvjpeg.*auto.*cpu.*gpu.*",
+    }
+    assert re.fullmatch(said[decode] + "\n", capsys.readouterr().err)
+
+
+def test_decoding_may_move_when_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.gpu_decode.wanted", lambda decode, *_: decode == "gpu")
+    root = image_folder(tmp_path / "images")
+    options = ("DATA.DATASET", "folder", "DATA.IMG_SIZE", 64, "DATA.NUM_WORKERS", 1, "AUG.PRESET", "raug15")
+    arguments = ("--arch", HS, "--output", tmp_path, "--data-path", root, "--batch-size", 4, "--opts", *options)
+    assert main(*arguments, "TRAIN.EPOCHS", 1) == 0
+    assert main(*arguments, "TRAIN.EPOCHS", 2, "DATA.DECODE", "gpu") == 0
+    assert checkpoint.read(tmp_path / HS / "default" / "latest.pth")["epoch"] == 1
+
+
 def test_published_ghost_commands_on_a_small_image_folder(tmp_path):
     root = image_folder(tmp_path / "images")
     output, size = ("--output", tmp_path / "out"), ("DATA.IMG_SIZE", 64, "DATA.NUM_WORKERS", 1, "TRAIN.EPOCHS", 1)

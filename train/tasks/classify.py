@@ -65,6 +65,7 @@ class Classify(Task):
             augmentation=_augmentation(self.cfg),
             label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING,
             crop=self.cfg.TEST.CROP,
+            decode=self.cfg.DATA.DECODE,
         )
 
     @override
