@@ -43,7 +43,9 @@ def timm_loader(encoded: list[bytes], batches: Batches, side: int) -> Callable[[
     """timm's loader up to what its prefetcher sends to the device."""
     size = len(next(batches))
     prefetcher = create_loader(
-        _Pictures(encoded), (3, side, side), size, is_training=True, color_jitter=None, interpolation="bilinear",
+        _Pictures(encoded),  # type: ignore[arg-type]  # it needs no more than a transform to set
+        (3, side, side), size, is_training=True, color_jitter=None,  # type: ignore[arg-type]
+         interpolation="bilinear",
         num_workers=0, persistent_workers=False, pin_memory=False, device=torch.device("cpu"),
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import functools
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,13 @@ class Threads:
         self.dataset, self.epoch, self.count = dataset, epoch, count
         self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
+    def _batch(self, items: list[tuple[int, int]]) -> Any:
+        return _join(self.dataset.__getitems__(items))
+
     def __iter__(self) -> Iterator[Any]:
         ahead: collections.deque[Future] = collections.deque()
         for batch in self.epoch:
-            ahead.append(self.pool.submit(lambda batch=batch: _join(self.dataset.__getitems__(batch))))
+            ahead.append(self.pool.submit(self._batch, batch))
             if len(ahead) > 2 * self.count:  # as many as a DataLoader has
                 yield ahead.popleft().result()
         while ahead:
@@ -67,7 +70,8 @@ def workers(images: EncodedImages, batch_size: int, image_size: int, rounds: Rou
     epochs: dict[tuple[str, str, int], Step] = {}
     starts = {}
     for name, preset in PIPELINES.items():
-        for kind, make in {"processes": processes, "threads": Threads}.items():
+        kinds: dict[str, Callable[..., DataLoader | Threads]] = {"processes": processes, "threads": Threads}
+        for kind, make in kinds.items():
             for count in range(1, min(2, os.cpu_count() or 1) + 1):
                 loader = make(augmented(images, preset, image_size), epoch, count)
                 key = name, kind, count
