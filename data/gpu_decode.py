@@ -36,9 +36,8 @@ from repopt.errors import UserError, one_line, unknown
 DECODE = ("auto", "cpu", "gpu")
 PRESETS = ("weak", "raug15")
 _CHUNK = 64  # images that lie decoded on the device at a time
-_MAX_SCALE = (
-    16  # of an image's sides to what is made of it: larger ones would fill the memory, a kernel's shared one too
-)
+# Of an image's sides to what is made of it: larger ones would fill the memory, a kernel's shared one too.
+_MAX_SCALE = 16
 
 _END = b"\xff\xd9"
 _ADOBE = b"\xff\xee\x00\x0eAdobe"  # begins a segment whose last byte is 0 where three components are red, green, blue

@@ -1,5 +1,5 @@
 """Images per second of the training input: from JPEGs to uint8 batches on one core, by preset, against the textbook's
-pipeline; zipped images and worker processes; and small images that live on the device.
+and other loaders' pipelines; zipped images, worker processes and threads; small images that live on the device.
 """
 
 from __future__ import annotations
@@ -7,10 +7,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import io
 import itertools
 import os
-import random
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,30 +17,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
-from torchvision.transforms import v2
+from torch.utils.data import default_collate
 
 import data
 from benchmarks import baseline
 from benchmarks.arguments import add_rounds, positive, rounds_of
+from benchmarks.other_loaders import others, torchvision_v2
+from benchmarks.photographs import as_imagenet, described, of_one_size
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave
 from benchmarks.training_step import memory_format_on
-from data.classification import ClassificationDataset
+from benchmarks.workers import augmented, workers
 from data.decode import to_pixels
 from data.decoded import collate, raise_on_bad
 from data.on_device import Normalize
 from data.registry import IMAGENET_MEAN, IMAGENET_STD, FileSpec, InMemorySpec
 from data.resident import InMemoryDataset, InMemoryLoader, RandomCropFlip
 from data.sampler import TrainSampler
-from data.transforms import train_transform
 from data.types import EncodedImages
 from data.zipped import CACHE_MODES
 from repopt.errors import UserError
 
-SIZE = (500, 375)  # of a photograph: ImageNet's most frequent one
 BATCH = 32
 IMAGE_SIZE = 224
 SMALL_BATCH = 128  # of images of 32 x 32
@@ -71,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this subject's arguments."""
     parser.add_argument("--images", type=positive, default=256, help="photographs to make (default: %(default)s)")
     parser.add_argument("--small-images", type=positive, default=10_000, help="of 32 x 32 (default: %(default)s)")
-    add_rounds(parser, 40)
+    add_rounds(parser, 20)
     parser.add_argument("--only", choices=[SMALL_IMAGES], help="leave out all else, which needs no device")
 
 
@@ -82,40 +78,41 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     try:
         rounds = rounds_of(arguments)
         if arguments.only != SMALL_IMAGES:
-            encoded = photographs(max(arguments.images, BATCH))
-            kilobytes = sum(map(len, encoded)) / len(encoded) / 1e3
             batch = f"{BATCH} x 3 x {IMAGE_SIZE} x {IMAGE_SIZE}"
-            yield f"JPEGs of 500 x 375 ({kilobytes:.0f} kB) -> batches of {batch}, one core", presets(encoded, rounds)
+            for kind, make in {"of one size": of_one_size, "as ImageNet's": as_imagenet}.items():
+                encoded = make(max(arguments.images, BATCH))
+                title = f"JPEGs {kind}, on average {described(encoded)} -> batches of {batch}, one core"
+                with one_core():
+                    rows = presets(encoded, rounds)
+                yield title, rows
             with image_files(encoded) as root:
                 yield "The same images from files: reading them", reading(root, rounds)
-                yield "The same images from files: worker processes, raug15, uint8", workers(root, rounds)
+                yield (
+                    "The same images from files: worker processes and threads",
+                    workers(training_images(root), BATCH, IMAGE_SIZE, rounds),
+                )
         title = "Images of 32 x 32 -> normalised batches on the device, one core"
         yield title, small_images(arguments.small_images, device, rounds.some(10))
     finally:
         torch.set_num_threads(threads)
 
 
-def photographs(count: int) -> list[bytes]:
-    """Return JPEGs that all differ: random regions of scikit-learn's two sample photographs."""
-    from sklearn.datasets import load_sample_images
-
-    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    draw = random.Random(0)
-    encoded = []
-    for number in range(count):
-        original = originals[number % len(originals)]
-        width = draw.randint(400, 569)  # of 640 x 427, at the ratio of 4 : 3
-        height = width * SIZE[1] // SIZE[0]
-        left, top = draw.randint(0, original.width - width), draw.randint(0, original.height - height)
-        image = original.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
-        encoded.append(buffer.getvalue())
-    return encoded
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Keep this thread, and those that it starts, on one core, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def presets(encoded: list[bytes], rounds: Rounds) -> list[Row]:
-    """Return rows of a batch by the textbook, by torchvision's v2 transforms on tensors, and by ours.
+    """Return rows of a batch by the textbook, by others' loaders, and by ours.
 
     The textbook's is normalised, by the same core; ours is where the training is, so that it is measured with and
     without.
@@ -123,7 +120,10 @@ def presets(encoded: list[bytes], rounds: Rounds) -> list[Row]:
     seconds = interleave(
         {
             "weak: textbook": one_by_one(encoded, baseline.imagenet()),
-            "weak: our decoder, torchvision v2": one_by_one(encoded, torchvision_v2()),
+            **{f"weak: {name}": step for name, step in others(encoded, batches, IMAGE_SIZE).items()},
+            "weak: our decoder, torchvision v2": torchvision_v2(lambda image: to_pixels(image).permute(2, 0, 1))(
+                encoded, batches(len(encoded)), IMAGE_SIZE
+            ),
             "weak: uint8": ours(encoded, "weak"),
             "weak: normalised": ours(encoded, "weak", normalised=True),
             "raug15: textbook": one_by_one(encoded, baseline.imagenet(baseline.raug15)),
@@ -157,15 +157,13 @@ def one_by_one(encoded: list[bytes], transform: Callable[[bytes], Tensor]) -> St
     return lambda: default_collate([(transform(encoded[index]), index) for index in next(indices)])
 
 
-def torchvision_v2() -> Callable[[bytes], Tensor]:
-    """Return what makes of a JPEG uint8 [3, 224, 224] by torchvision's newer transforms."""
-    varied = v2.Compose([v2.RandomResizedCrop(IMAGE_SIZE, antialias=True), v2.RandomHorizontalFlip()])
-    return lambda encoded: varied(to_pixels(encoded).permute(2, 0, 1))
-
-
 def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Callable[[], Tensor]:
     """Return what makes the next batch as a worker of our loader does, or as it arrives at the training."""
-    dataset, indices, epochs = decoded(InMemory(encoded), preset), batches(len(encoded)), itertools.count()
+    dataset, indices, epochs = (
+        augmented(InMemory(encoded), preset, IMAGE_SIZE),
+        batches(len(encoded)),
+        itertools.count(),
+    )
     cpu = torch.device("cpu")
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, cpu, torch.contiguous_format)
 
@@ -177,11 +175,6 @@ def ours(encoded: list[bytes], preset: str, *, normalised: bool = False) -> Call
         return normalize(images) if normalised else images
 
     return step
-
-
-def decoded(images: EncodedImages, preset: str) -> ClassificationDataset:
-    """Return the data set that a worker decodes and augments."""
-    return ClassificationDataset(images, train_transform(data.Augmentation(preset=preset), IMAGE_SIZE, "bilinear"), 0)
 
 
 @contextlib.contextmanager
@@ -204,10 +197,10 @@ def image_files(encoded: list[bytes]) -> Iterator[Path]:
 
 def reading(root: Path, rounds: Rounds) -> list[Row]:
     """Return rows of reading an image from class folders and from a zip in every cache mode, from the page cache."""
-    opened = {"class folders": opened_at(root)}
+    opened = {"class folders": training_images(root)}
     for mode in CACHE_MODES:
         share = " (of 2 processes)" if mode == "part" else ""
-        opened[f"zip, cache {mode}{share}"] = opened_at(root, zip_mode=True, cache_mode=mode)
+        opened[f"zip, cache {mode}{share}"] = training_images(root, zip_mode=True, cache_mode=mode)
 
     # A process reads those of its own shard, which are what it caches in part.
     shard = range(0, len(opened["class folders"].labels), 2)
@@ -221,27 +214,10 @@ def reading(root: Path, rounds: Rounds) -> list[Row]:
     return [{"images": name, "us per image": 1e6 * own / len(shard)} for name, own in seconds.items()]
 
 
-def opened_at(root: Path, **how: Any) -> EncodedImages:
+def training_images(root: Path, **how: Any) -> EncodedImages:
     """Return the training images of a folder, for the first of two processes."""
     source = data.Source("folder", str(root), **how)
     return data.registry.find(source, FileSpec).open(source, "train", 4, 0, 2)
-
-
-def workers(root: Path, rounds: Rounds) -> list[Row]:
-    """Return rows of uint8 batches of raug15 from one and two worker processes."""
-    images = opened_at(root)
-    epoch = [[(0, i) for i in batch.tolist()] for batch in torch.arange(len(images.labels)).split(BATCH)]
-    join = functools.partial(collate, on_bad=raise_on_bad)
-    settings: dict[str, Any] = {"batch_sampler": epoch, "collate_fn": join, "persistent_workers": True}
-    epochs: dict[int, Step] = {}
-    for count in range(1, min(2, os.cpu_count() or 1) + 1):
-        loader = DataLoader(decoded(images, "raug15"), num_workers=count, **settings)
-        epochs[count] = functools.partial(list, loader)
-    seconds = interleave(epochs, torch.device("cpu"), rounds=rounds.some(4), warm_up=1)
-    return [
-        {"worker processes": count, "images/s": len(images.labels) / own, "efficiency": seconds[1] / own / count}
-        for count, own in seconds.items()
-    ]
 
 
 def small_images(count: int, device: torch.device, rounds: Rounds) -> list[Row]:

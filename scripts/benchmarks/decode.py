@@ -11,7 +11,8 @@ import torch
 from reproduction.experiment import multiply_adds
 
 from benchmarks.arguments import add_rounds, positive, rounds_of
-from benchmarks.data import IMAGE_SIZE, InMemory, photographs
+from benchmarks.data import IMAGE_SIZE, InMemory
+from benchmarks.photographs import described, of_one_size
 from benchmarks.report import Row, Table
 from benchmarks.timing import Rounds, Step, interleave
 from data import Augmentation
@@ -35,8 +36,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Iterator[Table]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rounds, encoded = rounds_of(arguments), photographs(arguments.batch_size)
-        yield f"JPEGs of 500 x 375, batches of {len(encoded)}, on a core", on_a_core(encoded, rounds)
+        rounds, encoded = rounds_of(arguments), of_one_size(arguments.batch_size)
+        yield f"JPEGs of {described(encoded)}, batches of {len(encoded)}, on a core", on_a_core(encoded, rounds)
         yield "The same on the device, where DATA.DECODE is gpu", on_the_device(encoded, device, rounds)
     finally:
         torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ from data import Augmentation, Source, gpu_decode, raug15, raug15_batched, seedi
 from data.decoded import Unreadable
 from data.gpu_decode import Encoded, EncodedDataset, EncodedLoader
 from data.transforms import CropAndFlip
+from data.types import EncodedImages
 from repopt.errors import UserError
 from train.logging import logger
 
@@ -135,7 +136,7 @@ def test_neither_workers_nor_a_stop_make_a_difference(on_device, image_folder):
     assert not torch.equal(batches(stopped, EPOCH + 1)[0][0], whole[0][0])
 
 
-class InMemory:
+class InMemory(EncodedImages):
     def __init__(self, *encoded):
         self.encoded, self.labels = encoded, torch.arange(len(encoded))
 
