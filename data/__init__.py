@@ -5,7 +5,7 @@ registry    the table of data sets: a new one is a row there
 build       train_loader, eval_loader, and what they need of a data set: ImageSet
 classification, segmentation, detection     a data set as each task takes it
 digits, patches, cifar, glyphs, fake        sets that live on the device as one tensor
-folder, zipped                  images in files
+folder, zipped, shards          images in files
 caltech                         one whose split is ours
 cityscapes, coco                layouts of images with label images, and with boxes and masks
 scenes                          digits in both, made where they are absent

@@ -35,6 +35,7 @@ from data.on_device import Normalize
 from data.registry import IMAGENET_MEAN, IMAGENET_STD, FileSpec, InMemorySpec
 from data.resident import InMemoryDataset, InMemoryLoader, RandomCropFlip
 from data.sampler import TrainSampler
+from data.shards.write import WRITERS, write_split
 from data.types import EncodedImages
 from data.zipped import CACHE_MODES
 from repopt.errors import UserError
@@ -196,11 +197,14 @@ def image_files(encoded: list[bytes]) -> Iterator[Path]:
 
 
 def reading(root: Path, rounds: Rounds) -> list[Row]:
-    """Return rows of reading an image from class folders and from a zip in every cache mode, from the page cache."""
+    """Return rows of reading an image from class folders, a zip in every cache mode and shards, from the page cache."""
     opened = {"class folders": training_images(root)}
     for mode in CACHE_MODES:
         share = " (of 2 processes)" if mode == "part" else ""
         opened[f"zip, cache {mode}{share}"] = training_images(root, zip_mode=True, cache_mode=mode)
+    for form in WRITERS:
+        write_split(opened["class folders"], (), root / form, "train", form, per_shard=100)
+        opened[f"shards, {form}"] = training_images(root / form, form)
 
     # A process reads those of its own shard, which are what it caches in part.
     shard = range(0, len(opened["class folders"].labels), 2)
@@ -214,9 +218,9 @@ def reading(root: Path, rounds: Rounds) -> list[Row]:
     return [{"images": name, "us per image": 1e6 * own / len(shard)} for name, own in seconds.items()]
 
 
-def training_images(root: Path, **how: Any) -> EncodedImages:
+def training_images(root: Path, form: str = "folder", **how: Any) -> EncodedImages:
     """Return the training images of a folder, for the first of two processes."""
-    source = data.Source("folder", str(root), **how)
+    source = data.Source(form, str(root), **how)
     return data.registry.find(source, FileSpec).open(source, "train", 4, 0, 2)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 SIZE = (500, 375)  # ImageNet's most frequent one
 _CANVAS = 2560  # pixels: the photographs, mirrored at their edges until they are as large
-_LONGER_SIDES = {(500, 500): 13, (100, 300): 6, (640, 1280): 1}  # ranges in pixels: how many of 20 images
+_LONGER_SIDES = {(500, 500): 12, (100, 300): 7, (640, 1280): 1}  # ranges in pixels: how many of 20 images
 _SHORTER_OVER_LONGER = (2 / 3, 3 / 4, 3 / 4, 3 / 4, 1)
 _UPRIGHT = 0.3
 _REDUCED = (1.2, 2.0)  # by what regions are shrunk, so that there is detail in every pixel
