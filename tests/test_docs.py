@@ -65,8 +65,9 @@ def test_every_document_is_tested():
         "performance",
         "reliability",
         "reproduction",
-    }  # the first in test_convert, data in test_make_shards, frameworks in test_loops, the last in test_soak; all links and
-    # the API by the site
+    }
+    # The first in test_convert, data in test_make_shards, frameworks in test_loops, reliability in test_soak; all links
+    # and the API by the site.
     assert {path.stem for path in DOCS.glob("*.md")} == tested
 
 
