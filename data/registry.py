@@ -26,12 +26,14 @@ class DatasetSpec:
         std: likewise.
         flip: whether half the training images are mirrored.
         zips: whether the images may also lie in a zip.
+        shards: whether they lie in shards, through which a training may go by blocks.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     flip: bool = True
     zips: bool = False
+    shards: bool = False
 
 
 Spec = TypeVar("Spec", bound=DatasetSpec)
@@ -122,7 +124,7 @@ def _open_files(source: Source, split: str, num_classes: int, rank: int, world_s
     )
 
 
-_SHARDS = FileSpec(describe=shards.describe, open=shards.open_split)
+_SHARDS = FileSpec(describe=shards.describe, open=shards.open_split, shards=True)
 _CLASS_FOLDERS = FileSpec(describe=_describe_files, open=_open_files, zips=True)
 
 DATASETS: dict[str, list[DatasetSpec]] = {  # by task; a mirrored digit or character is another thing
@@ -178,8 +180,8 @@ def find(source: Source, kind: type[Spec]) -> Spec:
     """Return what a data set is for the task whose specifications are of a kind.
 
     Raises:
-        UserError: an unknown data set, zip mode with one that is in no zip, an unknown way with unreadable images, or
-            numbers of normalization that are none.
+        UserError: an unknown data set, zip mode with one that is in no zip, an order by blocks with one that has none,
+            an unknown way with unreadable images, or numbers of normalization that are none.
     """
     if source.on_bad_image not in ON_BAD_IMAGE:
         raise unknown("way with unreadable images", source.on_bad_image, ON_BAD_IMAGE)
@@ -190,6 +192,8 @@ def find(source: Source, kind: type[Spec]) -> Spec:
     if source.zip_mode and not spec.zips:
         zips = [name for name, specs in DATASETS.items() if any(spec.zips for spec in specs)]
         raise UserError(f"--zip is for {' and '.join(zips)}: data set {source.dataset!r} is in no zip")
+    if source.shuffle == "blocks" and not spec.shards:
+        raise UserError(f"DATA.SHUFFLE blocks is for shards: data set {source.dataset!r} has none")
     return replace(
         spec, mean=_of_channels(source, source.mean, spec.mean), std=_of_channels(source, source.std, spec.std)
     )

@@ -105,7 +105,7 @@ def open_split(source: Source, split: str, num_classes: int, rank: int, world_si
     if together is not None and source.shuffle == "global":
         raise UserError(
             f"DATA.SHUFFLE global reads images one by one, and those in {found.store.name(together)!r} are compressed "
-            "together, or in a store: DATA.SHUFFLE blocks, or shards as scripts/make_shards.py makes them"
+            "together, or in a store without their index: DATA.SHUFFLE blocks, or shards of scripts/make_shards.py"
         )
     images = BlockedImages(found, num_classes, world_size)
     if split == "train":
@@ -147,7 +147,7 @@ class _Split:
         if not len(self.labels):
             raise UserError(f"the shards of {split} in {source.root!r} have no images")
         for path, of_shard in zip(self.shards, self.indices, strict=True):
-            wrong = of_shard.labels < 0 if not names else (of_shard.labels < 0) | (of_shard.labels >= len(names))
+            wrong = (of_shard.labels < 0) | (of_shard.labels >= (len(names) or np.inf))
             if wrong.any():
                 image = int(wrong.argmax())
                 raise UserError(

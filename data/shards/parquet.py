@@ -47,6 +47,8 @@ def read_index(store: Store, path: str, size: int, *, image: str, label: str) ->
         named = [str(name or f"row {row}").encode() for row, name in enumerate(paths)]
         row_groups = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
         chunks = [group.column(column) for group in row_groups]
+        if row_groups and all(_is_empty(chunk) for chunk in chunks):
+            raise UserError(f"{store.name(path)!r} holds no images, perhaps their paths only: write them embedded")
         ends = np.cumsum([group.num_rows for group in row_groups])
         groups = np.array([(end, *_bytes_of(chunk)) for end, chunk in zip(ends, chunks, strict=True)], np.int64)
         alone = not store.is_remote and all(chunk.compression == "UNCOMPRESSED" for chunk in chunks)
@@ -72,6 +74,8 @@ def class_names(store: Store, shards: Mapping[str, Entry], *, label: str) -> tup
     try:
         with store.open(path, shard.size) as file, _opened(file) as parquet:
             metadata = parquet.schema_arrow.metadata or {}
+    except UserError:  # a ValueError too
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"shard {store.name(path)!r} is damaged: {one_line(error)}; fetch or make it again") from None
     try:
@@ -110,6 +114,8 @@ class Groups:
                     self._metadata[path] = pq.read_metadata(file)
             parquet = pq.ParquetFile(_Piece(start, content), metadata=self._metadata[path])
             images = _images(parquet, group, self._image)
+        except UserError:  # the store is gone
+            raise
         except ValueError as error:
             raise OSError(f"row group {group} is damaged: {one_line(error)}") from None
         return [OSError("the row has no image") if image is None else image for image in images]
@@ -162,6 +168,11 @@ def _columns(parquet: Any, name: str, image: str, label: str) -> tuple[int, list
     if leaf not in leaves or parquet.schema.column(leaves.index(leaf)).physical_type != "BYTE_ARRAY":
         raise UserError(f"column {image!r} of {name!r} holds no bytes of images: set DATA.IMAGE_COLUMN")
     return leaves.index(leaf), [path for path in (f"{image}.path",) if path in leaves]
+
+
+def _is_empty(chunk: Any) -> bool:
+    """Return whether a column of a row group is known to have no values."""
+    return chunk.is_stats_set and chunk.statistics.null_count == chunk.num_values
 
 
 def _bytes_of(chunk: Any) -> tuple[int, int]:

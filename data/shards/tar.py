@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from data.shards import index
 from data.shards.index import ShardIndex
 from data.shards.store import Entry, Range, Store
-from repopt.errors import UserError, shown
+from repopt.errors import UserError, one_line, shown
 
 ENDING = ".tar"
 CLASSES = "classes.txt"
@@ -47,8 +47,8 @@ def read_index(store: Store, path: str, size: int) -> ShardIndex:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if not member.isreg():
-                        continue
+                    if not member.isreg() or PurePosixPath(member.name).name.startswith("."):
+                        continue  # what is hidden, as beside pictures of a Mac
                     key, ending = _split(member.name)
                     if f".{ending.rpartition('.')[2]}" not in IMG_EXTENSIONS:
                         samples.setdefault(key, {})[ending] = member
@@ -72,7 +72,7 @@ def _split(name: str) -> tuple[str, str]:
     """Return the key of a file's sample and the file's ending, in small letters."""
     path = PurePosixPath(name)
     stem, _, ending = path.name.partition(".")
-    return str(path.with_name(stem or path.name)), ending.lower()
+    return str(path.with_name(stem)), ending.lower()
 
 
 def _check_end(tar: tarfile.TarFile, size: int) -> None:
@@ -106,8 +106,15 @@ def _label(file: BinaryIO, files: Mapping[str, tarfile.TarInfo], where: str) -> 
 
 
 def class_names(store: Store, files: Mapping[str, Entry], shards: Mapping[str, Entry]) -> tuple[str, ...]:
-    """Return the names in classes.txt, one a line, by their number; none where there is no such file."""
+    """Return the names in classes.txt, one a line, by their number; none where there is no such file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     if CLASSES not in files:
         return ()
-    content = store.read_one(Range(CLASSES, 0, files[CLASSES].size))
+    try:
+        content = store.read_one(Range(CLASSES, 0, files[CLASSES].size))
+    except OSError as error:
+        raise UserError(f"cannot read {store.name(CLASSES)!r}: {one_line(error)}") from None
     return tuple(content.decode(errors="replace").splitlines())

@@ -321,7 +321,7 @@ def test_the_common_variants_of_tars(tmp_path):
     files = {
         "./b/one.JPG": b"1", "./b/one.cls": b" 3\n", "./b/one.txt": b"a caption",
         "two.v.png": b"ignored", "two.json": b'{"label": 1, "caption": "x"}', "two.webp": b"22",
-        "a/three.cls": b"0", "a/three.jpeg": b"333", "a/three.json": b"7",
+        "b/._one.JPG": b"of a Mac", "a/three.cls": b"0", "a/three.jpeg": b"333", "a/three.json": b"7",
     }  # fmt: skip
     files.pop("two.v.png")
     tar_of(tmp_path / "imagenet-train-0.tar", files)
@@ -362,6 +362,36 @@ def test_odd_parquet_is_refused(forms, tmp_path):
         pq.write_table(table, tmp_path / "train.parquet")
         with pytest.raises(UserError, match=message):
             opened(Source("parquet", str(tmp_path)))
+    schema = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()})
+    table = pa.table({"image": [{"bytes": None, "path": "a.jpg"}] * 2, "label": [0, 1]}, schema)
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="holds no images, perhaps their paths only: write them embedded"):
+        opened(Source("parquet", str(tmp_path)))
+
+
+def test_parquet_whose_index_lies_in_the_store_is_read_image_by_image(forms):
+    with served(forms["parquet"], lambda request: request % 10 == 3) as server:
+        local, remote = (Source("parquet", str(where), shuffle="global") for where in (forms["parquet"], server.url))
+        assert_equal(batches(training(remote)), batches(training(local)))
+
+
+def test_parquet_in_a_store_that_goes_is_not_called_damaged(forms, tmp_path):
+    root = compressed(forms["folder"], tmp_path / "hub")
+    with served(root) as server:
+        source = Source("parquet", server.url, columns=COLUMNS)
+        opened(source)  # has its index now
+        loader, waits = training(source), server.requests
+        for last in (waits, waits + 1, waits + 2):  # while a row group is read, or a file's metadata
+            server.fails_at = lambda request, last=last: request > last
+            with pytest.raises(UserError, match=r"cannot read 'http.*', tried 5 times"):
+                list(loader)
+        with pytest.raises(UserError, match=r"cannot read 'http.*', tried 5 times"):
+            describe(source)
+
+
+def test_blocks_are_of_shards(forms):
+    with pytest.raises(UserError, match=r"DATA.SHUFFLE blocks is for shards: data set 'folder' has none"):
+        describe(Source("folder", str(forms["folder"]), shuffle="blocks"))
 
 
 def test_shards_of_other_splits_are_told_of(tmp_path):
