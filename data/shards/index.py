@@ -161,7 +161,9 @@ def _on_disk(store: Store, path: str, shard: Entry, read_as: str) -> ShardIndex 
     """Return the index of a shard that this machine has, unless the shard is younger."""
     for place in _places(store, path, shard):
         if place.is_file() and (store.is_remote or place.stat().st_mtime_ns >= int(shard.stamp)):
-            return _parsed(path, place.read_bytes(), shard, read_as)
+            index = _parsed(path, place.read_bytes(), shard, read_as)
+            if index is not None:
+                return index
     return None
 
 

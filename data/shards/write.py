@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from repopt.errors import UserError, one_line
 
 IMAGE, LABEL = Source("parquet").columns
 _ROW_GROUP_BYTES = 2**23
+_AT_ONCE = 64  # images that are asked for
 
 
 class Row(NamedTuple):
@@ -85,6 +86,16 @@ def _row(images: EncodedImages, number: int, form: str) -> Row:
     return Row(number, name, int(images.labels[number]))
 
 
+def _contents(images: EncodedImages, rows: Sequence[Row], done: Callable[[int], object]) -> Iterator[tuple[Row, bytes]]:
+    """Yield every row with its image's bytes."""
+    for start in range(0, len(rows), _AT_ONCE):
+        part = rows[start : start + _AT_ONCE]
+        images.prefetch([row.number for row in part])
+        for row in part:
+            yield row, _read(images, row)
+            done(1)
+
+
 def _read(images: EncodedImages, row: Row) -> bytes:
     try:
         return images.read(row.number)
@@ -96,13 +107,12 @@ def _write_tar(
     path: Path, images: EncodedImages, rows: Sequence[Row], classes: Sequence[str], done: Callable[[int], object]
 ) -> None:
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as file:
-        for row in rows:
+        for row, image in _contents(images, rows, done):
             label_name = str(PurePosixPath(row.name).with_suffix(".cls"))
-            for name, content in ((row.name, _read(images, row)), (label_name, str(row.label).encode())):
+            for name, content in ((row.name, image), (label_name, str(row.label).encode())):
                 member = tarfile.TarInfo(name)  # without a time or an owner: the same images give the same bytes
                 member.size = len(content)
                 file.addfile(member, io.BytesIO(content))
-            done(1)
 
 
 def _write_parquet(
@@ -115,15 +125,13 @@ def _write_parquet(
     held = 0
     # Images are compressed already; as they are, each can be read by itself.
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_statistics=False) as file:
-        for row in rows:
-            content = _read(images, row)
+        for row, content in _contents(images, rows, done):
             columns[IMAGE].append({"bytes": content, "path": row.name})
             columns[LABEL].append(row.label)
             held += len(content)
             if held >= _ROW_GROUP_BYTES or row is rows[-1]:
                 file.write_table(pa.table(columns, schema))
                 columns, held = {IMAGE: [], LABEL: []}, 0
-            done(1)
 
 
 WRITERS = {"parquet": _write_parquet, "wds": _write_tar}
