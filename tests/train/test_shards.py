@@ -1,5 +1,6 @@
 """A training on shards is the training on class folders: from the command line, in one process and in two."""
 
+import multiprocessing
 import os
 import warnings
 
@@ -42,6 +43,7 @@ def killed_at(step):
 def train(rank, processes, runs, ports):
     """Run command lines one after the other; those with a step are killed there, and run again."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loaders' workers, as from a command line
     warnings.simplefilter("ignore")
     ports = iter(ports)
     for command, step in runs:
