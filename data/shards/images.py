@@ -267,7 +267,8 @@ class ShardedImages(EncodedImages):
 class BlockedImages(ShardedImages):
     """The same, read with those that lie beside them: row groups, or some megabytes.
 
-    A process holds as many blocks as the order by blocks mixes in its share of the images; up to 0.5 GB in all.
+    A process holds as many blocks as the order by blocks mixes in its share of the images (`Blocks.held`): where there
+    is one process, 80 of up to 8 MB; of larger row groups fewer, 24 at least.
 
     Args:
         split: whose images.

@@ -87,8 +87,8 @@ def class_names(store: Store, shards: Mapping[str, Entry], *, label: str) -> tup
 
 def hub_metadata(image: str, label: str, classes: Sequence[str]) -> dict[bytes, bytes]:
     """Return the schema's metadata that say which column is what, as the hubs' library reads and writes them."""
-    features = {image: {"_type": "Image"}, label: {"names": [*classes], "_type": "ClassLabel"}}
-    return {HUB: json.dumps({"info": {"features": features}}).encode()}
+    numbers = {"names": [*classes], "_type": "ClassLabel"} if classes else {"dtype": "int64", "_type": "Value"}
+    return {HUB: json.dumps({"info": {"features": {image: {"_type": "Image"}, label: numbers}}}).encode()}
 
 
 class Groups:

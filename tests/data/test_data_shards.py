@@ -413,6 +413,8 @@ def test_the_hubs_metadata_name_the_classes(forms):
     features = json.loads(pq.read_schema(path).metadata[b"huggingface"])["info"]["features"]
     assert features["label"]["names"][:2] == ["class00", "class01"]
     assert features["image"] == {"_type": "Image"}
+    without = json.loads(parquet.hub_metadata("image", "label", ())[b"huggingface"])["info"]["features"]
+    assert without["label"] == {"dtype": "int64", "_type": "Value"}  # of no class an own type would be wrong
 
 
 @pytest.mark.parametrize("shuffle", ["global", "blocks"])
